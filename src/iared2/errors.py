@@ -1,0 +1,11 @@
+"""The one exception that is meant for people."""
+
+from __future__ import annotations
+
+
+class InputError(Exception):
+    """Something that a person gave is wrong.
+
+    The message is one line that says what is wrong, where, and what to do about it. The command line prints it without
+    a traceback and exits with status 1; library users may catch it.
+    """
