@@ -1,0 +1,1 @@
+"""Image in, logits and decisions out: the model and nothing about data, training or pictures."""

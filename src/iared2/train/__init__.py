@@ -1,0 +1,1 @@
+"""Algorithm 1: reward -> policy_gradient -> finetune -> curriculum."""

@@ -1,0 +1,137 @@
+"""Files -> models: our own format, the authors' checkpoint, and foreign backbone weights."""
+
+from __future__ import annotations
+
+import importlib.resources
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models import load_state_dict as read_foreign
+from torch import Tensor, nn
+
+from .errors import InputError
+from .model import saved
+from .model.reduced import ReducedVisionTransformer, from_timm
+
+
+def load(path: Path | str | None = None) -> ReducedVisionTransformer:
+    """Load a reduced model, in evaluation mode, on the CPU.
+
+    Args:
+        path: a file of ``model.save``, a folder with such a ``model.safetensors`` (a run of ``iared2 train``), or a
+            ``.pth`` in the layout of the authors' interpretation tool. None: the model in the box.
+
+    Raises:
+        InputError: no such file, not a checkpoint, or a tensor is missing, unexpected or of the wrong shape.
+    """
+    if path is None:
+        path = Path(str(importlib.resources.files("iared2"))) / "box" / "model.safetensors"
+    path = Path(path)
+    if path.is_dir():
+        path = path / "model.safetensors"
+    if not path.is_file():
+        raise InputError(f"there is no checkpoint {path}: give a file of model.save() or the folder of a training run")
+    model = _load_authors(path) if path.suffix in (".pth", ".pt", ".bin") else _load_ours(path)
+    return model.eval()
+
+
+def _load_ours(path: Path) -> ReducedVisionTransformer:
+    tensors, config = saved.read(path)
+    try:
+        backbone = timm.create_model(config["architecture"], pretrained=False, **config["model_args"])
+        model = ReducedVisionTransformer(backbone, config["groups"], config["threshold"])
+        backbone.pretrained_cfg = {**backbone.pretrained_cfg, **config["pretrained_cfg"]}
+        model.model_args = config["model_args"]
+        model.class_names = tuple(config["class_names"]) if config["class_names"] else None
+    except (KeyError, TypeError, RuntimeError, ValueError) as error:
+        raise InputError(f"the configuration in {path} does not describe a model ({error})") from None
+    load_strictly(model, tensors, path)
+    return model
+
+
+def load_strictly(model: nn.Module, tensors: dict[str, Tensor], path: Path | str) -> None:
+    """``load_state_dict`` that says in one line which tensor does not fit, before any weight is changed.
+
+    Raises:
+        InputError: a tensor is missing, unexpected or of the wrong shape.
+    """
+    expected = model.state_dict()
+    missing, extra = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
+    wrong = [n for n in sorted(expected.keys() & tensors.keys()) if expected[n].shape != tensors[n].shape]
+    for what, names in (("lacks", sorted(missing)), ("has unexpected", sorted(extra))):
+        if names:
+            rest = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise InputError(f"{path} does not fit the model: it {what} the tensor {names[0]}{rest}")
+    for name in wrong:
+        have, want = tuple(tensors[name].shape), tuple(expected[name].shape)
+        raise InputError(f"{path} does not fit the model: {name} has shape {have}, expected {want}")
+    model.load_state_dict(tensors)
+
+
+def load_backbone_weights(backbone: Any, path: Path | str) -> None:
+    """Load foreign weights (``.pth``, ``.safetensors``) into a timm backbone; a head of other classes is left fresh.
+
+    Raises:
+        InputError: no such file, or the weights do not fit.
+    """
+    tensors = _read_foreign(Path(path))
+    heads = [name for name in tensors if name.split(".")[0] in ("head", "head_dist")]
+    own = backbone.state_dict()
+    if any(name not in own or own[name].shape != tensors[name].shape for name in heads):
+        tensors = {n: t for n, t in tensors.items() if n not in heads}
+        tensors |= {n: t for n, t in own.items() if n.split(".")[0] in ("head", "head_dist")}
+    load_strictly(backbone, tensors, path)
+
+
+def _read_foreign(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise InputError(f"there is no checkpoint {path}")
+    try:
+        return read_foreign(str(path), device="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many kinds for a file that is no checkpoint
+        reason = str(error).strip().splitlines()[0][:120]
+        raise InputError(f"{path} cannot be read as weights alone ({type(error).__name__}: {reason})") from None
+
+
+def _load_authors(path: Path) -> ReducedVisionTransformer:
+    """The authors' ``ckpt.pth`` (method.md section 6): blocks twice, interpreters as ``groups.{g}.agent.qk`` (3C × C)."""
+    tensors = _read_foreign(path)
+    agents = [name for name in tensors if ".agent.qk." in name]
+    if "groups.0.agent.qk.weight" not in tensors or "pos_embed" not in tensors:
+        raise InputError(f"{path} has no interpreters (groups.0.agent.qk.weight): it is not the authors' checkpoint layout")
+    groups = len(agents) // 2
+    per_group = len({n.split(".")[3] for n in tensors if n.startswith("groups.0.block_list.")})
+    try:
+        width, _, *patch_size = tensors["patch_embed.proj.weight"].shape
+        side = round((tensors["pos_embed"].shape[1] - 1) ** 0.5)
+        model = from_timm(
+            "deit_small_patch16_224",
+            groups=groups,
+            img_size=(side * patch_size[0], side * patch_size[1]),
+            patch_size=tuple(patch_size),
+            embed_dim=width,
+            depth=groups * per_group,
+            num_heads=max(width // 64, 1),
+            num_classes=tensors["head.weight"].shape[0],
+        )
+    except (KeyError, ValueError) as error:
+        raise InputError(f"{path} does not fit the authors' layout: {error}") from None
+    ours: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        part, *rest = name.split(".")
+        if name in agents:
+            query, key, _ = tensor.chunk(3)  # the value third was never used
+            ours[f"interpreters.{rest[0]}.query.{rest[-1]}"] = query
+            ours[f"interpreters.{rest[0]}.key.{rest[-1]}"] = key
+        elif part == "groups" and rest[1] == "block_list":
+            index = int(rest[0]) * per_group + int(rest[2])
+            twin = tensors.get(f"blocks.{index}." + ".".join(rest[3:]))
+            if twin is not None and not torch.equal(twin, tensor):
+                raise InputError(f"{path} contradicts itself: {name} differs from its twin in blocks.{index}")
+            ours[f"backbone.blocks.{index}." + ".".join(rest[3:])] = tensor
+        else:
+            ours[f"backbone.{name}"] = tensor
+    load_strictly(model, ours, path)
+    return model

@@ -1,0 +1,42 @@
+"""attend(): attention within each image of a packed batch, one backend per device.
+
+CUDA in half precision runs one variable-length kernel over the whole batch. Everything else runs
+``scaled_dot_product_attention`` once for each run of images of equal length, on views (see tokens.py).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .tokens import PackedTokens
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, packed: PackedTokens, dropout: float = 0.0) -> Tensor:
+    """Softmax attention of every token to the tokens of its own image.
+
+    Args:
+        q, k, v: ``(T, H, head_dim)`` in the row order of ``packed``.
+        packed: says which rows belong together.
+        dropout: probability of dropping an attention weight, 0 outside training.
+
+    Returns:
+        ``(T, H, head_dim)``. Differentiable.
+    """
+    ragged = packed.lengths[0] != packed.lengths[-1]
+    # varlen_attn has no dropout, and a batch of equal lengths needs no variable lengths
+    if ragged and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and dropout == 0:
+        return _attend_varlen(q, k, v, packed)
+    out = [
+        F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in run), dropout_p=dropout).transpose(1, 2).flatten(0, 1)
+        for run in zip(packed.runs(q), packed.runs(k), packed.runs(v), strict=True)
+    ]
+    return out[0] if len(out) == 1 else torch.cat(out)
+
+
+def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, packed: PackedTokens) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    cu_seqlens, max_seqlen = packed.cu_seqlens, packed.max_seqlen
+    return varlen_attn(q, k, v.to(q.dtype), cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)

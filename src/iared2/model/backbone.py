@@ -1,0 +1,118 @@
+"""A timm VisionTransformer seen as embed, blocks and head.
+
+Reads timm's modules, never changes them: no subclass, no hook, no renamed parameter. ``run_block`` is timm's
+``Block.forward`` written for packed rows; it uses the block's own layers, so layer scale, query-key norm, gated MLPs,
+scaled norms and dropout come along.
+"""
+
+from __future__ import annotations
+
+import torch
+from timm.layers import Attention, DropPath, PatchEmbed
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .. import keyed
+from ..errors import InputError
+from .attention import attend
+from .tokens import PackedTokens
+
+
+def check_supported(backbone: nn.Module) -> None:
+    """Refuse what packed execution would compute wrongly.
+
+    Raises:
+        InputError: says which part of the model is not supported and why.
+    """
+    name = type(backbone).__name__
+
+    def refuse(why: str) -> None:
+        raise InputError(f"{name} is not supported: {why}. Use a timm VisionTransformer with standard blocks.")
+
+    if not isinstance(backbone, VisionTransformer):
+        refuse("it is not a timm VisionTransformer (hierarchical, rotary and convolutional models have other tokens)")
+    for method in ("forward", "forward_features", "pool"):
+        if getattr(type(backbone), method) is not getattr(VisionTransformer, method):
+            refuse(f"it overrides {method}()")
+    if not isinstance(backbone, VisionTransformerDistilled) and (
+        type(backbone).forward_head is not VisionTransformer.forward_head
+    ):
+        refuse("it overrides forward_head()")
+    for i, block in enumerate(backbone.blocks):
+        if type(block) is not Block:
+            refuse(f"block {i} is a {type(block).__name__}, not timm's pre-norm Block")
+        if type(block.attn) is not Attention:
+            refuse(f"the attention of block {i} is a {type(block.attn).__name__}, not timm's Attention")
+    if type(backbone.patch_embed) is not PatchEmbed:
+        refuse(f"its patch embedding is a {type(backbone.patch_embed).__name__}")
+    if not isinstance(backbone.patch_drop, nn.Identity):
+        refuse("patch_drop_rate > 0 drops patches behind the interpreters' back")
+    if not backbone.global_pool:
+        refuse("global_pool='' returns every token, but the reduced model does not have them all")
+
+
+def pools_patches(backbone: VisionTransformer) -> bool:
+    """Whether the head reads patch tokens, so that an image must keep at least one."""
+    return backbone.global_pool != "token"
+
+
+def embed(backbone: VisionTransformer, images: Tensor) -> Tensor:
+    """``(B, in_chans, height, width) -> (B, S, C)``, prefix tokens first."""
+    x = backbone.patch_embed(images)
+    return backbone.norm_pre(backbone._pos_embed(x))
+
+
+def run_blocks(backbone: VisionTransformer, indices: range, packed: PackedTokens) -> PackedTokens:
+    """Run the blocks ``indices`` on the packed rows, with activation checkpointing if the backbone has it switched on."""
+    for index in indices:
+        if backbone.grad_checkpointing and torch.is_grad_enabled():
+            x = checkpoint(
+                lambda x, index=index: run_block(backbone.blocks[index], packed.with_x(x), index),
+                packed.x,
+                use_reentrant=False,
+            )
+        else:
+            x = run_block(backbone.blocks[index], packed, index)
+        packed = packed.with_x(x)
+    return packed
+
+
+def run_block(block: Block, packed: PackedTokens, index: int) -> Tensor:
+    """``(T, C) -> (T, C)``: one MSA-FFN block. ``index`` names the block's draws of stochastic depth."""
+    x, attn = packed.x, block.attn
+    y = block.norm1(x)
+    q, k, v = attn.qkv(y).unflatten(1, (3, attn.num_heads, attn.head_dim)).unbind(1)  # (T, H, head_dim) each
+    y_attn = attend(attn.q_norm(q), attn.k_norm(k), v, packed, attn.attn_drop.p if attn.training else 0.0)
+    y_attn = attn.norm(y_attn.flatten(1))
+    if getattr(attn, "gate", None) is not None:
+        y_attn = y_attn * attn.gate(y).sigmoid()
+    y_attn = attn.proj_drop(attn.proj(y_attn))
+    x = x + drop_images(block.drop_path1, block.ls1(y_attn), packed, 2 * index)
+    return x + drop_images(block.drop_path2, block.ls2(block.mlp(block.norm2(x))), packed, 2 * index + 1)
+
+
+def drop_images(drop_path: nn.Module, x: Tensor, packed: PackedTokens, site: int) -> Tensor:
+    """Stochastic depth that drops whole images, not rows: timm's DropPath for packed rows ``x (T, C)``."""
+    if not (isinstance(drop_path, DropPath) and drop_path.training and drop_path.drop_prob):
+        return x
+    if packed.keys is None:
+        draws = torch.rand(packed.num_images, device=x.device)
+    else:
+        draws = keyed.uniform(packed.keys, site, 1)[:, 0]
+    keep_prob = 1 - drop_path.drop_prob
+    scale = (draws < keep_prob).to(x.dtype) / (keep_prob if drop_path.scale_by_keep else 1)
+    return x * scale[packed.token_ids // packed.num_tokens, None]
+
+
+def head(backbone: VisionTransformer, packed: PackedTokens, pre_logits: bool = False) -> Tensor:
+    """Final norm, pooling over the living tokens and classifier: ``(B, K)``, in the order of the dense batch."""
+    if not pools_patches(backbone):  # then only the prefix tokens are read, and only they need the norm
+        return backbone.forward_head(backbone.norm(packed.prefix()), pre_logits=pre_logits)
+    return pool_head(backbone, packed.with_x(backbone.norm(packed.x)), pre_logits)
+
+
+def pool_head(backbone: VisionTransformer, packed: PackedTokens, pre_logits: bool = False) -> Tensor:
+    """timm's own head on rows that are already normalised, run by run."""
+    return packed.unsort(torch.cat([backbone.forward_head(run, pre_logits=pre_logits) for run in packed.runs(packed.x)]))

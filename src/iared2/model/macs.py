@@ -1,0 +1,53 @@
+"""Multiply-adds of an image, counted from the numbers of patches that were alive.
+
+What is counted: every matrix product (linear layers, patch embedding, attention's two products, the interpreters). Not
+counted: biases, norms, activations, softmax, as is usual in this field. ``torch.utils.flop_counter`` counts the same
+operations, two FLOPs a multiply-add; a test holds the two equal.
+"""
+
+from __future__ import annotations
+
+import torch
+from timm.layers import AttentionPoolLatent
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+
+def linear_macs(module: nn.Module) -> int:
+    """Multiply-adds of one token through all linear layers of ``module``."""
+    return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+
+
+def embed_macs(backbone: VisionTransformer, num_patches: int) -> int:
+    """Multiply-adds of the patch embedding of one image of ``num_patches`` patches."""
+    return num_patches * backbone.patch_embed.proj.weight.numel()
+
+
+def blocks_macs(blocks: nn.Module, num_tokens: Tensor) -> Tensor:
+    """Multiply-adds of some transformer blocks for each of ``num_tokens`` (integers of any shape), prefix included."""
+    n = num_tokens.to(torch.int64)
+    macs = torch.zeros_like(n)
+    for block in blocks:  # type: ignore[attr-defined]
+        macs += n * linear_macs(block) + 2 * n * n * block.attn.attn_dim
+    return macs
+
+
+def interpreter_macs(interpreter: nn.Module, num_tokens: Tensor) -> Tensor:
+    """Multiply-adds of the cheap interpreter: query, ``Wᵀ q``, then H·C a token."""
+    width = interpreter.query.in_features  # type: ignore[union-attr]
+    return 2 * width * width + num_tokens.to(torch.int64) * interpreter.num_heads * width  # type: ignore[operator]
+
+
+def head_macs(backbone: VisionTransformer, num_tokens: Tensor) -> Tensor:
+    """Multiply-adds of pooling and classifier for each of ``num_tokens`` final tokens, prefix included."""
+    n = num_tokens.to(torch.int64)
+    macs = torch.full_like(n, linear_macs(backbone.head) + linear_macs(getattr(backbone, "head_dist", nn.Identity())))
+    pool = backbone.attn_pool
+    if pool is None:
+        return macs
+    keys = n if backbone.pool_include_prefix else n - backbone.num_prefix_tokens
+    if isinstance(pool, AttentionPoolLatent):
+        queries = pool.latent_len
+        per_latent = linear_macs(pool) - pool.kv.weight.numel()
+        return macs + queries * per_latent + keys * pool.kv.weight.numel() + 2 * queries * keys * pool.q.out_features
+    return macs + 2 * keys * keys * backbone.embed_dim  # AttentionPoolPrr: attention without weights

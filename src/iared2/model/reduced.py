@@ -1,0 +1,295 @@
+"""The method: [score, decide, drop, blocks] × groups (paper, section 3).
+
+Owns the loop and the groups; what a block, a score or a decision is stands in the neighbouring files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError
+from . import backbone as vit
+from . import macs, saved
+from .decide import Decide, by_threshold, keep_all
+from .interpreter import MultiHeadInterpreter
+from .tokens import PackedTokens
+
+
+@dataclass(frozen=True)
+class Output:
+    """What one forward pass found.
+
+    Attributes:
+        logits: ``(B, K)``.
+        scores: ``(D, B, N)`` float32 informativeness in (0, 1); 0 where the patch was already gone.
+        kept: ``(D, B, N)`` bool, the patches on which the blocks of each group ran.
+        macs: ``(B,)`` int64 multiply-adds of each image, interpreters included.
+    """
+
+    logits: Tensor
+    scores: Tensor
+    kept: Tensor
+    macs: Tensor
+
+    @property
+    def keep_ratio(self) -> Tensor:
+        """``(D, B)`` share of an image's patches alive after each group, 0…1."""
+        return self.kept.float().mean(-1)
+
+
+class ReducedVisionTransformer(nn.Module):
+    """A timm vision transformer that drops uninformative patches on its way.
+
+    ``model.backbone`` is the timm model, untouched: ``model.backbone.load_state_dict`` takes timm weights as they are.
+    ``model.interpreters`` are ours. Threshold 0 gives the backbone's own logits.
+
+    Args:
+        backbone: a timm ``VisionTransformer`` with standard blocks.
+        groups: D; the depth is cut into D groups, the first ones a block longer where it does not divide.
+        threshold: see ``threshold`` below.
+
+    Attributes:
+        threshold: a patch stays if its score is above it. One number, or one for each group; ``t <= 0`` keeps every
+            patch, ``t >= 1`` none. A plain attribute: set it at any time, it trades accuracy against compute.
+        class_names: names of the K classes, or None.
+
+    Raises:
+        InputError: the backbone is not supported, or has fewer blocks than groups.
+    """
+
+    def __init__(self, backbone: nn.Module, groups: int = 3, threshold: float | Sequence[float] = 0.5) -> None:
+        super().__init__()
+        vit.check_supported(backbone)
+        depth = len(backbone.blocks)  # type: ignore[arg-type]
+        if not 1 <= groups <= depth:
+            raise InputError(f"groups={groups} does not fit a backbone of {depth} blocks: give 1 to {depth}")
+        if backbone.embed_dim % backbone.blocks[0].attn.num_heads:  # type: ignore[index, union-attr, operator]
+            raise InputError(f"width {backbone.embed_dim} is not divisible by the number of heads")
+        self.backbone: Any = backbone
+        self.threshold: float | Sequence[float] = threshold
+        self.class_names: tuple[str, ...] | None = None
+        self.model_args: dict[str, Any] = {}  # what the backbone was built with, for save()
+
+        size, rest = divmod(depth, groups)
+        bounds = [g * size + min(g, rest) for g in range(groups + 1)]
+        self.groups = [range(a, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+        num_heads = self.backbone.blocks[0].attn.num_heads
+        weight = self.backbone.blocks[0].attn.qkv.weight
+        self.interpreters = nn.ModuleList(
+            MultiHeadInterpreter(self.backbone.embed_dim, num_heads).to(weight) for _ in range(groups)
+        )
+
+    # ---- the method ---------------------------------------------------------------------------------------------
+
+    def forward(self, images: Tensor) -> Tensor:
+        """``(B, in_chans, height, width) -> logits (B, K)``, or pooled features with ``num_classes=0``."""
+        packed, _, _ = self.reduce(self.embed(images))
+        return self.head(packed)
+
+    def trace(self, images: Tensor, decide: Decide | None = None) -> Output:
+        """A forward pass that also returns what was decided, and what it cost.
+
+        Args:
+            images: ``(B, in_chans, height, width)``, normalised as ``pretrained_cfg`` says.
+            decide: the decision; by default ``model.threshold``.
+        """
+        packed, scores, kept = self.reduce(self.embed(images), decide=decide)
+        all_kept = torch.stack(kept)
+        return Output(self.head(packed), torch.stack(scores), all_kept, self.count_macs(all_kept.sum(-1)))
+
+    def embed(self, images: Tensor, keys: Tensor | None = None) -> PackedTokens:
+        """Images to tokens, none dropped. ``keys (B,)`` make the random draws of training repeatable (keyed.py)."""
+        return PackedTokens.from_dense(vit.embed(self.backbone, images), self.backbone.num_prefix_tokens, keys=keys)
+
+    def reduce(
+        self, packed: PackedTokens, groups: range | None = None, decide: Decide | None = None
+    ) -> tuple[PackedTokens, list[Tensor], list[Tensor]]:
+        """Run some groups: score, decide, drop, blocks.
+
+        Returns:
+            The surviving tokens, and for each group run its scores ``(B, N)`` and the patches it kept ``(B, N)``.
+        """
+        decide = decide or by_threshold(self.threshold)
+        scores, kept = [], []
+        for group in range(self.num_groups) if groups is None else groups:
+            with torch.no_grad():  # a decision is discrete: no gradient passes through it
+                alive = packed.alive
+                scores.append(self.score(packed, group))
+                kept.append(self.keep_one(decide(scores[-1], alive, group), scores[-1], alive))
+            packed = packed.select(kept[-1])
+            packed = self.run_blocks(packed, group)
+        return packed, scores, kept
+
+    def score(self, packed: PackedTokens, group: int) -> Tensor:
+        """``(B, N)`` informativeness of the living patches at the entrance of ``group``, 0 where a patch is gone."""
+        return self.interpreters[group](packed, self.backbone.has_class_token)
+
+    def keep_one(self, keep: Tensor, scores: Tensor, alive: Tensor) -> Tensor:
+        """If the head pools patches, an image that would lose all keeps its best-scored living one."""
+        if not vit.pools_patches(self.backbone):
+            return keep
+        best = scores.masked_fill(~alive, -1).argmax(1, keepdim=True)
+        return keep | (torch.zeros_like(keep).scatter_(1, best, True) & ~keep.any(1, keepdim=True))
+
+    def run_blocks(self, packed: PackedTokens, group: int) -> PackedTokens:
+        """The MSA-FFN blocks of ``group`` on the tokens that are there."""
+        return vit.run_blocks(self.backbone, self.groups[group], packed)
+
+    def head(self, packed: PackedTokens) -> Tensor:
+        """``(B, K)`` logits of the surviving tokens, in the order of the images."""
+        return vit.head(self.backbone, packed)
+
+    # ---- multiply-adds ------------------------------------------------------------------------------------------
+
+    def count_macs(self, num_kept: Tensor, num_patches: int | None = None) -> Tensor:
+        """Multiply-adds from patch counts alone.
+
+        Args:
+            num_kept: ``(D, B)`` integers, patches on which each group's blocks ran.
+            num_patches: N at the entrance; by default the backbone's own grid.
+
+        Returns:
+            ``(B,)`` int64, interpreters included.
+        """
+        num_patches = num_patches or self.backbone.patch_embed.num_patches
+        prefix = self.backbone.num_prefix_tokens
+        tokens = num_kept + prefix
+        total = macs.head_macs(self.backbone, tokens[-1]) + macs.embed_macs(self.backbone, num_patches)
+        entering = torch.full_like(tokens[0], num_patches + prefix)
+        for group, interpreter in enumerate(self.interpreters):
+            total += macs.interpreter_macs(interpreter, entering)
+            total += macs.blocks_macs([self.backbone.blocks[i] for i in self.groups[group]], tokens[group])
+            entering = tokens[group]
+        return total
+
+    @property
+    def dense_macs(self) -> int:
+        """Multiply-adds of the timm backbone alone: every patch kept, no interpreter."""
+        tokens = torch.tensor(self.backbone.patch_embed.num_patches + self.backbone.num_prefix_tokens)
+        dense = macs.blocks_macs(self.backbone.blocks, tokens) + macs.head_macs(self.backbone, tokens)
+        return int(dense) + macs.embed_macs(self.backbone, self.backbone.patch_embed.num_patches)
+
+    # ---- a timm model where people rely on it -------------------------------------------------------------------
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """``(B, S, C)`` normalised tokens at their places, like timm's; rows of dropped patches are zero."""
+        packed, _, _ = self.reduce(self.embed(images))
+        return packed.to_dense(self.backbone.norm(packed.x))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pool and classify the ``(B, S, C)`` of ``forward_features``; all-zero rows count as dropped patches."""
+        prefix = self.backbone.num_prefix_tokens
+        alive = x[:, prefix:].ne(0).any(-1)
+        return vit.pool_head(self.backbone, PackedTokens.from_dense(x, prefix, alive), pre_logits)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new head, as in timm; ``num_classes=0`` returns pooled features. Class names are forgotten."""
+        self.backbone.reset_classifier(num_classes, global_pool)
+        vit.check_supported(self.backbone)
+        self.class_names = None
+
+    def get_classifier(self) -> nn.Module:
+        return self.backbone.get_classifier()
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trade compute for memory in training: recompute each block's activations in the backward pass."""
+        self.backbone.set_grad_checkpointing(enable)
+
+    @property
+    def num_groups(self) -> int:
+        return len(self.groups)
+
+    @property
+    def num_classes(self) -> int:
+        return self.backbone.num_classes
+
+    @property
+    def num_features(self) -> int:
+        return self.backbone.num_features
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Rows and columns of patches; patch n stands at row ``n // columns``."""
+        return tuple(self.backbone.patch_embed.grid_size)
+
+    @property
+    def pretrained_cfg(self) -> dict[str, Any]:
+        """timm's dictionary (mean, std, interpolation, …), with the input size that this backbone really has."""
+        cfg = dict(getattr(self.backbone, "pretrained_cfg", None) or {})
+        cfg["input_size"] = (self.backbone.in_chans, *self.backbone.patch_embed.img_size)
+        return cfg
+
+    # ---- saving -------------------------------------------------------------------------------------------------
+
+    def save(self, path: Path | str) -> None:
+        """Write weights and configuration to one file, atomically; ``iared2.load`` reads it.
+
+        Raises:
+            InputError: the file cannot be written, or the backbone cannot be rebuilt from its timm name.
+        """
+        saved.write(path, self.state_dict(), self.config())
+
+    def config(self) -> dict[str, Any]:
+        """What ``iared2.load`` needs besides the weights, as JSON types.
+
+        Raises:
+            InputError: the backbone has no timm name, or its name and arguments do not give this backbone.
+        """
+        cfg = self.pretrained_cfg
+        if not cfg.get("architecture"):
+            raise InputError("this backbone has no timm name, so a file could not rebuild it: make it by iared2.from_timm(name)")
+        name = ".".join(filter(None, (cfg["architecture"], cfg.get("tag"))))
+        args = {**self.model_args, "num_classes": self.num_classes}
+        if self.backbone.patch_embed.img_size is not None:
+            args["img_size"] = self.backbone.patch_embed.img_size
+        with torch.device("meta"):
+            twin = timm.create_model(name, pretrained=False, **args)
+        shapes = [[(k, v.shape) for k, v in m.state_dict().items()] for m in (self.backbone, twin)]
+        if str(twin) != str(self.backbone) or shapes[0] != shapes[1]:
+            raise InputError(f"this backbone is not timm's {name} with {args}: make it by iared2.from_timm(name, ...)")
+        return {
+            "architecture": name,
+            "model_args": args,
+            "groups": self.num_groups,
+            "threshold": self.threshold if isinstance(self.threshold, (int, float)) else list(map(float, self.threshold)),
+            "class_names": self.class_names,
+            "pretrained_cfg": {key: cfg.get(key) for key in ("input_size", "mean", "std", "interpolation", "crop_pct")},
+        }
+
+
+def from_timm(
+    backbone: str | nn.Module, *, groups: int = 3, pretrained: bool = False, **timm_kwargs: Any
+) -> ReducedVisionTransformer:
+    """Make a reduced model over a timm vision transformer, with fresh interpreters.
+
+    Args:
+        backbone: a timm model name (``"deit_small_patch16_224"``), or a module, which is used as it is.
+        groups: D, the number of groups.
+        pretrained: load timm's weights of that name.
+        timm_kwargs: for ``timm.create_model`` (``img_size``, ``num_classes``, ``drop_path_rate`` …).
+
+    Raises:
+        InputError: unknown name, or a model that is not supported (says why).
+    """
+    if isinstance(backbone, nn.Module):
+        if pretrained or timm_kwargs:
+            raise InputError("from_timm: pretrained and timm arguments go with a model name, not with a module")
+        model = ReducedVisionTransformer(backbone, groups)
+        model.model_args = dict(getattr(backbone, "_model_args", {}))  # what timm >= 1.0.31 remembers
+        return model
+    if not timm.is_model(backbone):
+        close = timm.list_models(f"*{backbone.split('_patch')[0]}*")[:3]
+        raise InputError(f"timm has no model {backbone!r}" + (f"; did you mean {', '.join(close)}?" if close else ""))
+    model = ReducedVisionTransformer(timm.create_model(backbone, pretrained=pretrained, **timm_kwargs), groups)
+    model.model_args = timm_kwargs
+    return model
+
+
+__all__ = ["Output", "ReducedVisionTransformer", "from_timm", "keep_all"]

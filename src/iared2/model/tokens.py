@@ -1,0 +1,155 @@
+"""PackedTokens: a ragged batch laid end to end.
+
+Owns the layout of the rows and every move between the dense and the packed form. Knows nothing of attention, scores or
+timm.
+
+Shape letters, used in the whole package: B images, N patches an image, P prefix tokens (class, distillation, registers),
+S = P + N, T packed tokens, C width, H heads, D groups, K classes.
+
+Rows of one image are neighbours: its prefix tokens, then its living patches by ascending position. Images lie sorted by
+length. So images of equal length form a *run*, and a run is a view ``(images, length, C)`` of the rows, not a copy:
+attention, pooling and the interpreter work run by run with no padding and no gather.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import accumulate, groupby
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PackedTokens:
+    """A batch of images with different numbers of living tokens.
+
+    Attributes:
+        x: ``(T, C)`` token features, T = sum of all lengths.
+        token_ids: ``(T,)`` int64, where each row stood in the dense batch: ``image * S + position``, position in
+            0…P−1 for prefix tokens and P…S−1 for patches.
+        lengths: tokens of each image in packed order, prefix tokens included; ascending. On the host: it drives views.
+        num_images: B.
+        num_prefix_tokens: P.
+        num_patches: N, of the whole image.
+        keys: ``(B,)`` int64 keys of the images' random draws (keyed.py), or None for torch's generator.
+    """
+
+    x: Tensor
+    token_ids: Tensor
+    lengths: tuple[int, ...]
+    num_images: int
+    num_prefix_tokens: int
+    num_patches: int
+    keys: Tensor | None = None
+
+    @classmethod
+    def from_dense(
+        cls, x: Tensor, num_prefix_tokens: int, alive: Tensor | None = None, keys: Tensor | None = None
+    ) -> PackedTokens:
+        """Pack ``x (B, S, C)``; ``alive (B, N)`` bool leaves out the patches where it is False."""
+        num_images, num_tokens, width = x.shape
+        packed = cls(
+            x=x.reshape(-1, width),
+            token_ids=torch.arange(num_images * num_tokens, device=x.device),
+            lengths=(num_tokens,) * num_images,
+            num_images=num_images,
+            num_prefix_tokens=num_prefix_tokens,
+            num_patches=num_tokens - num_prefix_tokens,
+            keys=keys,
+        )
+        return packed if alive is None else packed.select(alive)
+
+    @property
+    def num_tokens(self) -> int:
+        """S, the tokens of a whole image."""
+        return self.num_prefix_tokens + self.num_patches
+
+    @property
+    def starts(self) -> list[int]:
+        """First row of each image in packed order, and T at the end: B + 1 numbers."""
+        return [0, *accumulate(self.lengths)]
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        """``(B + 1,)`` int32 cumulative lengths on the tokens' device."""
+        return torch.tensor(self.starts, dtype=torch.int32).to(self.x.device, non_blocking=True)
+
+    @property
+    def max_seqlen(self) -> int:
+        return self.lengths[-1]
+
+    @property
+    def first_rows(self) -> Tensor:
+        """``(B,)`` int64, row of the first token of each image, in packed order."""
+        return torch.tensor(self.starts[:-1]).to(self.x.device, non_blocking=True)
+
+    @property
+    def image_ids(self) -> Tensor:
+        """``(B,)`` int64, which image of the dense batch each packed image is."""
+        return self.token_ids[self.first_rows] // self.num_tokens
+
+    @property
+    def alive(self) -> Tensor:
+        """``(B, N)`` bool, the patches that are here."""
+        return self.to_dense(torch.ones_like(self.token_ids, dtype=torch.bool))[:, self.num_prefix_tokens :]
+
+    def with_x(self, x: Tensor) -> PackedTokens:
+        """The same rows with other features."""
+        return replace(self, x=x)
+
+    def runs(self, rows: Tensor) -> Iterator[Tensor]:
+        """Views ``(images, length, ...)`` of ``rows (T, ...)``, one for each run of images of equal length."""
+        start = 0
+        for length, group in groupby(self.lengths):
+            images = len(list(group))
+            stop = start + images * length
+            yield rows[start:stop].unflatten(0, (images, length))
+            start = stop
+
+    def to_dense(self, rows: Tensor) -> Tensor:
+        """``rows (T, ...)`` at their places in ``(B, S, ...)``; 0 where the token is gone."""
+        dense = rows.new_zeros(self.num_images * self.num_tokens, *rows.shape[1:])
+        return dense.index_copy(0, self.token_ids, rows).unflatten(0, (self.num_images, self.num_tokens))
+
+    def unsort(self, per_image: Tensor) -> Tensor:
+        """``per_image (B, ...)`` from packed order into the order of the dense batch."""
+        return torch.empty_like(per_image).index_copy(0, self.image_ids, per_image)
+
+    def prefix(self) -> Tensor:
+        """``(B, P, C)`` the prefix tokens, in the order of the dense batch."""
+        rows = self.first_rows[:, None] + torch.arange(self.num_prefix_tokens, device=self.x.device)
+        return self.unsort(self.x[rows])
+
+    def select(self, keep: Tensor) -> PackedTokens:
+        """Keep the patches of ``keep`` and all prefix tokens; the other rows are gone.
+
+        Args:
+            keep: ``(B, N)`` bool, a subset of ``alive``. Or ``(k·B, N)``: k different selections of the same images,
+                which come back as one batch of k·B images (image ``j·B + b`` is selection j of image b).
+
+        Returns:
+            The remaining rows, packed anew. Every image must have a token left.
+        """
+        num_images = keep.shape[0]
+        lengths = (keep.sum(1) + self.num_prefix_tokens).tolist()  # the one host-device synchronisation of a group
+        if num_images == self.num_images and sum(lengths) == len(self.token_ids):
+            return self  # nothing was dropped
+
+        order = torch.tensor(sorted(range(num_images), key=lengths.__getitem__)).to(keep.device, non_blocking=True)
+        prefix = keep.new_ones(num_images, self.num_prefix_tokens)
+        image, position = torch.cat([prefix, keep], 1)[order].nonzero(as_tuple=True)
+        image = order[image]
+        row_of = torch.empty(self.num_images * self.num_tokens, dtype=torch.int64, device=keep.device)
+        row_of[self.token_ids] = torch.arange(len(self.token_ids), device=keep.device)
+        rows = row_of[(image % self.num_images) * self.num_tokens + position]
+        keys = self.keys
+        return replace(
+            self,
+            x=self.x[rows],
+            token_ids=image * self.num_tokens + position,
+            lengths=tuple(sorted(lengths)),
+            num_images=num_images,
+            keys=None if keys is None else keys.repeat(num_images // self.num_images),
+        )

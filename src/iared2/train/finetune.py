@@ -1,0 +1,78 @@
+"""The fine-tuning stage of a group: cross entropy on the greedy decisions (Algorithm 1, lines 7–11; method.md section 3).
+
+The same stage, with no group, trains the dense backbone: from scratch, or a new head on pretrained weights.
+"""
+
+from __future__ import annotations
+
+import torch
+from timm.loss import SoftTargetCrossEntropy
+from torch import Tensor, nn
+
+from ..model.decide import Decide, by_threshold, keep_all
+from ..model.reduced import ReducedVisionTransformer
+
+
+class FinetuneStage(nn.Module):
+    """Calling it with a batch gives the loss and the metrics of one step.
+
+    With ``group`` i, the interpreters are frozen and the blocks of groups i…D, the final norm and the head learn; the
+    embedding and the blocks before stay as they are, since training them would move the input of interpreters that are
+    already fixed. They run in evaluation mode and without a graph. Groups after i drop nothing more.
+    With ``group=None`` the whole backbone learns and nothing is dropped.
+    """
+
+    def __init__(self, model: ReducedVisionTransformer, group: int | None, num_classes: int) -> None:
+        super().__init__()
+        self.model, self.group, self.num_classes = model, group, num_classes
+        self.loss = SoftTargetCrossEntropy()
+        self.first = 0 if group is None else group
+        backbone = model.backbone
+        model.requires_grad_(False)
+        if group is None:
+            self.trainable = [backbone]
+        else:
+            head = (getattr(backbone, name, None) for name in ("norm", "fc_norm", "attn_pool", "head", "head_dist"))
+            self.trainable = [*backbone.blocks[model.groups[group].start :], *(m for m in head if m is not None)]
+        for module in self.trainable:
+            module.requires_grad_(True)
+
+    def train(self, mode: bool = True) -> FinetuneStage:
+        """Training mode for what learns, evaluation mode for what is frozen."""
+        self.model.eval()
+        for module in self.trainable:
+            module.train(mode)
+        return self
+
+    def forward(self, images: Tensor, targets: Tensor, keys: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """One step on a batch.
+
+        Args:
+            images: ``(B, in_chans, height, width)``.
+            targets: ``(B, K)`` class probabilities (mixup, label smoothing) or ``(B,)`` int64 labels.
+            keys: ``(B,)`` int64, the images' keys: stochastic depth is a function of them.
+
+        Returns:
+            The loss, and the step's metrics (docs/metrics.md) as detached scalars.
+        """
+        model, decide = self.model, decide_up_to(self.model, self.group)
+        with torch.set_grad_enabled(self.group is None and torch.is_grad_enabled()):
+            packed = model.embed(images, keys)
+            packed, _, _ = model.reduce(packed, range(self.first), decide)
+        packed, _, kept = model.reduce(packed, range(self.first, model.num_groups), decide)
+        logits = model.head(packed).float()
+        if targets.ndim == 1:
+            targets = nn.functional.one_hot(targets, self.num_classes).float()
+        loss = self.loss(logits, targets)
+        metrics = {
+            "loss": loss.detach(),
+            "top1": (logits.argmax(1) == targets.argmax(1)).double().mean(),
+            "keep_ratio_greedy": kept[-1].double().mean(),
+        }
+        return loss, metrics
+
+
+def decide_up_to(model: ReducedVisionTransformer, last: int | None) -> Decide:
+    """The model's threshold up to group ``last``, nothing dropped after it; ``None`` drops nothing at all."""
+    greedy = by_threshold(model.threshold)
+    return lambda scores, alive, group: (keep_all if last is None or group > last else greedy)(scores, alive, group)

@@ -1,0 +1,91 @@
+"""Where the numbers of a run go: a JSON-lines file, TensorBoard, and a progress bar for people."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+SHOWN = ("loss", "reward", "reward_greedy", "keep_ratio_sampled", "keep_ratio_greedy", "top1", "top1_greedy")
+
+
+class RunLog:
+    """Writes ``metrics.jsonl`` and TensorBoard events under ``directory``, and shows a progress bar.
+
+    Args:
+        directory: the run's folder.
+        total_steps: lines of later steps, left by a run that was killed after its last checkpoint, are dropped.
+        main: whether this process is the one that writes and shows.
+    """
+
+    def __init__(self, directory: Path, total_steps: int, main: bool) -> None:
+        self.main = main
+        if not main:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        path = directory / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["total_steps"] <= total_steps]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(kept))
+        os.replace(temporary, path)
+        self.file = path.open("a", buffering=1)
+        self.tensorboard = SummaryWriter(str(directory / "tensorboard"), purge_step=total_steps + 1)
+        self.console = Console(stderr=True)
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total}"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[shown]}"),
+            console=self.console,
+        )
+        self.progress.start()
+        self.task = None
+
+    def start_stage(self, name: str, steps: int, done: int) -> None:
+        """Begin a progress bar of ``steps``, of which ``done`` are done."""
+        if self.main:
+            if self.task is not None:
+                self.progress.remove_task(self.task)
+            self.task = self.progress.add_task(name, total=steps, completed=done, shown="")
+
+    def step(self, stage: str, epoch: int, step: int, total_steps: int, metrics: dict[str, float]) -> None:
+        """Record one optimiser step. Metrics are explained in docs/metrics.md."""
+        if not self.main:
+            return
+        self._write({"kind": "step", "stage": stage, "epoch": epoch, "step": step, "total_steps": total_steps, **metrics})
+        for name, value in metrics.items():
+            self.tensorboard.add_scalar(f"{stage.split()[0]}/{name}", value, total_steps)
+        shown = " ".join(f"{name} {metrics[name]:.3f}" for name in SHOWN if name in metrics)
+        self.progress.update(self.task, completed=step, shown=shown)
+
+    def evaluation(self, stage: str, total_steps: int, metrics: dict[str, Any]) -> None:
+        """Record one evaluation on held-out images, and print it."""
+        if not self.main:
+            return
+        self._write({"kind": "evaluation", "stage": stage, "total_steps": total_steps, **metrics})
+        for name, value in metrics.items():
+            if isinstance(value, (int, float)):
+                self.tensorboard.add_scalar(f"evaluation/{name}", value, total_steps)
+        self.say(f"{stage}: " + "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items()))
+
+    def say(self, line: str) -> None:
+        """One line for people, above the progress bar."""
+        if self.main:
+            self.console.print(line, highlight=False, markup=False)
+
+    def close(self) -> None:
+        """Flush and stop the progress bar."""
+        if self.main:
+            self.progress.stop()
+            self.file.close()
+            self.tensorboard.close()
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self.file.write(json.dumps(record) + "\n")
