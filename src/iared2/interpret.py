@@ -1,0 +1,179 @@
+"""`iared2 interpret`, the paper's tool: photos in, two pictures and a JSON file each out.
+
+A thin client of the predictor; what it owns is the command: its options, what it prints, and where the files go. Groups
+are counted from 1 here, as in the paper.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from .checkpoint import load
+from .errors import InputError
+from .explain.heatmap import colors
+from .photo import find_photos
+from .predictor import Interpretation, Predictor, usable_device
+
+_Number = TypeVar("_Number", int, float)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument(
+        "-p", "--photo", nargs="+", action="extend", required=True, help="images, folders of images, or quoted globs"
+    )
+    parser.add_argument(
+        "-o", "--output", required=True, help="folder for the results; of several photos, one each in it"
+    )
+    parser.add_argument(
+        "-c", "--checkpoint", help="a model of your own, or the authors' ckpt.pth; else the one in the box"
+    )
+    parser.add_argument(
+        "-t", "--threshold", nargs="+", metavar="T", help="keep patches that score above T: one number, or one a group"
+    )
+    parser.add_argument("-g", "--group", help="whose scores make the heat map, from 1 (default: 2)")
+    parser.add_argument("--colormap", default="jet", help="any of matplotlib's (default: %(default)s)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda if there is one)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """The command, its arguments parsed. Returns the exit status."""
+    return interpret(
+        args.photo,
+        args.output,
+        checkpoint=args.checkpoint,
+        threshold=None if args.threshold is None else [_number(text, float, "threshold") for text in args.threshold],
+        group=None if args.group is None else _number(args.group, int, "group"),
+        colormap=args.colormap,
+        device=args.device,
+    )
+
+
+def interpret(
+    patterns: Sequence[str | Path],
+    output: str | Path,
+    *,
+    checkpoint: str | Path | None = None,
+    threshold: float | Sequence[float] | None = None,
+    group: int | None = None,
+    colormap: str = "jet",
+    device: str | None = None,
+) -> int:
+    """Interpret photos, write the results, print a few lines each.
+
+    Args:
+        patterns: files, folders, globs. The results of a single file go to `output` itself, of anything else to a
+            folder each in it, named after the photo.
+        output: made if it is not there. Other files in it stay.
+        checkpoint: for `iared2.load`.
+        threshold: one number or one a group; the model's own if None.
+        group: whose scores make the heat map, from 1; the second if None.
+        colormap: any of matplotlib's.
+        device: for torch; `cuda` if there is one, else `cpu`, if None.
+
+    Returns:
+        0, or 1 if some photos could not be read; each is named on stderr, and the others are done.
+
+    Raises:
+        InputError: an argument is wrong, found before any work; or the only photo cannot be read.
+    """
+    output = Path(output)
+    photos = find_photos(patterns)
+    _check_writable(output)
+    colors(colormap)
+    torch_device = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    thresholds = [threshold] if isinstance(threshold, (int, float)) else list(threshold or ())
+    if not all(map(math.isfinite, thresholds)):
+        raise InputError(f"threshold {thresholds} is not a finite number; give one between 0 and 1, such as 0.5")
+
+    model = load(checkpoint)
+    if len(thresholds) not in (0, 1, model.num_groups):
+        raise InputError(f"{len(thresholds)} thresholds for {model.num_groups} groups; give one number, or one a group")
+    if thresholds:
+        model.threshold = thresholds * (model.num_groups // len(thresholds))
+    if group is not None and not 1 <= group <= model.num_groups:
+        raise InputError(f"there is no group {group}; the model has groups 1 to {model.num_groups}")
+    predictor = Predictor(model, torch_device, checkpoint)
+
+    def process(photo: Path, folder: Path) -> None:
+        result = predictor(photo)
+        result.save(folder, None if group is None else group - 1, colormap)
+        print(summary(result, folder))
+
+    if photos == list(map(Path, patterns)) and len(photos) == 1:  # a file, not a folder or glob of one
+        process(photos[0], output)
+        return 0
+    failed = 0
+    console = Console(stderr=True)
+    # Lines for stdout go through the bar only where both are the same screen, and there is no bar in a log file.
+    with Progress(console=console, disable=not console.is_terminal, redirect_stdout=sys.stdout.isatty()) as progress:
+        for photo, name in progress.track(list(zip(photos, folder_names(photos), strict=True)), description="photos"):
+            try:
+                process(photo, output / name)
+            except InputError as error:
+                failed += 1
+                print(f"error: {error}", file=sys.stderr)
+    if failed:
+        print(f"error: {failed} of {len(photos)} photos failed", file=sys.stderr)
+    return int(failed > 0)
+
+
+def summary(result: Interpretation, folder: Path) -> str:
+    """What is worth reading at once, in five lines."""
+    best = ", ".join(f"{name} {100 * p:.1f} %" for name, p in result.top5[:1]) or "no classes"
+    kept = " > ".join(f"{ratio:.2f}" for ratio in (1, *result.keep_ratio))
+    unit, letter = (1e9, "G") if result.dense_macs >= 1e9 else (1e6, "M")
+    change = 100 * (result.macs / result.dense_macs - 1)
+    return (
+        f"{result.file}: {best}\n"
+        f"  patches        {kept} of {result.kept.shape[1]}\n"
+        f"  multiply-adds  {result.macs / unit:.2f} of {result.dense_macs / unit:.2f} {letter} ({change:+.1f} %)\n"
+        f"  forward pass   {result.milliseconds:.1f} ms\n"
+        f"  results        {folder}"
+    )
+
+
+def folder_names(photos: Sequence[Path]) -> list[str]:
+    """A folder name for each photo: its stem; where two photos share it, the file's name; then numbered."""
+    stems = Counter(photo.stem.casefold() for photo in photos)  # some file systems do not tell A from a
+    names: list[str] = []
+    taken: set[str] = set()
+    for photo in photos:
+        unique = stems[photo.stem.casefold()] == 1 and photo.stem.strip(".")  # a file `...png` has the stem `..`
+        name = base = photo.stem if unique else photo.name
+        number = 1
+        while name.casefold() in taken:
+            number += 1
+            name = f"{base}-{number}"
+        taken.add(name.casefold())
+        names.append(name)
+    return names
+
+
+def _check_writable(output: Path) -> None:
+    """By writing, since permissions do not tell all; `output` itself is made only once there is something to put in."""
+    try:
+        ancestor = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
+        if not ancestor.is_dir():
+            raise InputError(f"{output}: {ancestor} is a file, not a folder; choose another output")
+        tempfile.TemporaryFile(dir=ancestor).close()
+    except OSError as error:
+        raise InputError(f"{output}: cannot be written ({error.strerror}); choose another output") from None
+
+
+def _number(text: str, kind: type[_Number], option: str) -> _Number:
+    try:
+        return kind(text)
+    except ValueError:
+        raise InputError(f"--{option} {text}: not a number") from None

@@ -1,0 +1,43 @@
+"""What many tests need: tiny models of every covered family, and few threads so that workers do not fight."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+TINY = {"img_size": (48, 32), "patch_size": 8, "embed_dim": 48, "num_heads": 3, "num_classes": 7}
+
+FAMILIES: dict[str, dict] = {
+    "deit_tiny_patch16_224": {"depth": 6},
+    "deit3_small_patch16_224": {"depth": 7},  # layer scale, depth that 3 does not divide
+    "deit_tiny_distilled_patch16_224": {"depth": 6},  # two prefix tokens, two heads
+    "vit_small_patch16_224.augreg_in1k": {"depth": 5},
+    "vit_base_patch16_clip_224.openai": {"depth": 6},  # pre-norm
+    "vit_small_patch14_dinov2": {"depth": 6},
+    "vit_small_patch14_reg4_dinov2": {"depth": 6},  # registers
+    "vit_giant_patch14_reg4_dinov2": {"depth": 3, "mlp_ratio": 4.0},  # gated MLP
+    "vit_base_patch16_siglip_224": {"depth": 6},  # no class token, attention pooling
+    "vit_medium_patch16_gap_256": {"depth": 6},  # average pooling, no class token
+    "vit_small_patch16_224": {"depth": 6, "qk_norm": True, "global_pool": "avg"},  # pools patches, has a class token
+}
+
+
+@pytest.fixture(params=FAMILIES.items(), ids=lambda item: item[0])
+def family(request: pytest.FixtureRequest) -> tuple[str, dict]:
+    """``(timm name, arguments)`` of a tiny model of each covered family."""
+    name, kwargs = request.param
+    return name, {**TINY, **kwargs}
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of real data sets named by IARED2_DATA; tests that need it say loudly that they were skipped."""
+    path = os.environ.get("IARED2_DATA")
+    if not path:
+        pytest.skip("real data: set IARED2_DATA to the folder that holds cifar10/ and tiny-imagenet-200/")
+    return Path(path)

@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import iared2
+
+
+def count(run):
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        run()
+    return counter.get_total_flops() / 2
+
+
+def test_equal_to_torchs_counter(family):
+    torch.manual_seed(0)
+    name, kwargs = family
+    model, x = iared2.from_timm(name, **kwargs).eval().requires_grad_(False), torch.randn(4, 3, 48, 32)
+    assert count(lambda: model.backbone(x)) == 4 * model.dense_macs
+    model.threshold = float(model.trace(x).scores[0].median())
+    out = model.trace(x)
+    assert out.kept.float().mean() < 0.9
+    assert count(lambda: model(x)) == out.macs.sum()
+
+
+@pytest.mark.parametrize(("name", "gmacs"), [("deit_small_patch16_224", 4.6), ("deit_base_patch16_224", 17.6)])
+def test_published_figures(name, gmacs):
+    with torch.device("meta"):
+        model = iared2.from_timm(name)
+    assert model.dense_macs / 1e9 == pytest.approx(gmacs, rel=0.01)
+    everything = torch.full((3, 1), 196)
+    interpreters = int(model.count_macs(everything)) - model.dense_macs
+    assert 0 < interpreters <= 0.001 * model.dense_macs

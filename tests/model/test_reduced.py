@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import timm
+import torch
+from oracle import masked_forward
+from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
+
+import iared2
+from iared2.model.decide import by_threshold
+
+
+def make(family, **kwargs):
+    torch.manual_seed(0)
+    name, timm_kwargs = family
+    model = iared2.from_timm(name, **{**timm_kwargs, **kwargs}).eval()
+    for interpreter in model.interpreters:  # sharper than at birth, so that decisions are not all within rounding of 0.5
+        interpreter.query.weight.data *= 8
+        interpreter.key.weight.data *= 8
+    return model
+
+
+def images(batch=5):
+    return torch.randn(batch, 3, 48, 32, generator=torch.Generator().manual_seed(1))
+
+
+def ragged(keep_nothing_in: int = 2):
+    """A decision that leaves every image another number of patches, and one image none."""
+
+    def decide(scores, alive, group):
+        draws = torch.rand(scores.shape, generator=torch.Generator().manual_seed(group))
+        share = torch.linspace(0.2, 0.95, len(scores))[:, None]
+        keep = alive & (draws < share)
+        keep[keep_nothing_in] = False
+        return keep
+
+    return decide
+
+
+def test_threshold_0_gives_the_backbones_own_logits(family):
+    model = make(family)
+    model.threshold = 0
+    with torch.no_grad():
+        torch.testing.assert_close(model(images()), model.backbone(images()), rtol=0, atol=1e-4)
+
+
+def test_packed_equals_masked_oracle_and_each_image_alone(family):
+    model, x = make(family), images()
+    with torch.no_grad():
+        out = model.trace(x, ragged())
+        logits, scores, kept = masked_forward(model, x, ragged())
+    assert torch.equal(out.kept, kept)
+    assert len(set(kept[0].sum(1).tolist())) > 2, "the batch should be ragged"
+    torch.testing.assert_close(out.scores, scores, rtol=0, atol=1e-5)
+    atol = 1e-4 * max(1, logits.abs().max().item())
+    torch.testing.assert_close(out.logits, logits, rtol=0, atol=atol)
+    for b in range(len(x)):
+        with torch.no_grad():
+            alone = model.trace(x[b : b + 1], lambda scores, alive, group, b=b: kept[group, b : b + 1] & alive)
+        assert torch.equal(alone.kept[:, 0], kept[:, b])
+        torch.testing.assert_close(alone.logits[0], out.logits[b], rtol=0, atol=atol)
+        assert alone.macs[0] == out.macs[b]
+
+
+def test_threshold_decides_the_same_packed_masked_and_alone(family):
+    model, x = make(family), images()
+    with torch.no_grad():
+        model.threshold = [float(make(family).trace(x).scores[0].median()), 0.5, 0.5]
+        out = model.trace(x)
+        logits, scores, kept = masked_forward(model, x, by_threshold(model.threshold))
+    thresholds = torch.tensor(model.threshold)[:, None, None]
+    unclear = (scores - thresholds).abs() < 1e-5
+    assert (out.kept == kept)[~unclear].all()
+    assert 0 < out.kept[0].float().mean() < 1
+    if torch.equal(out.kept, kept):
+        torch.testing.assert_close(out.logits, logits, rtol=0, atol=1e-4 * max(1, logits.abs().max().item()))
+    assert ((out.scores > 0) == torch.cat([torch.ones_like(kept[:1]), kept[:-1]])).all()
+
+
+def test_gradients_equal_the_oracles(family):
+    model, x = make(family).double(), images().double()
+    target = torch.arange(5) % 7
+
+    def gradients(logits):
+        model.zero_grad()
+        torch.nn.functional.cross_entropy(logits, target).backward()
+        return {n: p.grad.clone() for n, p in model.backbone.named_parameters() if p.grad is not None}
+
+    packed = gradients(model.trace(x, ragged()).logits)
+    masked = gradients(masked_forward(model, x, ragged())[0])
+    assert packed.keys() == masked.keys()
+    assert "patch_embed.proj.weight" in packed
+    noise = 1e-7 * max(g.norm() for g in masked.values())  # a key's bias has gradient 0 by the symmetry of softmax
+    for name, g in masked.items():
+        assert (g - packed[name]).norm() <= 1e-8 * max(g.norm(), noise), name
+
+
+def test_threshold_1_keeps_nothing_or_the_best_patch():
+    token = make(("deit_tiny_patch16_224", {"img_size": 32, "patch_size": 8, "embed_dim": 48, "num_heads": 3}))
+    pooled = make(("vit_small_patch16_224", {"img_size": 32, "patch_size": 8, "embed_dim": 48, "num_heads": 3, "global_pool": "avg"}))
+    x = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        for model, left in ((token, 0), (pooled, 1)):
+            model.threshold = 1
+            out = model.trace(x)
+            assert (out.kept.sum(-1) == left).all()
+            assert out.logits.isfinite().all()
+    best = out.scores[0].argmax(-1)
+    assert out.kept[0].gather(1, best[:, None]).all()
+
+
+def test_groups_of_uneven_depth_and_refusals():
+    model = make(("vit_tiny_patch16_224", {"depth": 8, "img_size": 32, "embed_dim": 48, "num_heads": 3}), groups=3)
+    assert [len(g) for g in model.groups] == [3, 3, 2]
+    small = {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 3}
+    for module, why in (
+        (timm.create_model("resnet18"), "not a timm VisionTransformer"),
+        (timm.create_model("swin_tiny_patch4_window7_224"), "not a timm VisionTransformer"),
+        (VisionTransformer(block_fn=ParallelScalingBlock, **small), "ParallelScalingBlock"),
+        (VisionTransformer(patch_drop_rate=0.5, **small), "patch_drop_rate"),
+        (VisionTransformer(global_pool="", **small), "global_pool"),
+    ):
+        with pytest.raises(iared2.InputError, match=why):
+            iared2.from_timm(module, groups=2)
+    with pytest.raises(iared2.InputError, match="groups=9"):
+        iared2.from_timm("vit_tiny_patch16_224", groups=9, depth=6)
+    with pytest.raises(iared2.InputError, match="no model"):
+        iared2.from_timm("deit_smal_patch16_224")
+    with pytest.raises(ValueError, match="2 numbers"):
+        model.threshold = [0.5, 0.5]
+        model(torch.zeros(1, 3, 32, 32))
+
+
+def test_fresh_interpreters_give_distinct_scores(family):
+    torch.manual_seed(0)
+    name, kwargs = family
+    with torch.no_grad():
+        scores = iared2.from_timm(name, **kwargs).eval().trace(images(), lambda s, alive, g: alive).scores
+    assert ((scores > 0) & (scores < 1)).all()
+    # a tie by rounding is possible (float32 has some 10,000 values in such a range), a constant score is not
+    assert min(len(row.unique()) for row in scores.flatten(0, 1)) >= 0.9 * scores.shape[-1]
+
+
+def test_behaves_like_a_timm_model(family, tmp_path):
+    model, x = make(family), images()
+    with torch.no_grad():
+        logits = model(x)
+        torch.testing.assert_close(model.forward_head(model.forward_features(x)), logits, rtol=0, atol=1e-5)
+        torch.testing.assert_close(copy.deepcopy(model)(x), logits)
+        twin = iared2.from_timm(family[0], **family[1]).eval()
+        twin.load_state_dict(model.state_dict())
+        torch.testing.assert_close(twin(x), logits)
+        timm_model = timm.create_model(family[0], **family[1])
+        model.backbone.load_state_dict(timm_model.state_dict())  # timm's weights, no renaming
+        half = copy.deepcopy(model).bfloat16()
+        assert half(x.bfloat16()).isfinite().all()
+        assert half.trace(x.bfloat16()).scores.dtype == torch.float32
+        with torch.autocast("cpu", torch.bfloat16):
+            assert model.trace(x).scores.dtype == torch.float32
+    model.reset_classifier(4)
+    assert model(x).shape == (5, 4)
+    assert model.num_classes == 4
+    model.reset_classifier(0)
+    assert model(x).shape == (5, model.num_features)
+    assert model.pretrained_cfg["input_size"] == (3, 48, 32)
+
+
+def test_grad_checkpointing_changes_no_gradient():
+    model = make(("deit_tiny_patch16_224", {"img_size": (48, 32), "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}))
+    grads = []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        model.trace(images(), ragged()).logits.square().sum().backward()
+        grads.append(model.backbone.blocks[0].attn.qkv.weight.grad.clone())
+    torch.testing.assert_close(grads[0], grads[1])
+
+
+def test_stochastic_depth_drops_whole_images():
+    model = make(("deit_tiny_patch16_224", {"img_size": (48, 32), "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}), drop_path_rate=0.9)
+    packed = model.embed(images(16), keys=torch.arange(16) * 7919).select(ragged()(torch.rand(16, 24), torch.ones(16, 24) > 0, 0))
+    model.train()
+    from iared2.model.backbone import drop_images
+
+    out = packed.to_dense(drop_images(model.backbone.blocks[2].drop_path1, torch.ones_like(packed.x), packed, 4))
+    alive = packed.to_dense(torch.ones(len(packed.x)))
+    for image, here in zip(out[..., 0], alive, strict=True):
+        values = image[here > 0].unique()
+        assert len(values) == 1
+        assert values[0] == 0 or values[0] == pytest.approx(1 / (1 - 0.9), rel=1e-4)
+    dropped = (out[:, 0, 0] == 0).sum()
+    assert 8 < dropped < 16
+    again = packed.to_dense(drop_images(model.backbone.blocks[2].drop_path1, torch.ones_like(packed.x), packed, 4))
+    assert torch.equal(out, again), "the draw is a function of the key"
