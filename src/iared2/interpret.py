@@ -23,7 +23,7 @@ from .checkpoint import load
 from .errors import InputError
 from .explain.heatmap import colors
 from .photo import find_photos
-from .predictor import Interpretation, Predictor, usable_device
+from .predictor import RESULT_FILES, Interpretation, Predictor, usable_device
 
 _Number = TypeVar("_Number", int, float)
 
@@ -140,7 +140,7 @@ def summary(result: Interpretation, folder: Path) -> str:
         f"  patches        {kept} of {result.kept.shape[1]}\n"
         f"  multiply-adds  {result.macs / unit:.2f} of {result.dense_macs / unit:.2f} {letter} ({change:+.1f} %)\n"
         f"  forward pass   {result.milliseconds:.1f} ms\n"
-        f"  results        {folder}"
+        f"  results        {', '.join(str(folder / name) for name in RESULT_FILES)}"
     )
 
 

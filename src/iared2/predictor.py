@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
-from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset
+from PIL import Image, ImageOps
+from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_data_config
 
 from .errors import InputError
 from .explain import figures
@@ -23,6 +23,8 @@ from .explain.heatmap import clamp_below, heatmap, overlay
 from .model.decide import threshold_of_group
 from .model.reduced import Output, ReducedVisionTransformer
 from .photo import read_photo, to_rgb
+
+RESULT_FILES = "interpret-result.png", "hierarchy.png", "result.json"
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,19 +110,20 @@ class Interpretation:
         Each file appears whole or not at all, `result.json` last. Raises `InputError` if the folder cannot be written.
         """
         folder = Path(folder)
-        pictures = {"interpret-result.png": self.figure(group, colormap), "hierarchy.png": self.hierarchy()}
+        figure, hierarchy = self.figure(group, colormap), self.hierarchy()
+        text = json.dumps(self.to_dict()) + "\n"
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=".iared2-", dir=folder) as temporary:
-                for name, picture in pictures.items():
-                    picture.save(Path(temporary, name))
-                Path(temporary, "result.json").write_text(json.dumps(self.to_dict()) + "\n", encoding="utf-8")
-                for name in (*pictures, "result.json"):
-                    os.replace(Path(temporary, name), folder / name)
+                files = [Path(temporary, name) for name in RESULT_FILES]
+                figure.save(files[0])
+                hierarchy.save(files[1])
+                files[2].write_text(text, encoding="utf-8")
+                for file in files:
+                    os.replace(file, folder / file.name)
         except OSError as error:
-            raise InputError(
-                f"{folder}: cannot be written ({error.strerror or error}); choose another output"
-            ) from None
+            reason = error.strerror or error
+            raise InputError(f"{folder}: cannot be written ({reason}); choose another output") from None
 
 
 class Predictor:
@@ -149,14 +152,8 @@ class Predictor:
             "input_size": [height, width],
             "checkpoint": None if checkpoint is None else str(checkpoint),
         }
-        self._transform = create_transform(
-            cfg["input_size"],
-            interpolation=cfg.get("interpolation", "bicubic"),
-            mean=cfg["mean"],
-            std=cfg["std"],
-            crop_pct=1.0,
-            crop_mode="squash",  # the whole photo, so that the map covers it
-        )
+        whole = {"crop_pct": 1.0, "crop_mode": "squash"}  # the whole photo, so that the map covers it
+        self._transform = create_transform(**resolve_data_config(pretrained_cfg=cfg) | whole)
         self._warm = False
 
     def __call__(self, photo: str | Path | Image.Image | np.ndarray) -> Interpretation:
@@ -235,7 +232,7 @@ def _as_image(photo: str | Path | Image.Image | np.ndarray) -> Image.Image:
     if isinstance(photo, (str, Path)):
         return read_photo(photo)
     if isinstance(photo, Image.Image):
-        return to_rgb(photo)
+        return to_rgb(ImageOps.exif_transpose(photo))
     if photo.dtype != np.uint8 or photo.ndim != 3 or photo.shape[2] != 3 or not photo.size:
         raise InputError(f"a photo as an array is (H, W, 3) uint8 RGB, not {photo.shape} {photo.dtype}")
     return Image.fromarray(photo)

@@ -1,0 +1,80 @@
+"""The command line: ``iared2 train | evaluate | interpret``. Thin: it reads arguments and prints results."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import interpret
+from .errors import InputError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; 0 if all went well. What a person got wrong is one line on stderr and status 1."""
+    parser = argparse.ArgumentParser(prog="iared2", description=__import__("iared2").__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser("interpret", help="show which patches of a photo the model keeps")
+    interpret.add_arguments(command)
+    command.set_defaults(run=interpret.run)
+
+    command = commands.add_parser("train", help="train a model by Algorithm 1; a killed run goes on where it was")
+    command.add_argument("recipe", help="TOML file, see recipes/")
+    command.add_argument("--data", help="folder of class folders, folder of parquet files, or hf:NAME")
+    command.add_argument("-o", "--output", required=True, help="folder of the run: checkpoints, logs, result")
+    command.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting, e.g. finetune.epochs=2"
+    )
+    command.set_defaults(run=_train)
+
+    command = commands.add_parser("evaluate", help="top-1, patches kept, multiply-adds and speed on labelled images")
+    command.add_argument("checkpoint", help="file of model.save(), folder of a run, or 'box' for the model in the box")
+    command.add_argument("data", help="folder of class folders, folder of parquet files, or hf:NAME")
+    command.add_argument("--split", default="validation", help="split to evaluate on (default: validation, or test)")
+    command.add_argument("--threshold", type=float, nargs="+", help="one number, or one for each group")
+    command.add_argument("--batch-size", type=int, default=64)
+    command.add_argument("--workers", type=int, default=2)
+    command.add_argument("--device", default="cpu")
+    command.add_argument("--limit", type=int, help="only so many images")
+    command.add_argument("--json", help="write the figures to this file too")
+    command.set_defaults(run=_evaluate)
+
+    arguments = parser.parse_args(argv)
+    logging.getLogger("timm").setLevel(logging.ERROR)
+    try:
+        return arguments.run(arguments)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from .data import require
+
+    require("accelerate", "datasets", "tensorboard")
+    from .train.curriculum import train
+    from .train.recipe import read_recipe
+
+    settings = list(arguments.set)
+    if arguments.data:
+        settings.append(f"data.path={json.dumps(arguments.data)}")
+    train(read_recipe(arguments.recipe, settings), Path(arguments.output))
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from .evaluate import evaluate_path
+
+    evaluate_path(arguments)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+import iared2
+from iared2 import keyed
+from iared2.model.decide import by_sampling, keep_all
+from iared2.train.finetune import FinetuneStage
+from iared2.train.policy_gradient import PolicyGradientStage, policy_gradient_loss
+from iared2.train.reward import RewardConfig, reward
+
+N = 8
+LABEL = 1
+
+
+@pytest.fixture(scope="module")
+def enumerated():
+    """A float64 model on an image of 8 patches, and the reward of each of the 256 decisions at group 1."""
+    torch.manual_seed(3)
+    model = iared2.from_timm(
+        "deit_tiny_patch16_224", img_size=(8, 16), patch_size=4, embed_dim=32, depth=3, num_heads=2, num_classes=3
+    ).double().eval()
+    for p in model.backbone.parameters():
+        p.data *= 4  # so that the prediction depends on what is kept
+    image = torch.randn(1, 3, 8, 16, dtype=torch.float64)
+    every_u = torch.tensor(list(itertools.product([False, True], repeat=N)))  # (256, 8)
+    with torch.no_grad():
+        packed, _, _ = model.reduce(model.run_blocks(model.embed(image).select(every_u), 0), range(1, 3), keep_all)
+        correct = model.head(packed).argmax(1) == LABEL
+    assert 20 < correct.sum() < 236, "both outcomes must occur"
+    return model, image, every_u, reward(every_u.sum(1), N, correct, RewardConfig(tau=0.7))
+
+
+def log_prob(scores, u):
+    return torch.where(u, scores, 1 - scores).log().sum(-1)
+
+
+def exact_gradient(scores, every_u, rewards):
+    scores = scores.detach().requires_grad_()
+    (log_prob(scores, every_u).exp() * rewards).sum().backward()
+    return scores.grad
+
+
+def greedy_reward(scores, every_u, rewards):
+    return rewards[(every_u == (scores > 0.5)).all(1)].item()
+
+
+def test_estimate_summed_over_every_decision_is_the_exact_gradient(enumerated):
+    model, image, every_u, rewards = enumerated
+    scores = model.score(model.embed(image), 0)
+    parameters = list(model.interpreters[0].parameters())
+    pi = log_prob(scores, every_u).exp()
+    exact = torch.autograd.grad((pi * rewards).sum(), parameters, retain_graph=True)
+    advantage = rewards - greedy_reward(scores, every_u, rewards)
+    # policy_gradient_loss averages over images: weight each of the 256 by 256·π(u)
+    weighted = 256 * pi.detach() * advantage
+    loss = policy_gradient_loss(scores.expand(256, N), every_u, torch.ones_like(every_u), weighted)
+    estimate = torch.autograd.grad(-loss, parameters)
+    assert max(g.abs().max() for g in exact) > 1e-4
+    for g, e in zip(exact, estimate, strict=True):
+        torch.testing.assert_close(e, g, rtol=0, atol=1e-10)
+
+
+def test_sampled_estimate_is_within_4_standard_errors(enumerated):
+    model, image, every_u, rewards = enumerated
+    scores = model.score(model.embed(image), 0).detach()
+    samples = 20_000
+    keys = keyed.sample_keys(0, 0, torch.arange(samples))
+    many = scores.expand(samples, N).clone().requires_grad_()
+    alive = torch.ones(samples, N, dtype=torch.bool)
+    u = by_sampling(keys)(many.detach(), alive, 0)
+    index = (u.long() * 2 ** torch.arange(N - 1, -1, -1)).sum(1)  # the order of itertools.product
+    advantage = rewards[index] - greedy_reward(scores, every_u, rewards)
+    policy_gradient_loss(many, u, alive, advantage).backward()
+    each = -many.grad * samples  # (samples, N)
+    error = (each.mean(0) - exact_gradient(scores, every_u, rewards)[0]).abs()
+    standard_error = each.std(0) / samples**0.5
+    assert (error <= 4 * standard_error).all(), error / standard_error
+    assert (standard_error > 0).all()
+
+
+def test_stage_computes_the_same_estimate_in_one_packed_batch(enumerated):
+    model, image, every_u, rewards = enumerated
+    batch = 32
+    keys = keyed.sample_keys(1, 0, torch.arange(batch))
+    stage = PolicyGradientStage(model, 0, RewardConfig(tau=0.7)).train()
+    loss, metrics = stage(image.expand(batch, -1, -1, -1), torch.full((batch,), LABEL), keys)
+    got = torch.autograd.grad(loss, list(model.interpreters[0].parameters()))
+
+    scores = model.score(model.embed(image), 0)
+    alive = torch.ones(batch, N, dtype=torch.bool)
+    u = by_sampling(keys)(scores.expand(batch, N), alive, 0)
+    index = (u.long() * 2 ** torch.arange(N - 1, -1, -1)).sum(1)
+    advantage = rewards[index] - greedy_reward(scores, every_u, rewards)
+    want_loss = policy_gradient_loss(scores.expand(batch, N), u, alive, advantage)
+    want = torch.autograd.grad(want_loss, list(model.interpreters[0].parameters()))
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-9, atol=1e-12)
+    assert metrics["reward"] == pytest.approx(rewards[index].mean().item())
+    assert metrics["keep_ratio_sampled"] == pytest.approx(u.double().mean().item())
+    assert all(p.grad is None for p in model.backbone.parameters()), "no gradient goes through the backbone"
+
+
+def test_dead_patches_are_not_decided_on():
+    scores = torch.rand(2, 4, requires_grad=True)
+    alive = torch.tensor([[True, False, True, True]] * 2)
+    policy_gradient_loss(scores, torch.zeros(2, 4, dtype=torch.bool), alive, torch.ones(2)).backward()
+    assert (scores.grad[:, 1] == 0).all()
+    assert (scores.grad[:, 0] != 0).all()
+
+
+def xor_images(n, seed):
+    """(n, 3, 16, 16) of 16 patches; the class is the exclusive-or of the signs of patches 5 and 10."""
+    generator = torch.Generator().manual_seed(seed)
+    patches = 0.5 * torch.randn(n, 16, 3, 4, 4, generator=generator)
+    bits = torch.randint(0, 2, (n, 2), generator=generator)
+    patches[:, [5, 10]] += (2 * bits - 1)[:, :, None, None, None].float()
+    images = patches.unflatten(1, (4, 4)).permute(0, 3, 1, 4, 2, 5).reshape(n, 3, 16, 16)
+    return images, bits.sum(1) % 2
+
+
+def test_policy_stage_finds_the_two_patches_that_matter():
+    torch.manual_seed(0)
+    model = iared2.from_timm(
+        "deit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=32, depth=3, num_heads=2, num_classes=2
+    )
+    with torch.no_grad():  # a stronger signal from the start, so that exclusive-or is learned in seconds
+        model.backbone.patch_embed.proj.weight *= 3
+        model.backbone.cls_token.normal_(std=0.5)
+        model.backbone.pos_embed.normal_(std=0.5)  # a score sees one patch: where it is must show in it
+
+    def steps(stage, n, lr):
+        optimizer = torch.optim.Adam([p for p in stage.parameters() if p.requires_grad], lr)
+        stage.train()
+        for step in range(n):
+            images, labels = xor_images(128, seed=step + 1)
+            loss, _ = stage(images, labels, keyed.sample_keys(0, step, torch.arange(128)))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    def accuracy(decide=None):
+        model.eval()
+        with torch.no_grad():
+            out = model.trace(test_images, decide)
+        return (out.logits.argmax(1) == test_labels).float().mean().item(), out.kept[0].float().mean(0)
+
+    test_images, test_labels = xor_images(512, seed=10**6)
+    steps(FinetuneStage(model, None, 2), 150, 3e-3)
+    dense, _ = accuracy(keep_all)
+    assert dense > 0.95
+    steps(PolicyGradientStage(model, 0, RewardConfig(tau=1.0)), 200, 5e-3)
+    only_first = lambda scores, alive, group: alive & (scores > 0.5) if group == 0 else alive  # noqa: E731
+    reduced, kept = accuracy(only_first)
+    assert kept[[5, 10]].min() > 0.95
+    assert kept[[i for i in range(16) if i not in (5, 10)]].mean() <= 0.3
+    assert reduced >= dense - 0.01
