@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import skimage.data
@@ -35,15 +37,20 @@ def test_result_keeps_the_photos_resolution(size: tuple[int, int]) -> None:
 def test_result_has_a_labelled_colour_bar(size: tuple[int, int]) -> None:
     photo = photo_of(size)
     strip = np.asarray(result_figure(photo, np.zeros(size[::-1], np.float32), "viridis"))[:, size[0] :].astype(int)
-    bar = [x for x in range(strip.shape[1]) if np.abs(strip[0, x] - colors("viridis")[-1]).max() <= 2]
+    bar = [x for x in range(strip.shape[1]) if np.abs(strip[0, x] - colors("viridis")[-1]).max() <= 12]
     assert len(bar) >= 12
-    assert np.abs(strip[-1, bar] - colors("viridis")[0]).max() <= 2  # high above, low below
+    assert np.abs(strip[-1, bar] - colors("viridis")[0]).max() <= 12  # high above, low below
     labels = strip[:, bar[-1] + 1 :]
     middle = len(labels) // 2
     for half in (labels[:middle], labels[middle:]):
         assert half.min() < 100  # ink
         assert (half[:, [0, -1]] == 255).all()  # with a margin around
     assert strip.shape[0] >= 60
+
+
+def borders(side: int, patches: int, index: int) -> slice:
+    """The pixels whose centres lie in a patch."""
+    return slice(*(math.ceil(side * i / patches - 0.5) for i in (index, index + 1)))
 
 
 KEPT = np.array([[1, 1, 1, 1, 1, 0], [0, 1, 1, 0, 1, 0], [0, 0, 0, 0, 0, 0]], dtype=bool)
@@ -62,8 +69,7 @@ def test_exactly_the_dropped_patches_are_blank(size: tuple[int, int], panel: tup
     box[: height // 6 + 20, : width // 5 + 20] = True  # the ratio is here, within the first patch
     for group, kept in zip(groups, KEPT, strict=True):
         for n, keep in enumerate(kept):
-            rows = slice(round(height * (n // 3) / 2), round(height * (n // 3 + 1) / 2))
-            columns = slice(round(width * (n % 3) / 3), round(width * (n % 3 + 1) / 3))
+            rows, columns = borders(height, 2, n // 3), borders(width, 3, n % 3)
             shown = group[rows, columns][~box[rows, columns]]
             expected = first[rows, columns][~box[rows, columns]] if keep else BLANK
             assert (shown == expected).all(), f"patch {n}"
@@ -72,17 +78,11 @@ def test_exactly_the_dropped_patches_are_blank(size: tuple[int, int], panel: tup
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("color", ["white", "black", (32, 32, 32)])
 def test_the_ratio_is_in_the_upper_left_corner(size: tuple[int, int], color: str | tuple[int, int, int]) -> None:
-    photo = Image.new("RGB", size, color)
-    corners = []
-    for kept in (np.ones((2, 6), dtype=bool), np.arange(12).reshape(2, 6) < 9):
-        figure = np.asarray(hierarchy_figure(photo, kept, (2, 3)))
-        pitch = (figure.shape[1] + 8) // 3
-        corners.append(figure[:30, pitch : pitch + 70])
-    ones, halves = (corner.astype(int) for corner in corners)
-    assert np.abs(ones - halves)[4:24, 4:60].max() == 0  # the first group keeps all in both: 1.00
-    for corner in corners:
-        assert (corner[2:24, 2:60] == 255).all(-1).any()  # white letters
-        assert (corner[2:24, 2:60] == 32).all(-1).any()  # on a dark box
+    """White letters on a dark box, whatever lies beneath."""
+    figure = np.asarray(hierarchy_figure(Image.new("RGB", size, color), np.ones((1, 6), dtype=bool), (2, 3)))
+    corner = figure[:24, figure.shape[1] // 2 + 8 :][:, :52]  # of the right one of two panels, clear of the gap
+    assert (corner == 255).all(-1).any()
+    assert (corner == 32).all(-1).any()
 
 
 def test_the_ratio_is_the_groups() -> None:

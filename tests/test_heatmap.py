@@ -66,6 +66,6 @@ def test_overlay_is_60_to_40() -> None:
 
 
 def test_colors() -> None:
-    assert colors("gray").tolist() == [[i, i, i] for i in range(256)]
+    assert np.abs(colors("gray").astype(int) - np.arange(256)[:, None]).max() <= 1
     with pytest.raises(InputError, match="unknown colour map 'rainbows'"):
         colors("rainbows")

@@ -56,12 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from .data import require
-
-    require("accelerate", "datasets", "tensorboard")
-    from .train.curriculum import train
-    from .train.recipe import read_recipe
-
+    try:
+        from .train.curriculum import train
+        from .train.recipe import read_recipe
+    except ModuleNotFoundError as error:
+        raise InputError(f"training needs the package {error.name}: pip install 'iared2[train]'") from None
     settings = list(arguments.set)
     if arguments.data:
         settings.append(f"data.path={json.dumps(arguments.data)}")

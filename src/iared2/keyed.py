@@ -1,34 +1,64 @@
-"""Random draws that are pure functions of their key: no state, so nothing to save, order or synchronise."""
+"""Random draws that are pure functions of their key: no generator state, no order of execution.
+
+A key is an int64; hashing is splitmix64 (Steele, Lea & Flood 2014), whose 64-bit arithmetic int64 tensors do modulo
+2^64. Everything is integer work until one exact conversion at the end, so that every device draws the same numbers.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-_M1, _M2, _M3 = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15  # splitmix64's constants, as int64
-
-
-def _mix(x: Tensor) -> Tensor:
-    x = x + _M1
-    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * _M2
-    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * _M3
-    return x ^ ((x >> 31) & 0x1FFFFFFFF)
+_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # as signed integers, which is what int64 tensors hold
+_MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
+_MIX_2 = 0x94D049BB133111EB - (1 << 64)
+_SITE_SEED, _SITE_ORDER = -1, -2  # callers' sites are not negative
 
 
 def sample_keys(seed: int, epoch: int, samples: Tensor) -> Tensor:
-    root = _mix(_mix(torch.tensor(seed, dtype=torch.int64)) + epoch).to(samples.device)
-    return _mix(root ^ _mix(samples))
+    """One key an image: ``samples (B,)`` int64, positions in the data set -> ``(B,)`` int64."""
+    key = _hash(torch.full_like(samples, seed))
+    key = _hash(key + epoch)
+    return _hash(key + samples)
 
 
 def uniform(keys: Tensor, site: int, n: int) -> Tensor:
-    at = _mix(keys + _mix(torch.tensor(site, dtype=torch.int64)).to(keys.device))
-    bits = _mix(at[:, None] + _mix(torch.arange(n, device=keys.device)))
-    return ((bits >> 40) & 0xFFFFFF).float() / (1 << 24)
+    """Uniform draws, one row an image.
 
+    Args:
+        keys: ``(B,)`` int64 of ``sample_keys``.
+        site: 0 or more, names the place of use; the same key draws other numbers at another site.
+        n: draws an image. The first ones are the same for any ``n``.
 
-def python_seed(seed: int, epoch: int, sample: int) -> int:
-    return int(sample_keys(seed, epoch, torch.tensor([sample]))[0]) & 0x7FFFFFFF
+    Returns:
+        ``(B, n)`` float32, multiples of 2^-24 in [0, 1).
+    """
+    counter = torch.arange(n, device=keys.device) * _GOLDEN
+    bits = _hash(_at(keys, site)[:, None] + counter)
+    return _shift(bits, 40).to(torch.float32) * 2.0**-24
 
 
 def permutation(seed: int, epoch: int, n: int) -> Tensor:
-    return torch.randperm(n, generator=torch.Generator().manual_seed(python_seed(seed, epoch, -1)))
+    """A shuffle of ``range(n)``, ``(n,)`` int64 on the CPU."""
+    return _at(sample_keys(seed, epoch, torch.arange(n)), _SITE_ORDER).argsort(stable=True)
+
+
+def python_seeds(keys: Tensor) -> list[int]:
+    """A seed in [0, 2^32) for each of ``keys (B,)``: what the generators of Python, numpy and torch all take."""
+    return _shift(_at(keys, _SITE_SEED), 32).tolist()
+
+
+def _at(keys: Tensor, site: int) -> Tensor:
+    return _hash(keys ^ _hash(torch.tensor(site)).item())
+
+
+def _hash(x: Tensor) -> Tensor:
+    x = x + _GOLDEN
+    x = (x ^ _shift(x, 30)) * _MIX_1
+    x = (x ^ _shift(x, 27)) * _MIX_2
+    return x ^ _shift(x, 31)
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """A logical right shift; torch's own copies the sign bit."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)

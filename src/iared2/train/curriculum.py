@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from .. import keyed
 from ..checkpoint import load_backbone_weights
-from ..data import Batch, Samples, eval_batches, eval_transform, open_samples, train_batches
+from ..data import Batch, Samples, eval_batches, eval_transform, open_samples, steps_per_epoch, train_batches
 from ..errors import InputError
 from ..evaluate import measure
 from ..model.reduced import ReducedVisionTransformer, from_timm
@@ -146,13 +146,13 @@ class Run:
         accelerator, config = self.accelerator, stage.config
         step_module = stage.module(self.model, self.recipe)
         optimizer = make_optimizer(self.model, stage)
-        steps_per_epoch = len(self.samples) // (config.batch_size * accelerator.num_processes)
-        total = round(config.epochs * steps_per_epoch)
+        epoch_steps = steps_per_epoch(self.samples, config.batch_size, accelerator.num_processes)
+        total = round(config.epochs * epoch_steps)
         scheduler = CosineLRScheduler(
             optimizer,
             t_initial=max(total, 1),
             lr_min=config.min_lr,
-            warmup_t=round(config.warmup_epochs * steps_per_epoch),
+            warmup_t=round(config.warmup_epochs * epoch_steps),
             warmup_lr_init=config.min_lr,
             warmup_prefix=False,
             t_in_epochs=False,
@@ -168,7 +168,7 @@ class Run:
         self.log.start_stage(stage.name, total, position.step)
         ddp.train()
         saved = clock = time.monotonic()
-        for epoch, step, batch in self.batches(index, config, position.step, total, steps_per_epoch):
+        for epoch, step, batch in self.batches(index, config, position.step, total, epoch_steps):
             scheduler.step_update(step)
             seed_step(self.recipe.seed, index, step, accelerator.process_index)
             metrics = self.optimize(ddp, optimizer, batch, targets, config, 1000 * index + epoch)
@@ -183,7 +183,7 @@ class Run:
             position = Position(index, step + 1, position.total_steps + 1, position.skipped + len(batch.skipped))
             self.log.step(stage.name, epoch, step + 1, position.total_steps, metrics)
 
-            end_of_epoch = (step + 1) % steps_per_epoch == 0 and step + 1 < total
+            end_of_epoch = (step + 1) % epoch_steps == 0 and step + 1 < total
             if end_of_epoch or now - saved > 60 * self.recipe.checkpoint_minutes:
                 self.save(position, optimizer, ema)
                 saved = time.monotonic()
@@ -200,20 +200,20 @@ class Run:
         return position
 
     def batches(
-        self, index: int, config: StageConfig, done: int, total: int, steps_per_epoch: int
+        self, index: int, config: StageConfig, done: int, total: int, epoch_steps: int
     ) -> Iterator[tuple[int, int, Batch]]:
         """``(epoch, step, batch)`` of the steps that are left."""
         accelerator = self.accelerator
         transform = train_transform(self.model, config.augment)
         step = done
-        for epoch in range(done // max(steps_per_epoch, 1), -(-total // max(steps_per_epoch, 1))):
+        for epoch in range(done // epoch_steps, -(-total // epoch_steps)):
             loader = train_batches(
                 self.samples,
                 transform,
                 seed=self.recipe.seed,
                 epoch=1000 * index + epoch,
                 batch_size=config.batch_size,
-                start_step=step - epoch * steps_per_epoch,
+                start_step=step - epoch * epoch_steps,
                 rank=accelerator.process_index,
                 world_size=accelerator.num_processes,
                 workers=self.recipe.data.workers,
@@ -345,7 +345,7 @@ def model_eval_transform(model: ReducedVisionTransformer) -> Any:
 
 def seed_step(seed: int, stage: int, step: int, rank: int) -> None:
     """Seed the generators that timm's mixup and torch's dropout draw from, so that a step does not depend on the past."""
-    number = keyed.python_seed(seed, 1000 * stage + rank, step) % 2**32
+    number = keyed.python_seeds(keyed.sample_keys(seed, 1000 * stage + rank, torch.tensor([step])))[0]
     torch.manual_seed(number)
     np.random.seed(number)
 
