@@ -46,7 +46,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def results(folder: str) -> set[str]:
     """The sub-folders of results; each complete, and nothing else beside them."""
-    folders = [path for path in Path(folder).iterdir()]
+    folders = list(Path(folder).iterdir())
     for path in folders:
         assert {p.name for p in path.iterdir()} == set(RESULT_FILES)
     return {path.name for path in folders}

@@ -3,6 +3,7 @@
 from .checkpoint import load
 from .errors import InputError
 from .model.reduced import Output, ReducedVisionTransformer, from_timm
+from .predictor import Interpretation, Predictor
 
 __version__ = "0.1.0"
-__all__ = ["InputError", "Output", "ReducedVisionTransformer", "from_timm", "load"]
+__all__ = ["InputError", "Interpretation", "Output", "Predictor", "ReducedVisionTransformer", "from_timm", "load"]

@@ -40,7 +40,7 @@ def load(path: Path | str | None = None) -> ReducedVisionTransformer:
 def _load_ours(path: Path) -> ReducedVisionTransformer:
     tensors, config = saved.read(path)
     try:
-        backbone = timm.create_model(config["architecture"], pretrained=False, **config["model_args"])
+        backbone: Any = timm.create_model(config["architecture"], pretrained=False, **config["model_args"])
         model = ReducedVisionTransformer(backbone, config["groups"], config["threshold"])
         backbone.pretrained_cfg = {**backbone.pretrained_cfg, **config["pretrained_cfg"]}
         model.model_args = config["model_args"]
@@ -96,11 +96,13 @@ def _read_foreign(path: Path) -> dict[str, Tensor]:
 
 
 def _load_authors(path: Path) -> ReducedVisionTransformer:
-    """The authors' ``ckpt.pth`` (method.md section 6): blocks twice, interpreters as ``groups.{g}.agent.qk`` (3C × C)."""
+    """The authors' ``ckpt.pth``: the blocks twice, the interpreters as ``groups.{g}.agent.qk`` (3C × C)."""
     tensors = _read_foreign(path)
     agents = [name for name in tensors if ".agent.qk." in name]
     if "groups.0.agent.qk.weight" not in tensors or "pos_embed" not in tensors:
-        raise InputError(f"{path} has no interpreters (groups.0.agent.qk.weight): it is not the authors' checkpoint layout")
+        raise InputError(
+            f"{path} has no interpreters (groups.0.agent.qk.weight): it is not the authors' checkpoint layout"
+        )
     groups = len(agents) // 2
     per_group = len({n.split(".")[3] for n in tensors if n.startswith("groups.0.block_list.")})
     try:

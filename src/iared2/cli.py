@@ -35,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument("checkpoint", help="file of model.save(), folder of a run, or 'box' for the model in the box")
     command.add_argument("data", help="folder of class folders, folder of parquet files, or hf:NAME")
     command.add_argument("--split", default="validation", help="split to evaluate on (default: validation, or test)")
+    command.add_argument("--classes", nargs="+", default=[], help="only these classes, in the model's order")
     command.add_argument("--threshold", type=float, nargs="+", help="one number, or one for each group")
     command.add_argument("--batch-size", type=int, default=64)
     command.add_argument("--workers", type=int, default=2)
@@ -69,9 +70,46 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from .evaluate import evaluate_path
+    import itertools
 
-    evaluate_path(arguments)
+    from rich.console import Console
+    from rich.progress import track
+
+    from .checkpoint import load
+    from .data import DataConfig, eval_batches, eval_transform, open_samples
+    from .evaluate import evaluate
+    from .predictor import usable_device
+
+    device = usable_device(arguments.device)
+    model = load(None if arguments.checkpoint == "box" else arguments.checkpoint).to(device)
+    if arguments.threshold:
+        model.threshold = arguments.threshold if len(arguments.threshold) > 1 else arguments.threshold[0]
+        if len(arguments.threshold) not in (1, model.num_groups):
+            raise InputError(f"--threshold: give one number, or {model.num_groups}, one for each group")
+    samples = open_samples(
+        DataConfig(path=arguments.data, eval_split=arguments.split, classes=tuple(arguments.classes)),
+        "eval",
+        whole=True,
+    )
+    if len(samples.class_names) != model.num_classes:
+        raise InputError(
+            f"{arguments.data} has {len(samples.class_names)} classes, the model {model.num_classes}: give its own data"
+        )
+    cfg = model.pretrained_cfg
+    transform = eval_transform(cfg["input_size"], cfg["mean"], cfg["std"], cfg.get("interpolation") or "bicubic")
+    size = arguments.batch_size
+    steps = -(-min(len(samples), arguments.limit or len(samples)) // size)
+    batches = itertools.islice(eval_batches(samples, transform, batch_size=size, workers=arguments.workers), steps)
+    console = Console(stderr=True)
+    result = evaluate(model, track(batches, "evaluating", steps, console=console, transient=True), device)
+    Console().print(result.table())
+    text = json.dumps(result.to_dict())
+    if arguments.json:
+        try:
+            Path(arguments.json).write_text(text + "\n")
+        except OSError as error:
+            raise InputError(f"cannot write {arguments.json}: {error.strerror}") from None
+    print(text)
     return 0
 
 

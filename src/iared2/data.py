@@ -1,48 +1,38 @@
-"""Labelled images: open a data set of any kind, and read it in batches that depend on nothing but their keys.
+"""Labelled images in batches that depend on nothing but their keys.
 
-Files are found and read by timm's readers and Hugging Face `datasets`, transforms are timm's. What is ours: errors before
-training begins, class names that mean the same in every split, and the order and the augmentation of the samples as
-pure functions of seed, epoch and sample (keyed.py). Knows nothing of models.
+Opens the part of a data set that a run asks for (sources.py finds it), with class numbers that mean the same in every
+split, and reads it so that the order and the augmentation of the samples are pure functions of seed, epoch and sample
+(keyed.py), whatever the number of processes. Transforms are timm's. Knows nothing of models.
 """
 
 from __future__ import annotations
 
 import difflib
-import json
 import random
-import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from timm.data import create_transform
-from timm.data.readers import create_reader
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from . import keyed
 from .errors import InputError
 from .photo import MAX_PIXELS, to_rgb
+from .sources import ALL, EVAL_NAMES, TRAIN_NAMES, Source, Splits, find_splits
 
 Transform = Callable[[Image.Image], Tensor]
 
-ALL = "all"
-"""The split of a folder or file that has no splits."""
-TRAIN_NAMES = ("train", "training", ALL)
-EVAL_NAMES = ("validation", "val", "valid", "test")
 MAX_UNREADABLE = 100
 """So many unreadable images in a row end a run: it is the data set that is broken, not an image."""
-MAX_IN_MEMORY = 1 << 30
-"""Parquet files of up to so many bytes are held in memory; larger ones are mapped from `datasets`' cache on disk."""
 HOLDOUT_SEED = 0
-"""Not the run's seed: runs that differ in their seed are compared on the same holdout."""
+"""Not the run's seed: runs of different seeds are compared on the same holdout."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +60,7 @@ class DataConfig:
 
 @dataclass(frozen=True, eq=False)
 class Samples(Dataset[tuple[Image.Image, int]]):
-    """An open data set. ``samples[i]`` is the i-th image, upright 8-bit RGB, and its label; raises if it cannot be read."""
+    """An open data set. ``samples[i]`` is image i, upright 8-bit RGB, and its label; raises whatever decoders raise."""
 
     reader: Any
     """timm's reader."""
@@ -112,7 +102,7 @@ class Batch:
     labels: Tensor
     """``(B,)`` int64."""
     samples: Tensor
-    """``(B,)`` int64, positions in the data set: what the draws are keyed by, even where another image had to step in."""
+    """``(B,)`` int64, positions in the data set, which key the draws, even where another image had to step in."""
     skipped: list[tuple[str, str]]
     """File name and reason of each image that could not be read."""
 
@@ -122,49 +112,46 @@ def open_samples(config: DataConfig, split: Literal["train", "holdout", "eval"],
 
     Args:
         config: the data set.
-        split: "train" (without the holdout), "holdout" or "eval".
+        split: "train" (without the holdout), "holdout" or "eval" (the holdout, if there is no split to evaluate on).
         whole: for "eval", take a folder or file without splits as a whole. Training must not: it has trained on it.
 
     Raises:
-        InputError: nothing there, not a data set, no such split, fewer than two classes, labels that are missing, out of
-            range or unknown in training, an unknown or ambiguous class, or no holdout.
+        InputError: nothing there, not a data set, no such split, fewer than two classes, labels that are missing, out
+            of range or unknown in training, an unknown or ambiguous class, or no holdout.
     """
-    splits = _find_splits(config)
-    train = _pick(splits, TRAIN_NAMES if config.train_split == "train" else (config.train_split,))
-    if split == "eval":
-        names = EVAL_NAMES if config.eval_split == "validation" else (config.eval_split,)
-        chosen, setting = _pick(splits, (*names, ALL) if whole else names), "eval_split"
-    else:
-        chosen, setting = train, "train_split"
-    if chosen is None:
-        raise InputError(
-            f"{config.path}: no split {getattr(config, setting)!r}, there is {', '.join(splits)}; set data.{setting}"
-            + (", or data.holdout to put training images aside" if split == "eval" else "")
-        )
-    opened = chosen()
-    if split == "eval" and not opened.complete and train not in (None, chosen):
-        opened = _renumbered(opened, train().names, config.path)  # type: ignore[misc]
+    wanted = config.train_split, config.eval_split
+    splits = find_splits(config.path, config.image_column, config.label_column, wanted)
+    train = _pick(splits, TRAIN_NAMES if wanted[0] == "train" else wanted[:1])
+    evaluation = _pick(splits, (EVAL_NAMES if wanted[1] == "validation" else wanted[1:]) + (ALL,) * whole)
+    if split == "eval" and evaluation is None and config.holdout:
+        split = "holdout"
+    if (chosen := evaluation if split == "eval" else train) is None:
+        setting, hint = ("eval_split", " or data.holdout") if split == "eval" else ("train_split", "")
+        name = getattr(config, setting)
+        raise InputError(f"{config.path}: no split {name!r}, there is {', '.join(splits)}; set data.{setting}{hint}")
+    source = chosen()
+    if split == "eval" and train is not None and train is not chosen and not source.complete:
+        source = _renumbered(source, train().names, config.path)
 
-    rows, labels, class_names = np.arange(len(opened.labels)), opened.labels, opened.names
+    rows, labels, class_names = np.arange(len(source.labels)), source.labels, source.names
     if config.classes and config.classes != class_names:
-        wanted = [_find_class(name, opened, config.path) for name in config.classes]
-        if len(set(wanted)) < len(wanted):
-            raise InputError(f"data.classes: a class is named twice in {', '.join(config.classes)}")
         number = np.full(len(class_names), -1)
-        number[wanted] = np.arange(len(wanted))
-        rows, labels, class_names = np.flatnonzero(number[labels] >= 0), number[labels], config.classes
-        labels = labels[rows]
+        for new, name in enumerate(config.classes):
+            old = _find_class(name, source, config.path)
+            if number[old] >= 0:
+                raise InputError(f"data.classes: {name!r} is {config.classes[number[old]]!r}; name each class once")
+            number[old] = new
+        labels, class_names = number[labels], config.classes
+    part = labels >= 0
     if split != "eval":
-        held = _held_out(labels, config.holdout)
-        if split == "holdout" and not held.any():
-            raise InputError(f"{config.path}: data.holdout = {config.holdout} puts no image aside; set it higher")
-        part = held if split == "holdout" else ~held
-        rows, labels = rows[part], labels[part]
+        part &= _held_out(labels, config.holdout) == (split == "holdout")
+    rows, labels = rows[part], labels[part]
     if len(rows) == 0:
-        raise InputError(f"{config.path}: no image of the chosen classes in the {split} split")
+        raise InputError(f"{config.path}: no images in the {split} split; see data.classes and data.holdout")
     if split == "train" and labels.min() == labels.max():
-        raise InputError(f"{config.path}: all images are of one class, {class_names[labels[0]]!r}; it takes at least two")
-    return Samples(opened.reader, rows, labels, class_names)
+        name = class_names[labels[0]]
+        raise InputError(f"{config.path}: all training images are of one class, {name!r}; give two or more")
+    return Samples(source.reader, rows, labels, class_names)
 
 
 def steps_per_epoch(samples: Samples, batch_size: int, world_size: int = 1) -> int:
@@ -183,9 +170,17 @@ def steps_per_epoch(samples: Samples, batch_size: int, world_size: int = 1) -> i
 
 
 def train_batches(
-    samples: Samples, transform: Transform, *, seed: int, epoch: int, batch_size: int,
-    start_step: int = 0, rank: int = 0, world_size: int = 1, workers: int = 0,
-) -> Iterator[Batch]:  # fmt: skip
+    samples: Samples,
+    transform: Transform,
+    *,
+    seed: int,
+    epoch: int,
+    batch_size: int,
+    start_step: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int = 0,
+) -> Iterator[Batch]:
     """One shuffled pass, the incomplete batch at its end left out.
 
     Batch k of all processes together is the same ``batch_size * world_size`` images however many they are and however
@@ -206,27 +201,30 @@ def train_batches(
     steps = steps_per_epoch(samples, batch_size, world_size)
     order = keyed.permutation(seed, epoch, len(samples))[: steps * world_size * batch_size]
     rows = order.view(steps, world_size, batch_size)[start_step:, rank].unbind()
-    return _whole(_Reading(samples, transform, rows, seed, epoch, MAX_UNREADABLE), workers, batch_size)
+    return _load(_Reading(samples, transform, rows, seed, epoch, MAX_UNREADABLE), workers)
 
 
 def eval_batches(
-    samples: Samples, transform: Transform, *, batch_size: int, rank: int = 0, world_size: int = 1, workers: int = 0,
-) -> Iterator[Batch]:  # fmt: skip
-    """One pass in order; process ``rank`` reads every ``world_size``-th batch. No batch is empty, the last may be short.
+    samples: Samples, transform: Transform, *, batch_size: int, rank: int = 0, world_size: int = 1, workers: int = 0
+) -> Iterator[Batch]:
+    """One pass in order; process ``rank`` reads every ``world_size``-th batch.
 
-    Arguments as in ``train_batches``. An image that cannot be read is left out.
+    Arguments as in ``train_batches``. An image that cannot be read is left out: a batch may be short, or empty.
 
     Raises:
-        InputError: none of the images can be read.
+        InputError: none of this process's images can be read.
     """
     rows = torch.arange(len(samples)).split(batch_size)[rank::world_size]
-    return _nonempty(_Reading(samples, transform, rows, seed=0, epoch=0, tries=1), workers)
+    return _load(_Reading(samples, transform, rows, seed=0, epoch=0, tries=1), workers)
 
 
 def eval_transform(
-    input_size: Sequence[int], mean: Sequence[float], std: Sequence[float],
-    interpolation: str = "bicubic", crop_pct: float | None = None,
-) -> Transform:  # fmt: skip
+    input_size: Sequence[int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    interpolation: str = "bicubic",
+    crop_pct: float | None = None,
+) -> Transform:
     """timm's transform for evaluation, of the *whole* image: a heat map must cover the photo.
 
     Args:
@@ -235,11 +233,15 @@ def eval_transform(
         interpolation: "bicubic", "bilinear" …
         crop_pct: None resizes the whole image to H × W; a number in (0, 1] crops the centre as timm does by default.
     """
-    mode = "squash" if crop_pct is None else "center"
+    height, width = input_size[-2:]
     return create_transform(
-        tuple(input_size)[-2:], interpolation=interpolation, mean=tuple(mean), std=tuple(std),
-        crop_pct=crop_pct or 1.0, crop_mode=mode,
-    )  # fmt: skip
+        (height, width),
+        interpolation=interpolation,
+        mean=tuple(mean),
+        std=tuple(std),
+        crop_pct=crop_pct or 1.0,
+        crop_mode="squash" if crop_pct is None else "center",
+    )
 
 
 @dataclass(frozen=True)
@@ -259,7 +261,8 @@ class _Reading(Dataset[Batch]):
     def __getitem__(self, step: int) -> Batch:
         rows = self.rows[step]
         seeds = keyed.python_seeds(keyed.sample_keys(self.seed, self.epoch, rows))
-        images, labels, slots, skipped = [], [], [], []
+        images, labels, slots = [], [], []
+        skipped: list[tuple[str, str]] = []
         with _own_generators():
             for row, seed in zip(rows.tolist(), seeds, strict=True):
                 if (found := self._read(row, skipped)) is not None:
@@ -268,7 +271,7 @@ class _Reading(Dataset[Batch]):
                     labels.append(found[1])
                     slots.append(row)
         stacked = torch.stack(images) if images else torch.empty(0)
-        return Batch(stacked, torch.tensor(labels), torch.tensor(slots), skipped)
+        return Batch(stacked, torch.tensor(labels, dtype=torch.int64), torch.tensor(slots, dtype=torch.int64), skipped)
 
     def _read(self, row: int, skipped: list[tuple[str, str]]) -> tuple[Image.Image, int] | None:
         for index in range(row, row + min(self.tries, len(self.samples))):
@@ -281,37 +284,22 @@ class _Reading(Dataset[Batch]):
         return None
 
 
-def _load(reading: _Reading, workers: int) -> DataLoader[Batch]:
-    # a loader draws a seed for its workers; from a generator of its own, lest the run's would advance
-    return DataLoader(reading, batch_size=None, num_workers=workers, generator=torch.Generator())
-
-
-def _whole(reading: _Reading, workers: int, batch_size: int) -> Iterator[Batch]:
-    for batch in _load(reading, workers):
-        if len(batch.labels) < batch_size:
-            name, reason = batch.skipped[-1]
-            raise InputError(f"too many images in a row cannot be read, the last is {name} ({reason}); repair the data set")
+def _load(reading: _Reading, workers: int) -> Iterator[Batch]:
+    # a loader draws a seed for its workers: from a generator of its own, lest the run's would advance
+    loader = DataLoader(reading, batch_size=None, num_workers=workers, generator=torch.Generator())
+    read = 0
+    for rows, batch in zip(reading.rows, loader, strict=True):
+        read += len(batch.labels)
+        if reading.tries > 1 and len(batch.labels) < len(rows):
+            raise _unreadable(batch)
         yield batch
+    if reading.rows and not read:
+        raise _unreadable(batch)
 
 
-def _nonempty(reading: _Reading, workers: int) -> Iterator[Batch]:
-    held = None  # one batch is held back, so that what an empty one skipped can be told with another
-    for batch in _load(reading, workers):
-        if held is None:
-            held = batch
-        elif len(batch.labels) == 0:
-            held.skipped += batch.skipped
-        else:
-            if len(held.labels) == 0:
-                batch.skipped = held.skipped + batch.skipped
-            else:
-                yield held
-            held = batch
-    if held is not None:
-        if len(held.labels) == 0:
-            name, reason = held.skipped[0]
-            raise InputError(f"none of {len(held.skipped)} images can be read, the first is {name} ({reason})")
-        yield held
+def _unreadable(batch: Batch) -> InputError:
+    name, reason = batch.skipped[-1]
+    return InputError(f"image after image cannot be read, the last is {name} ({reason}); repair the data set")
 
 
 def _seed_generators(seed: int) -> None:
@@ -332,39 +320,44 @@ def _own_generators() -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
-def _renumbered(opened: _Opened, names: tuple[str, ...], where: str) -> _Opened:
+def _pick(splits: Splits, names: Sequence[str]) -> Callable[[], Source] | None:
+    return next((splits[name] for name in names if name in splits), None)
+
+
+def _renumbered(source: Source, names: tuple[str, ...], where: str) -> Source:
     """With the class numbers of the training split."""
     number = {name: i for i, name in enumerate(names)}
-    for label in np.unique(opened.labels):
-        if (name := opened.names[label]) not in number:
-            close = difflib.get_close_matches(name, names, 3)
-            hint = f"; is it {' or '.join(map(repr, close))}?" if close else "; rename or remove it"
-            raise InputError(f"{where}: the class {name!r} of the evaluation split is not in the training split{hint}")
-    labels = np.array([number.get(name, -1) for name in opened.names])[opened.labels]
-    return opened._replace(labels=labels, names=names, aliases=tuple(set() for _ in names))
+    for name in (source.names[label] for label in np.unique(source.labels)):
+        if name not in number:
+            hint = _close(name, names) or "rename or remove it"
+            raise InputError(f"{where}: {name!r}, a class to evaluate on, is not a class of the training split; {hint}")
+    return source._replace(labels=np.array([number.get(name, -1) for name in source.names])[source.labels], names=names)
 
 
-def _find_class(name: str, opened: _Opened, where: str) -> int:
-    found = [i for i, own in enumerate(opened.names) if own == name]
-    found = found or [i for i, others in enumerate(opened.aliases) if name in others]
+def _find_class(name: str, source: Source, where: str) -> int:
+    found = [i for i, own in enumerate(source.names) if own == name]
+    found = found or [i for i, others in enumerate(source.aliases) if name in others]
     if len(found) == 1:
         return found[0]
     if found:
-        choices = ", ".join(sorted(set().union(*(opened.aliases[i] for i in found)) - {name}))
+        choices = ", ".join(sorted(set().union(*(a for i, a in enumerate(source.aliases) if i in found)) - {name}))
         raise InputError(f"{where}: {len(found)} classes are called {name!r}; name the one you mean by: {choices}")
-    close = difflib.get_close_matches(name, {*opened.names}.union(*opened.aliases), 3)
-    hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"such as {', '.join(opened.names[:3])}"
-    raise InputError(f"{where}: no class {name!r} among {len(opened.names)}; {hint}")
+    hint = _close(name, {*source.names}.union(*source.aliases)) or f"there is {', '.join(source.names[:5])} …"
+    raise InputError(f"{where}: no class {name!r} among {len(source.names)}; {hint}")
+
+
+def _close(name: str, names: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, names, 3)
+    return f"did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
 def _held_out(labels: np.ndarray, share: float) -> np.ndarray:
-    """``(n,)`` bool, the same share of every class, rounded to whole images."""
+    """``(n,)`` bool: the same share of every class, rounded down. Labels below 0 count as a class, too."""
     if not 0 <= share < 1:
         raise InputError(f"data.holdout = {share} must be in [0, 1)")
     order = keyed.permutation(HOLDOUT_SEED, 0, len(labels)).numpy()
-    by_class = order[labels[order].argsort(kind="stable")]
-    counts = np.bincount(labels)
-    rank = np.arange(len(labels)) - (counts.cumsum() - counts).repeat(counts)  # within its class
     held = np.zeros(len(labels), dtype=bool)
-    held[by_class] = rank < np.rint(share * counts).repeat(counts)
+    by_class = order[labels[order].argsort(kind="stable")]
+    for rows in np.split(by_class, np.flatnonzero(np.diff(labels[by_class])) + 1):
+        held[rows[: int(share * len(rows))]] = True
     return held

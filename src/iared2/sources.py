@@ -1,7 +1,7 @@
 """Where labelled images lie: folders of classes, parquet files, Hugging Face data sets. Decodes no image.
 
-timm's readers find and read the files, with Hugging Face `datasets` for tables. What is ours: the search for splits, the
-names of the classes, and errors that say what is wrong before training begins.
+timm's readers find and read the files, with Hugging Face `datasets` for tables. What is ours: the search for splits,
+the names of the classes, and errors that say what is wrong before training begins.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Source(NamedTuple):
 Splits = dict[str, Callable[[], Source]]
 
 
-def find_splits(path: str, image_column: str, label_column: str) -> Splits:
-    """The splits at ``path`` (see ``DataConfig``), each ready to be opened.
+def find_splits(path: str, image_column: str, label_column: str, names: Sequence[str] = ()) -> Splits:
+    """The splits at ``path`` (see ``DataConfig``), each ready to be opened; ``names`` are more names of split folders.
 
     Raises:
         InputError: there is no data set, or (when one is opened) it is empty or wrongly labelled.
@@ -71,7 +71,7 @@ def find_splits(path: str, image_column: str, label_column: str) -> Splits:
             return {split: partial(_open_parquet, files, columns) for split, files in shards.items()}
         # timm's own search falls back from a missing val/ to the whole folder, and would evaluate on training images
         folders = _folders(root)
-        named = [folder for folder in folders if folder.name in (*TRAIN_NAMES, *EVAL_NAMES)]
+        named = [folder for folder in folders if folder.name in (*TRAIN_NAMES, *EVAL_NAMES, *names)]
         # "train" can be the name of a class: then there is no folder in it, and it has neighbours of other names
         if named and (len(named) == len(folders) or any(_folders(folder) for folder in named)):
             return {folder.name: partial(_open_folder, folder) for folder in named}
@@ -94,7 +94,7 @@ def _open_folder(root: Path) -> Source:
     if stray := next((p for p in parts if len(p) == 1), None):
         raise InputError(f"{root}: {stray[0]} lies outside the class folders; put every image into {root}/CLASS_NAME/")
     if empty := sorted({f.name for f in _folders(root)} - {p[0] for p in parts}):
-        raise InputError(f"{root / empty[0]}: no images (that you may read) in this class folder; add some or remove it")
+        raise InputError(f"{root / empty[0]}: a class folder without images that you may read; add some or remove it")
     return Source(reader, np.array([label for _, label in reader.samples]), tuple(reader.class_to_idx))
 
 
@@ -178,15 +178,18 @@ def _class_names(feature: Any, file: Path) -> tuple[tuple[str, ...], tuple[set[s
         return own, ()
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(entries, list) or not entries:
+            raise ValueError("no list")
         entries = [{"index": i, "name": e} if isinstance(e, str) else e for i, e in enumerate(entries)]
         entries.sort(key=lambda entry: entry["index"])
         if [entry["index"] for entry in entries] != list(range(len(own or entries))):
             raise ValueError(f"the indices are not 0…{len(own or entries) - 1}")
         names = tuple(entry["name"] for entry in entries)
-        others = [[e.get("wnid", ""), *e.get("synonyms", "").split(", "), *own[i : i + 1]] for i, e in enumerate(entries)]
+        own = own or ("",) * len(names)
+        others = [{e.get("wnid", ""), *e.get("synonyms", "").split(", ")} for e in entries]
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f'{file}: not a list of names or of {{"index", "name"}} ({error!r}); repair it') from None
-    return names, tuple({*other} - {"", name} for other, name in zip(others, names, strict=True))
+    return names, tuple((other | {label}) - {"", name} for other, label, name in zip(others, own, names, strict=True))
 
 
 @contextmanager

@@ -16,7 +16,9 @@ def make(family, **kwargs):
     torch.manual_seed(0)
     name, timm_kwargs = family
     model = iared2.from_timm(name, **{**timm_kwargs, **kwargs}).eval()
-    for interpreter in model.interpreters:  # sharper than at birth, so that decisions are not all within rounding of 0.5
+    for (
+        interpreter
+    ) in model.interpreters:  # sharper than at birth, so that decisions are not all within rounding of 0.5
         interpreter.query.weight.data *= 8
         interpreter.key.weight.data *= 8
     return model
@@ -99,7 +101,12 @@ def test_gradients_equal_the_oracles(family):
 
 def test_threshold_1_keeps_nothing_or_the_best_patch():
     token = make(("deit_tiny_patch16_224", {"img_size": 32, "patch_size": 8, "embed_dim": 48, "num_heads": 3}))
-    pooled = make(("vit_small_patch16_224", {"img_size": 32, "patch_size": 8, "embed_dim": 48, "num_heads": 3, "global_pool": "avg"}))
+    pooled = make(
+        (
+            "vit_small_patch16_224",
+            {"img_size": 32, "patch_size": 8, "embed_dim": 48, "num_heads": 3, "global_pool": "avg"},
+        )
+    )
     x = torch.randn(3, 3, 32, 32)
     with torch.no_grad():
         for model, left in ((token, 0), (pooled, 1)):
@@ -168,7 +175,9 @@ def test_behaves_like_a_timm_model(family, tmp_path):
 
 
 def test_grad_checkpointing_changes_no_gradient():
-    model = make(("deit_tiny_patch16_224", {"img_size": (48, 32), "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}))
+    model = make(
+        ("deit_tiny_patch16_224", {"img_size": (48, 32), "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3})
+    )
     grads = []
     for enable in (False, True):
         model.set_grad_checkpointing(enable)
@@ -179,8 +188,13 @@ def test_grad_checkpointing_changes_no_gradient():
 
 
 def test_stochastic_depth_drops_whole_images():
-    model = make(("deit_tiny_patch16_224", {"img_size": (48, 32), "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}), drop_path_rate=0.9)
-    packed = model.embed(images(16), keys=torch.arange(16) * 7919).select(ragged()(torch.rand(16, 24), torch.ones(16, 24) > 0, 0))
+    model = make(
+        ("deit_tiny_patch16_224", {"img_size": (48, 32), "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}),
+        drop_path_rate=0.5,
+    )
+    packed = model.embed(images(16), keys=torch.arange(16) * 7919).select(
+        ragged()(torch.rand(16, 24), torch.ones(16, 24) > 0, 0)
+    )
     model.train()
     from iared2.model.backbone import drop_images
 
@@ -189,8 +203,8 @@ def test_stochastic_depth_drops_whole_images():
     for image, here in zip(out[..., 0], alive, strict=True):
         values = image[here > 0].unique()
         assert len(values) == 1
-        assert values[0] == 0 or values[0] == pytest.approx(1 / (1 - 0.9), rel=1e-4)
+        assert values[0] == 0 or values[0] == pytest.approx(1 / (1 - 0.5), rel=1e-4)
     dropped = (out[:, 0, 0] == 0).sum()
-    assert 8 < dropped < 16
+    assert 2 < dropped < 14
     again = packed.to_dense(drop_images(model.backbone.blocks[2].drop_path1, torch.ones_like(packed.x), packed, 4))
     assert torch.equal(out, again), "the draw is a function of the key"

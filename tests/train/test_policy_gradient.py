@@ -20,9 +20,13 @@ LABEL = 1
 def enumerated():
     """A float64 model on an image of 8 patches, and the reward of each of the 256 decisions at group 1."""
     torch.manual_seed(3)
-    model = iared2.from_timm(
-        "deit_tiny_patch16_224", img_size=(8, 16), patch_size=4, embed_dim=32, depth=3, num_heads=2, num_classes=3
-    ).double().eval()
+    model = (
+        iared2.from_timm(
+            "deit_tiny_patch16_224", img_size=(8, 16), patch_size=4, embed_dim=32, depth=3, num_heads=2, num_classes=3
+        )
+        .double()
+        .eval()
+    )
     for p in model.backbone.parameters():
         p.data *= 4  # so that the prediction depends on what is kept
     image = torch.randn(1, 3, 8, 16, dtype=torch.float64)

@@ -28,10 +28,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, packed: PackedTokens, dropout: float
     # varlen_attn has no dropout, and a batch of equal lengths needs no variable lengths
     if ragged and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and dropout == 0:
         return _attend_varlen(q, k, v, packed)
-    out = [
-        F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in run), dropout_p=dropout).transpose(1, 2).flatten(0, 1)
-        for run in zip(packed.runs(q), packed.runs(k), packed.runs(v), strict=True)
-    ]
+    out = []
+    for run in zip(packed.runs(q), packed.runs(k), packed.runs(v), strict=True):
+        q_run, k_run, v_run = (rows.transpose(1, 2) for rows in run)  # (images, H, length, head_dim)
+        y = F.scaled_dot_product_attention(q_run, k_run, v_run, dropout_p=dropout)
+        out.append(y.transpose(1, 2).flatten(0, 1))
     return out[0] if len(out) == 1 else torch.cat(out)
 
 
@@ -39,4 +40,6 @@ def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, packed: PackedTokens) -> Ten
     from torch.nn.attention.varlen import varlen_attn
 
     cu_seqlens, max_seqlen = packed.cu_seqlens, packed.max_seqlen
-    return varlen_attn(q, k, v.to(q.dtype), cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    assert isinstance(out, Tensor)  # a pair only if return_aux asks for one
+    return out

@@ -7,6 +7,8 @@ scaled norms and dropout come along.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from timm.layers import Attention, DropPath, PatchEmbed
 from timm.models.deit import VisionTransformerDistilled
@@ -20,7 +22,7 @@ from .attention import attend
 from .tokens import PackedTokens
 
 
-def check_supported(backbone: nn.Module) -> None:
+def check_supported(backbone: Any) -> None:
     """Refuse what packed execution would compute wrongly.
 
     Raises:
@@ -65,23 +67,22 @@ def embed(backbone: VisionTransformer, images: Tensor) -> Tensor:
 
 
 def run_blocks(backbone: VisionTransformer, indices: range, packed: PackedTokens) -> PackedTokens:
-    """Run the blocks ``indices`` on the packed rows, with activation checkpointing if the backbone has it switched on."""
+    """Run the blocks ``indices`` on the packed rows, with activation checkpointing if timm's flag is on."""
+    x = packed.x
     for index in indices:
         if backbone.grad_checkpointing and torch.is_grad_enabled():
-            x = checkpoint(
-                lambda x, index=index: run_block(backbone.blocks[index], packed.with_x(x), index),
-                packed.x,
-                use_reentrant=False,
-            )
+            x = checkpoint(run_block, backbone.blocks[index], x, packed, index, use_reentrant=False)
         else:
-            x = run_block(backbone.blocks[index], packed, index)
-        packed = packed.with_x(x)
-    return packed
+            x = run_block(backbone.blocks[index], x, packed, index)
+    return packed.with_x(x)
 
 
-def run_block(block: Block, packed: PackedTokens, index: int) -> Tensor:
-    """``(T, C) -> (T, C)``: one MSA-FFN block. ``index`` names the block's draws of stochastic depth."""
-    x, attn = packed.x, block.attn
+def run_block(block: Block, x: Tensor, packed: PackedTokens, index: int) -> Tensor:
+    """``x (T, C) -> (T, C)``: one MSA-FFN block on rows laid out as ``packed``.
+
+    ``index`` names the block's draws of stochastic depth.
+    """
+    attn = block.attn
     y = block.norm1(x)
     q, k, v = attn.qkv(y).unflatten(1, (3, attn.num_heads, attn.head_dim)).unbind(1)  # (T, H, head_dim) each
     y_attn = attend(attn.q_norm(q), attn.k_norm(k), v, packed, attn.attn_drop.p if attn.training else 0.0)
@@ -115,4 +116,6 @@ def head(backbone: VisionTransformer, packed: PackedTokens, pre_logits: bool = F
 
 def pool_head(backbone: VisionTransformer, packed: PackedTokens, pre_logits: bool = False) -> Tensor:
     """timm's own head on rows that are already normalised, run by run."""
-    return packed.unsort(torch.cat([backbone.forward_head(run, pre_logits=pre_logits) for run in packed.runs(packed.x)]))
+    return packed.unsort(
+        torch.cat([backbone.forward_head(run, pre_logits=pre_logits) for run in packed.runs(packed.x)])
+    )

@@ -1,7 +1,7 @@
 """Scores -> which patches stay.
 
-A decision is a function ``(scores, alive, group) -> keep``, all of shape ``(B, N)``. The loop in reduced.py does not know
-which one it runs. Every decision here keeps a subset of ``alive``: a dropped patch never comes back.
+A decision is a function ``(scores, alive, group) -> keep``, all of shape ``(B, N)``. The loop in reduced.py does not
+know which one it runs. Every decision here keeps a subset of ``alive``: a dropped patch never comes back.
 """
 
 from __future__ import annotations
@@ -91,5 +91,7 @@ def at_random(num_keep: Tensor, keys: Tensor) -> Decide:
 def top_k(scores: Tensor, alive: Tensor, num_keep: Tensor) -> Tensor:
     """Keep the ``num_keep (B,)`` best-scored living patches of each image; ties fall to the lower position."""
     ranked = scores.masked_fill(~alive, -torch.inf).argsort(dim=1, descending=True, stable=True)
-    rank = torch.empty_like(ranked).scatter_(1, ranked, torch.arange(scores.shape[1], device=ranked.device).expand_as(ranked))
+    rank = torch.empty_like(ranked).scatter_(
+        1, ranked, torch.arange(scores.shape[1], device=ranked.device).expand_as(ranked)
+    )
     return alive & (rank < num_keep[:, None])

@@ -31,7 +31,9 @@ class MultiHeadInterpreter(nn.Module):
         self.key = nn.Linear(embed_dim, embed_dim)
         for linear in (self.query, self.key):
             nn.init.trunc_normal_(linear.weight, std=0.02)
-            nn.init.trunc_normal_(linear.bias, std=0.02)  # not zero: a class token at birth is nearly zero, scores would tie
+            nn.init.trunc_normal_(
+                linear.bias, std=0.02
+            )  # not zero: a class token at birth is nearly zero, scores would tie
 
     def forward(self, packed: PackedTokens, has_class_token: bool = True) -> Tensor:
         """Informativeness ``I = (1/H) Σ_h sigmoid(q^h · k_j^h / sqrt(C/H))`` of each patch.

@@ -7,6 +7,9 @@ operations, two FLOPs a multiply-add; a test holds the two equal.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from timm.layers import AttentionPoolLatent
 from timm.models.vision_transformer import VisionTransformer
@@ -23,19 +26,19 @@ def embed_macs(backbone: VisionTransformer, num_patches: int) -> int:
     return num_patches * backbone.patch_embed.proj.weight.numel()
 
 
-def blocks_macs(blocks: nn.Module, num_tokens: Tensor) -> Tensor:
+def blocks_macs(blocks: Iterable[Any], num_tokens: Tensor) -> Tensor:
     """Multiply-adds of some transformer blocks for each of ``num_tokens`` (integers of any shape), prefix included."""
     n = num_tokens.to(torch.int64)
     macs = torch.zeros_like(n)
-    for block in blocks:  # type: ignore[attr-defined]
+    for block in blocks:
         macs += n * linear_macs(block) + 2 * n * n * block.attn.attn_dim
     return macs
 
 
-def interpreter_macs(interpreter: nn.Module, num_tokens: Tensor) -> Tensor:
+def interpreter_macs(interpreter: Any, num_tokens: Tensor) -> Tensor:
     """Multiply-adds of the cheap interpreter: query, ``Wᵀ q``, then H·C a token."""
-    width = interpreter.query.in_features  # type: ignore[union-attr]
-    return 2 * width * width + num_tokens.to(torch.int64) * interpreter.num_heads * width  # type: ignore[operator]
+    width = interpreter.query.in_features
+    return 2 * width * width + num_tokens.to(torch.int64) * interpreter.num_heads * width
 
 
 def head_macs(backbone: VisionTransformer, num_tokens: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -64,13 +65,13 @@ class ReducedVisionTransformer(nn.Module):
         InputError: the backbone is not supported, or has fewer blocks than groups.
     """
 
-    def __init__(self, backbone: nn.Module, groups: int = 3, threshold: float | Sequence[float] = 0.5) -> None:
+    def __init__(self, backbone: Any, groups: int = 3, threshold: float | Sequence[float] = 0.5) -> None:
         super().__init__()
         vit.check_supported(backbone)
-        depth = len(backbone.blocks)  # type: ignore[arg-type]
+        depth = len(backbone.blocks)
         if not 1 <= groups <= depth:
             raise InputError(f"groups={groups} does not fit a backbone of {depth} blocks: give 1 to {depth}")
-        if backbone.embed_dim % backbone.blocks[0].attn.num_heads:  # type: ignore[index, union-attr, operator]
+        if backbone.embed_dim % backbone.blocks[0].attn.num_heads:
             raise InputError(f"width {backbone.embed_dim} is not divisible by the number of heads")
         self.backbone: Any = backbone
         self.threshold: float | Sequence[float] = threshold
@@ -79,7 +80,7 @@ class ReducedVisionTransformer(nn.Module):
 
         size, rest = divmod(depth, groups)
         bounds = [g * size + min(g, rest) for g in range(groups + 1)]
-        self.groups = [range(a, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+        self.groups = [range(a, b) for a, b in pairwise(bounds)]
         num_heads = self.backbone.blocks[0].attn.num_heads
         weight = self.backbone.blocks[0].attn.qkv.weight
         self.interpreters = nn.ModuleList(
@@ -244,7 +245,9 @@ class ReducedVisionTransformer(nn.Module):
         """
         cfg = self.pretrained_cfg
         if not cfg.get("architecture"):
-            raise InputError("this backbone has no timm name, so a file could not rebuild it: make it by iared2.from_timm(name)")
+            raise InputError(
+                "this backbone has no timm name, so a file could not rebuild it: make it by iared2.from_timm(name)"
+            )
         name = ".".join(filter(None, (cfg["architecture"], cfg.get("tag"))))
         args = {**self.model_args, "num_classes": self.num_classes}
         if self.backbone.patch_embed.img_size is not None:
@@ -258,7 +261,9 @@ class ReducedVisionTransformer(nn.Module):
             "architecture": name,
             "model_args": args,
             "groups": self.num_groups,
-            "threshold": self.threshold if isinstance(self.threshold, (int, float)) else list(map(float, self.threshold)),
+            "threshold": self.threshold
+            if isinstance(self.threshold, (int, float))
+            else list(map(float, self.threshold)),
             "class_names": self.class_names,
             "pretrained_cfg": {key: cfg.get(key) for key in ("input_size", "mean", "std", "interpolation", "crop_pct")},
         }

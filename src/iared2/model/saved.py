@@ -27,12 +27,18 @@ def write(path: Path | str, tensors: dict[str, Tensor], config: dict[str, Any]) 
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, {"iared2": json.dumps(config)})
+        save_file(
+            {name: t.detach().cpu().contiguous() for name, t in tensors.items()},
+            temporary,
+            {"iared2": json.dumps(config)},
+        )
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"cannot write {path}: {error}; give a path in a folder that exists and can be written") from None
+        raise InputError(
+            f"cannot write {path}: {error}; give a path in a folder that exists and can be written"
+        ) from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -53,5 +59,7 @@ def read(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{path} is not a readable safetensors file ({error})") from None
     except KeyError:
-        raise InputError(f"{path} is a safetensors file, but not one that iared2 saved: it has no configuration") from None
+        raise InputError(
+            f"{path} is a safetensors file, but not one that iared2 saved: it has no configuration"
+        ) from None
     return tensors, config

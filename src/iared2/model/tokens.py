@@ -3,8 +3,8 @@
 Owns the layout of the rows and every move between the dense and the packed form. Knows nothing of attention, scores or
 timm.
 
-Shape letters, used in the whole package: B images, N patches an image, P prefix tokens (class, distillation, registers),
-S = P + N, T packed tokens, C width, H heads, D groups, K classes.
+Shape letters, used in the whole package: B images, N patches an image, P prefix tokens (class, distillation,
+registers), S = P + N, T packed tokens, C width, H heads, D groups, K classes.
 
 Rows of one image are neighbours: its prefix tokens, then its living patches by ascending position. Images lie sorted by
 length. So images of equal length form a *run*, and a run is a view ``(images, length, C)`` of the rows, not a copy:

@@ -1,4 +1,4 @@
-"""The fine-tuning stage of a group: cross entropy on the greedy decisions (Algorithm 1, lines 7–11; method.md section 3).
+"""The fine-tuning stage of a group: cross entropy on the greedy decisions (Algorithm 1, lines 7–11).
 
 The same stage, with no group, trains the dense backbone: from scratch, or a new head on pretrained weights.
 """

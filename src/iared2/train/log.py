@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 SHOWN = ("loss", "reward", "reward_greedy", "keep_ratio_sampled", "keep_ratio_greedy", "top1", "top1_greedy")
 
@@ -46,7 +46,7 @@ class RunLog:
             console=self.console,
         )
         self.progress.start()
-        self.task = None
+        self.task: TaskID | None = None
 
     def start_stage(self, name: str, steps: int, done: int) -> None:
         """Begin a progress bar of ``steps``, of which ``done`` are done."""
@@ -59,11 +59,14 @@ class RunLog:
         """Record one optimiser step. Metrics are explained in docs/metrics.md."""
         if not self.main:
             return
-        self._write({"kind": "step", "stage": stage, "epoch": epoch, "step": step, "total_steps": total_steps, **metrics})
+        self._write(
+            {"kind": "step", "stage": stage, "epoch": epoch, "step": step, "total_steps": total_steps, **metrics}
+        )
         for name, value in metrics.items():
             self.tensorboard.add_scalar(f"{stage.split()[0]}/{name}", value, total_steps)
         shown = " ".join(f"{name} {metrics[name]:.3f}" for name in SHOWN if name in metrics)
-        self.progress.update(self.task, completed=step, shown=shown)
+        if self.task is not None:
+            self.progress.update(self.task, completed=step, shown=shown)
 
     def evaluation(self, stage: str, total_steps: int, metrics: dict[str, Any]) -> None:
         """Record one evaluation on held-out images, and print it."""
@@ -73,7 +76,9 @@ class RunLog:
         for name, value in metrics.items():
             if isinstance(value, (int, float)):
                 self.tensorboard.add_scalar(f"evaluation/{name}", value, total_steps)
-        self.say(f"{stage}: " + "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items()))
+        self.say(
+            f"{stage}: " + "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items())
+        )
 
     def say(self, line: str) -> None:
         """One line for people, above the progress bar."""

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..data import DataConfig
 from ..errors import InputError
+from .loop import StageConfig
 from .reward import RewardConfig
 
 if sys.version_info >= (3, 11):
@@ -39,56 +40,6 @@ class ModelConfig:
     """Channel means of the input normalisation; empty: the backbone's own."""
     std: tuple[float, ...] = ()
     """Channel deviations of the input normalisation; empty: the backbone's own."""
-
-
-@dataclass(frozen=True)
-class AugmentConfig:
-    """Random changes of the training images, by timm.data.create_transform."""
-
-    min_scale: float = 0.08
-    """Smallest share of the area that a random crop shows."""
-    hflip: float = 0.5
-    """Probability of a horizontal flip."""
-    color_jitter: float = 0.3
-    """Strength of brightness, contrast and saturation changes; 0: none."""
-    auto_augment: str = ""
-    """timm's policy string, such as "rand-m9-mstd0.5-inc1"; empty: none."""
-    random_erasing: float = 0.0
-    """Probability of erasing a random box."""
-
-
-@dataclass(frozen=True)
-class StageConfig:
-    """How long and how fast one stage learns. AdamW, linear warm-up, cosine decay to ``min_lr`` within the stage."""
-
-    epochs: float = 10
-    """Passes over the training set; 0 leaves the stage out. A fraction is allowed."""
-    batch_size: int = 128
-    """Images of one optimiser step in each process."""
-    accumulate: int = 1
-    """Split that batch into so many parts, one after the other, to save memory."""
-    lr: float = 1e-3
-    """Peak learning rate."""
-    min_lr: float = 1e-6
-    """Learning rate at the end."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay; not on biases, norms and embeddings."""
-    warmup_epochs: float = 0.0
-    """Epochs of linear warm-up."""
-    clip_grad: float = 0.0
-    """Clip the norm of the gradient to this; 0: do not."""
-    layer_decay: float = 1.0
-    """Factor on the learning rate from each block to the one before it."""
-    label_smoothing: float = 0.0
-    """Share of the target spread over all classes."""
-    mixup: float = 0.0
-    """Mixup alpha; 0: none."""
-    cutmix: float = 0.0
-    """CutMix alpha; 0: none."""
-    ema_decay: float = 0.0
-    """Keep an exponential moving average of the weights and end the stage with it; 0: none."""
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
-    """Random changes of the images in this stage."""
 
 
 @dataclass(frozen=True)
@@ -175,6 +126,10 @@ def _convert(hint: Any, value: Any, default: Any, name: str) -> Any:
         return tuple(_convert(item, v, None, name) for v in value)
     if origin is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if isinstance(origin, types.UnionType) or not isinstance(value, origin) or (origin is int and isinstance(value, bool)):
+    if (
+        isinstance(origin, types.UnionType)
+        or not isinstance(value, origin)
+        or (origin is int and isinstance(value, bool))
+    ):
         raise InputError(f"recipe: {name} = {value!r} should be of type {getattr(origin, '__name__', origin)}")
     return value

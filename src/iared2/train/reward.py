@@ -15,7 +15,7 @@ class RewardConfig:
     tau: float = 1.5
     """τ, the penalty for a wrong prediction, ≥ 0. More τ: more accurate, more compute (Table 3)."""
     squared: bool = True
-    """Reward 1 − ratio² for a right prediction; false gives the linear variant 1 − ratio, which is more sensitive to τ."""
+    """Reward 1 − ratio² for a right prediction; false: 1 − ratio, the linear variant, more sensitive to τ."""
 
 
 def reward(num_kept: Tensor, num_patches: int, correct: Tensor, config: RewardConfig) -> Tensor:

@@ -1,0 +1,64 @@
+"""Random changes of images and targets in training; all of it is timm's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from timm.data import Mixup, create_transform
+from timm.data.mixup import mixup_target
+from torch import Tensor
+
+from ..data import Transform, eval_transform
+from ..model.reduced import ReducedVisionTransformer
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Random changes of the training images, by timm.data.create_transform."""
+
+    min_scale: float = 0.08
+    """Smallest share of the area that a random crop shows."""
+    hflip: float = 0.5
+    """Probability of a horizontal flip."""
+    color_jitter: float = 0.3
+    """Strength of brightness, contrast and saturation changes; 0: none."""
+    auto_augment: str = ""
+    """timm's policy string, such as "rand-m9-mstd0.5-inc1"; empty: none."""
+    random_erasing: float = 0.0
+    """Probability of erasing a random box."""
+
+    def transform(self, model: ReducedVisionTransformer) -> Transform:
+        """The training transform for the model's input."""
+        cfg = model.pretrained_cfg
+        return create_transform(
+            cfg["input_size"],
+            is_training=True,
+            scale=(self.min_scale, 1.0),
+            hflip=self.hflip,
+            color_jitter=self.color_jitter or None,
+            auto_augment=self.auto_augment or None,
+            re_prob=self.random_erasing,
+            interpolation="bicubic",
+            mean=cfg["mean"],
+            std=cfg["std"],
+        )
+
+
+def whole_image_transform(model: ReducedVisionTransformer) -> Transform:
+    """The evaluation transform: the whole image, resized to the model's input."""
+    cfg = model.pretrained_cfg
+    return eval_transform(cfg["input_size"], cfg["mean"], cfg["std"])
+
+
+class TargetMaker:
+    """Mixup, CutMix and label smoothing: images and labels -> images and class probabilities ``(B, K)``."""
+
+    def __init__(self, label_smoothing: float, mixup: float, cutmix: float, num_classes: int) -> None:
+        self.smoothing, self.num_classes = label_smoothing, num_classes
+        self.mixup = Mixup(mixup, cutmix, label_smoothing=label_smoothing, num_classes=num_classes)
+        self.mixes = mixup > 0 or cutmix > 0
+
+    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        if self.mixes:
+            return self.mixup(images, labels)
+        return images, mixup_target(labels, self.num_classes, smoothing=self.smoothing)

@@ -1,0 +1,271 @@
+"""One stage: batches -> steps -> logs and checkpoints. It does not know which stage comes before or after."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from .. import keyed
+from ..data import Batch, Samples, eval_batches, steps_per_epoch, train_batches
+from ..evaluate import measure
+from ..model.reduced import ReducedVisionTransformer
+from .augment import AugmentConfig, TargetMaker, whole_image_transform
+from .finetune import decide_up_to
+from .log import RunLog
+from .state import Position, load_optimizer_tensors, optimizer_tensors, save_state
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """How long and how fast one stage learns. AdamW, linear warm-up, cosine decay to ``min_lr`` within the stage."""
+
+    epochs: float = 10
+    """Passes over the training set; 0 leaves the stage out. A fraction is allowed."""
+    batch_size: int = 128
+    """Images of one optimiser step in each process."""
+    accumulate: int = 1
+    """Split that batch into so many parts, one after the other, to save memory."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    min_lr: float = 1e-6
+    """Learning rate at the end."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay; not on biases, norms and embeddings."""
+    warmup_epochs: float = 0.0
+    """Epochs of linear warm-up."""
+    clip_grad: float = 0.0
+    """Clip the norm of the gradient to this; 0: do not."""
+    layer_decay: float = 1.0
+    """Factor on the learning rate from each block to the one before it."""
+    label_smoothing: float = 0.0
+    """Share of the target spread over all classes. Not in the policy stage, like the next two."""
+    mixup: float = 0.0
+    """Mixup alpha; 0: none."""
+    cutmix: float = 0.0
+    """CutMix alpha; 0: none."""
+    ema_decay: float = 0.0
+    """End the stage with an exponential moving average of the backbone; 0: none. Not in the policy stage."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    """Random changes of the images in this stage."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a run.
+
+    Attributes:
+        name: ``backbone``, ``policy_gradient i`` or ``finetune i``, i = 1…D.
+        group: the last group that drops patches, 0…D−1; None: nothing is dropped.
+        config: how it learns.
+        step: makes the module whose call is one step, ``(images, targets, keys) -> (loss, metrics)``; freezes the rest.
+        trained: the module whose unfrozen parameters learn.
+        policy: labels stay hard, there is no moving average.
+    """
+
+    name: str
+    group: int | None
+    config: StageConfig
+    step: Callable[[], nn.Module]
+    trained: nn.Module
+    policy: bool
+
+
+@dataclass(frozen=True)
+class Run:
+    """What every stage of one run shares.
+
+    Attributes:
+        recipe: the settings as JSON types, written into every checkpoint.
+        seed, workers, checkpoint_minutes, eval_epochs: of the recipe.
+    """
+
+    output: Path
+    recipe: dict[str, Any]
+    accelerator: Accelerator
+    model: ReducedVisionTransformer
+    samples: Samples
+    held_out: Samples
+    log: RunLog
+    seed: int
+    workers: int
+    checkpoint_minutes: float
+    eval_epochs: int
+
+    def stage(self, index: int, stage: Stage, position: Position, parts: dict[str, dict[str, Tensor]]) -> Position:
+        """Run one stage from ``position`` to its end, checkpointing on the way.
+
+        Args:
+            index: of the stage in the run; keys its draws.
+            position: how many of its steps are done.
+            parts: optimiser and moving average, if it is resumed in the middle.
+
+        Returns:
+            The beginning of the next stage.
+        """
+        accelerator, config = self.accelerator, stage.config
+        epoch_steps = steps_per_epoch(self.samples, config.batch_size, accelerator.num_processes)
+        total = max(1, round(config.epochs * epoch_steps))
+        step_module = stage.step()
+        optimizer = make_optimizer(stage)
+        scheduler = CosineLRScheduler(
+            optimizer,
+            t_initial=total,
+            lr_min=config.min_lr,
+            warmup_t=round(config.warmup_epochs * epoch_steps),
+            warmup_lr_init=config.min_lr,
+            t_in_epochs=False,
+        )
+        ema = None
+        if config.ema_decay and not stage.policy:
+            ema = ModelEmaV3(self.model.backbone, decay=config.ema_decay, use_warmup=True)
+        wrapped, optimizer = accelerator.prepare(step_module, optimizer)
+        if position.step:
+            load_optimizer_tensors(optimizer.optimizer, parts["optimizer"])
+            if ema:
+                ema.module.load_state_dict(parts["ema"])
+
+        self.log.start_stage(stage.name, total, position.step)
+        wrapped.train()
+        saved = clock = time.monotonic()
+        for epoch, step, batch in self.batches(index, config, position.step, total, epoch_steps):
+            scheduler.step_update(step)
+            self.seed_generators(index, step)
+            metrics = self.optimize(wrapped, optimizer, batch, stage, 1000 * index + epoch)
+            if ema:
+                ema.update(self.model.backbone, step)
+            for name, reason in batch.skipped:
+                self.log.say(f"skipped {name}: {reason}")
+            now = time.monotonic()
+            metrics["images_per_second"] = len(batch.labels) * accelerator.num_processes / (now - clock)
+            metrics["lr"] = max(group["lr"] for group in optimizer.param_groups)
+            clock = now
+            position = Position(index, step + 1, position.total_steps + 1, position.skipped + len(batch.skipped))
+            self.log.step(stage.name, epoch, step + 1, position.total_steps, metrics)
+
+            end_of_epoch = (step + 1) % epoch_steps == 0 and step + 1 < total
+            if end_of_epoch or now - saved > 60 * self.checkpoint_minutes:
+                self.save(position, optimizer, ema)
+                saved = time.monotonic()
+            if end_of_epoch and self.eval_epochs and (epoch + 1) % self.eval_epochs == 0:
+                self.evaluate(stage, position, ema)
+                wrapped.train()
+                clock = time.monotonic()
+
+        if ema:
+            self.model.backbone.load_state_dict(ema.module.state_dict())
+        self.evaluate(stage, position)
+        position = Position(index + 1, 0, position.total_steps, position.skipped)
+        self.save(position)
+        return position
+
+    def batches(
+        self, index: int, config: StageConfig, done: int, total: int, epoch_steps: int
+    ) -> Iterator[tuple[int, int, Batch]]:
+        """``(epoch, step, batch)`` of the steps that are left."""
+        transform = config.augment.transform(self.model)
+        step = done
+        for epoch in range(done // epoch_steps, -(-total // epoch_steps)):
+            loader = train_batches(
+                self.samples,
+                transform,
+                seed=self.seed,
+                epoch=1000 * index + epoch,
+                batch_size=config.batch_size,
+                start_step=step - epoch * epoch_steps,
+                rank=self.accelerator.process_index,
+                world_size=self.accelerator.num_processes,
+                workers=self.workers,
+            )
+            for batch in loader:
+                if step == total:
+                    return
+                yield epoch, step, batch
+                step += 1
+
+    def optimize(self, wrapped: nn.Module, optimizer: Any, batch: Batch, stage: Stage, epoch: int) -> dict[str, float]:
+        """One optimiser step on a batch, in ``accumulate`` parts; metrics averaged over parts and processes."""
+        accelerator, config = self.accelerator, stage.config
+        images, targets = batch.images.to(accelerator.device), batch.labels.to(accelerator.device)
+        keys = keyed.sample_keys(self.seed, epoch, batch.samples).to(accelerator.device)
+        if not stage.policy:
+            make_targets = TargetMaker(config.label_smoothing, config.mixup, config.cutmix, self.model.num_classes)
+            images, targets = make_targets(images, targets)
+        optimizer.zero_grad()
+        totals: dict[str, Tensor] = {}
+        parts = list(zip(*(t.chunk(config.accumulate) for t in (images, targets, keys)), strict=True))
+        for number, part in enumerate(parts, start=1):
+            share = len(part[0]) / len(images)
+            accelerator.sync_gradients = number == len(parts)
+            with nullcontext() if accelerator.sync_gradients else accelerator.no_sync(wrapped):
+                with accelerator.autocast():
+                    loss, metrics = wrapped(*part)
+                accelerator.backward(loss * share)
+            for name, value in metrics.items():
+                totals[name] = totals.get(name, torch.zeros_like(value)) + share * value
+        if config.clip_grad:
+            totals["grad_norm"] = accelerator.clip_grad_norm_(wrapped.parameters(), config.clip_grad)
+        optimizer.step()
+        return {name: float(value) for name, value in accelerator.reduce(totals, "mean").items()}
+
+    def evaluate(self, stage: Stage, position: Position, ema: ModelEmaV3 | None = None) -> None:
+        """Measure the thresholded model, the one that is deployed, on held-out images."""
+        model = self.model
+        live = None
+        if ema:  # judge the average, then put the live weights back
+            live = {name: t.clone() for name, t in model.backbone.state_dict().items()}
+            model.backbone.load_state_dict(ema.module.state_dict())
+        batches = eval_batches(
+            self.held_out,
+            whole_image_transform(model),
+            batch_size=256,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+            workers=self.workers,
+        )
+        decide = decide_up_to(model.eval(), stage.group)
+        with self.accelerator.autocast():
+            result = measure(model, batches, self.accelerator.device, decide, self.accelerator.reduce)
+        if live is not None:
+            model.backbone.load_state_dict(live)
+        self.log.evaluation(stage.name, position.total_steps, result)
+
+    def save(self, position: Position, optimizer: Any = None, ema: ModelEmaV3 | None = None) -> None:
+        """Write the checkpoint from which a killed run goes on."""
+        if self.accelerator.is_main_process:
+            parts = {"model": self.model.state_dict()}
+            if optimizer is not None:
+                parts["optimizer"] = optimizer_tensors(optimizer.optimizer)
+            if ema is not None:
+                parts["ema"] = ema.module.state_dict()
+            save_state(self.output / "state.safetensors", position, self.recipe, parts)
+
+    def seed_generators(self, index: int, step: int) -> None:
+        """Seed what timm's mixup and torch's dropout draw from, so that a step does not depend on the steps before."""
+        key = keyed.sample_keys(self.seed, 1000 * index + self.accelerator.process_index, torch.tensor([step]))
+        (number,) = keyed.python_seeds(key)
+        torch.manual_seed(number)
+        np.random.seed(number)  # noqa: NPY002 (timm draws from the global generator)
+
+
+def make_optimizer(stage: Stage) -> torch.optim.Optimizer:
+    """AdamW over what the stage trains; timm leaves out what is frozen and spares biases and norms the weight decay."""
+    config = stage.config
+    return create_optimizer_v2(
+        stage.trained,
+        opt="adamw",
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        layer_decay=config.layer_decay if config.layer_decay < 1 and not stage.policy else None,
+    )
