@@ -210,6 +210,15 @@ class TestUnreadable:
                 list(batches)
             assert "\n" not in str(error.value)
 
+    def test_too_many_in_a_row(self, tmp_path: Path):
+        """A long stretch of them is a broken data set, even if something can be read."""
+        images = [b"no"] * (MAX_UNREADABLE + 50) + [jpeg(0)] * 2
+        file = write_parquet(tmp_path / "train.parquet", [0, 1] * (len(images) // 2), images=images)
+        samples = open_samples(DataConfig(str(file)), "train")
+        with pytest.raises(InputError, match="image after image cannot be read"):
+            list(train_batches(samples, PLAIN, seed=0, epoch=0, batch_size=50))
+        assert sum(len(batch.labels) for batch in eval_batches(samples, PLAIN, batch_size=50)) == 2
+
     def test_cells_of_a_table(self, tmp_path: Path):
         file = write_parquet(tmp_path / "train.parquet", [0, 1, 0, 1], images=[jpeg(0), None, b"", jpeg(3)])
         samples = open_samples(DataConfig(str(file)), "train")

@@ -129,7 +129,9 @@ class TestParquet:
         assert source.names == ("0", "1", "2")
         assert not source.complete
 
-    def test_large_files_are_mapped_from_disk(self, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch):
+    def test_large_files_are_mapped_from_disk(
+        self, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+    ):
         file = write_parquet(tmp_path / "train.parquet", LABELS)
         small = open_split(file)
         assert not list(cache.rglob("*.arrow"))
@@ -138,6 +140,7 @@ class TestParquet:
         assert list(cache.rglob("*.arrow"))
         assert np.array_equal(large.labels, small.labels)
         assert large.reader[4][0].read() == small.reader[4][0].read()
+        assert capfd.readouterr() == ("", "")  # no bars, no chatter
 
     def test_other_columns(self, tmp_path: Path):
         file = write_parquet(tmp_path / "train.parquet", LABELS)

@@ -45,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.set_defaults(run=_evaluate)
 
     arguments = parser.parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):  # a file name that the terminal cannot show must not end the work
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     logging.getLogger("timm").setLevel(logging.ERROR)
     try:
         return arguments.run(arguments)

@@ -123,7 +123,7 @@ def _hub_splits(path: str, columns: list[str]) -> Splits:
 
 def _open_parquet(files: list[Path], columns: list[str]) -> Source:
     datasets, where = _datasets(), str(files[0])
-    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+    import pyarrow.parquet as pq
 
     with _input_errors(where):
         _check_columns(pq.read_schema(files[0]).names, where, columns)

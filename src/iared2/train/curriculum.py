@@ -72,6 +72,8 @@ def train(recipe: Recipe, output: Path) -> Path:
     Raises:
         InputError: the data or the recipe is wrong, or ``output`` holds a run of another recipe.
     """
+    if recipe.precision not in ("no", "bf16"):
+        raise InputError(f'recipe: precision = {recipe.precision!r} should be "no" or "bf16"')
     accelerator = Accelerator(mixed_precision=recipe.precision)
     samples, held_out = open_samples(recipe.data, "train"), open_samples(recipe.data, "eval")
     model = build_model(recipe, len(samples.class_names))

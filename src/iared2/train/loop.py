@@ -118,6 +118,7 @@ class Run:
         epoch_steps = steps_per_epoch(self.samples, config.batch_size, accelerator.num_processes)
         total = max(1, round(config.epochs * epoch_steps))
         step_module = stage.step()
+        self.model.zero_grad(set_to_none=True)  # what an earlier stage left must not count in this one's gradient norm
         optimizer = make_optimizer(stage)
         scheduler = CosineLRScheduler(
             optimizer,
