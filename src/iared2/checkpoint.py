@@ -103,7 +103,7 @@ def _load_authors(path: Path) -> ReducedVisionTransformer:
         raise InputError(
             f"{path} has no interpreters (groups.0.agent.qk.weight): it is not the authors' checkpoint layout"
         )
-    groups = len(agents) // 2
+    groups = len([name for name in agents if name.endswith("weight")])
     per_group = len({n.split(".")[3] for n in tensors if n.startswith("groups.0.block_list.")})
     try:
         width, _, *patch_size = tensors["patch_embed.proj.weight"].shape

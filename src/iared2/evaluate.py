@@ -41,13 +41,15 @@ def measure(
     """
     total = torch.zeros(4 + model.num_groups, dtype=torch.float64, device=device)
     for batch in batches:
+        total[0] += len(batch.labels)
+        total[1] += len(batch.skipped)
+        if not len(batch.labels):  # none of its files could be read
+            continue
         with torch.inference_mode():
             output = model.trace(batch.images.to(device), decide)
         right = (output.logits.argmax(1) == batch.labels.to(device)).sum()
         sums = [right, output.macs.sum(), *output.keep_ratio.sum(1)]
         total[2:] += torch.stack([s.double() for s in sums])
-        total[0] += len(batch.labels)
-        total[1] += len(batch.skipped)
     images, skipped, right, macs, *kept = reduce(total, "sum").tolist()
     return {
         "top1": round(100 * right / max(images, 1), 4),
@@ -118,6 +120,9 @@ def evaluate(
     skipped: list[str] = []
 
     for batch in batches:
+        skipped += [file for file, _ in batch.skipped]
+        if not len(batch.labels):
+            continue
         x, labels = batch.images.to(device), batch.labels.to(device)
         if not images:  # warm-up: the first pass pays for allocations and the choice of kernels
             _timed(device, model.trace, x)
@@ -134,7 +139,6 @@ def evaluate(
         ):
             right[name] += int((logits.argmax(1) == labels).sum())
             seconds[name] += spent
-        skipped += [file for file, _ in batch.skipped]
         images += len(labels)
         macs += int(output.macs.sum())
         keep += output.keep_ratio.double().sum(1).cpu()

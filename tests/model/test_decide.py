@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from iared2 import keyed
+from iared2.model.decide import at_random, by_sampling, by_threshold, keep_all, top_k
+
+SCORES = torch.tensor([[0.1, 0.5, 0.6, 0.9], [0.8, 0.0, 1.0, 0.4]])
+ALIVE = torch.tensor([[True, True, True, False], [True, True, True, True]])
+
+
+def test_threshold_is_strict_and_never_revives():
+    keep = by_threshold(0.5)(SCORES, ALIVE, 0)
+    assert keep.tolist() == [[False, False, True, False], [True, False, True, False]]
+
+
+def test_threshold_0_keeps_all_and_1_none_whatever_the_sigmoid_rounds_to():
+    for t in (0, -1.0):
+        assert torch.equal(by_threshold(t)(SCORES, ALIVE, 0), ALIVE)
+    for t in (1, 1.5):
+        assert not by_threshold(t)(SCORES, ALIVE, 0).any()
+
+
+def test_threshold_of_each_group():
+    decide = by_threshold([0.0, 0.7])
+    assert decide(SCORES, ALIVE, 0).sum() == 7
+    assert decide(SCORES, ALIVE, 1).sum() == 2
+    with pytest.raises(ValueError, match="2 numbers"):
+        decide(SCORES, ALIVE, 2)
+    with pytest.raises(ValueError, match="not a number"):
+        by_threshold(float("nan"))(SCORES, ALIVE, 0)
+
+
+def test_samples_have_the_scores_as_probabilities():
+    n = 20_000
+    scores, alive = SCORES[1].expand(n, 4), torch.ones(n, 4, dtype=torch.bool)
+    rate = by_sampling(keyed.sample_keys(0, 0, torch.arange(n)))(scores, alive, 0).float().mean(0)
+    assert rate[1] == 0
+    assert rate[2] == 1
+    assert (rate - SCORES[1]).abs().max() < 4 * 0.5 / n**0.5
+
+
+def test_top_k_and_random_keep_exact_numbers_of_living_patches():
+    assert top_k(SCORES, ALIVE, torch.tensor([2, 1])).tolist() == [
+        [False, True, True, False],
+        [False, False, True, False],
+    ]
+    num_keep = torch.tensor([[2, 3], [0, 1]])
+    decide = at_random(num_keep, keyed.sample_keys(0, 0, torch.arange(2)))
+    first = decide(SCORES, ALIVE, 0)
+    assert first.sum(1).tolist() == [2, 3]
+    assert not (first & ~ALIVE).any()
+    second = decide(SCORES, first, 1)
+    assert second.sum(1).tolist() == [0, 1]
+    assert not (second & ~first).any()
+    assert torch.equal(keep_all(SCORES, first, 1), first)
+
+
+def test_random_dropping_is_uniform():
+    n, keep = 5000, 2
+    decide = at_random(torch.full((1, n), keep), keyed.sample_keys(0, 0, torch.arange(n)))
+    rate = decide(torch.zeros(n, 8), torch.ones(n, 8, dtype=torch.bool), 0).float().mean(0)
+    assert (rate - keep / 8).abs().max() < 4 * 0.44 / n**0.5

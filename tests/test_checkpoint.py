@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import functools
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+
+import iared2
+from iared2.checkpoint import load_backbone_weights
+from iared2.errors import InputError
+
+SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 5}
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    model = iared2.from_timm("deit_tiny_patch16_224", **SMALL).eval()
+    model.threshold = [0.5, 0.49, 0.51]
+    model.class_names = tuple("abcde")
+    model.backbone.pretrained_cfg = {**model.backbone.pretrained_cfg, "mean": (0.1, 0.2, 0.3)}
+    return model
+
+
+@pytest.fixture
+def images():
+    return torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def test_round_trip(model, images, tmp_path):
+    path = tmp_path / "model.safetensors"
+    model.save(path)
+    for source in (path, str(path), tmp_path):
+        twin = iared2.load(source)
+        assert torch.equal(twin(images), model(images))
+        assert twin.threshold == [0.5, 0.49, 0.51]
+        assert twin.class_names == tuple("abcde")
+        assert tuple(twin.pretrained_cfg["mean"]) == (0.1, 0.2, 0.3)
+        assert twin.pretrained_cfg["input_size"] == (3, 16, 16)
+        assert not twin.training
+    assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"], "no temporary file is left"
+
+
+def test_round_trip_after_changes_and_from_a_module(images, tmp_path):
+    model = iared2.from_timm(timm.create_model("vit_tiny_patch16_224", **SMALL, qk_norm=True), groups=2).eval()
+    model.reset_classifier(3)
+    model.save(tmp_path / "m")
+    assert torch.equal(iared2.load(tmp_path / "m")(images), model(images))
+
+
+def test_save_refuses_what_load_could_not_rebuild(tmp_path):
+    nameless = timm.models.VisionTransformer(**SMALL)
+    with pytest.raises(InputError, match="no timm name"):
+        iared2.from_timm(nameless).save(tmp_path / "m")
+    odd = timm.create_model("vit_tiny_patch16_224", **SMALL)
+    odd.blocks[0].mlp.act = torch.nn.ReLU()
+    with pytest.raises(InputError, match="is not timm's"):
+        iared2.from_timm(odd).save(tmp_path / "m")
+    assert not list(tmp_path.iterdir())
+
+
+def test_unwritable_path(model, tmp_path):
+    with pytest.raises(InputError, match="cannot write"):
+        model.save(tmp_path / "no" / "such" / "folder" / "m.safetensors")
+
+
+def edited(path, edit):
+    with safetensors.safe_open(path, "pt") as file:
+        tensors, metadata = {k: file.get_tensor(k) for k in file.keys()}, file.metadata()  # noqa: SIM118
+    edit(tensors, metadata)
+    safetensors.torch.save_file(tensors, path, metadata)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda t, m: t.pop("interpreters.1.key.bias"), "lacks the tensor interpreters.1.key.bias"),
+        (lambda t, m: t.update(extra=torch.zeros(1)), "has unexpected the tensor extra"),
+        (
+            lambda t, m: t.update({"backbone.norm.bias": torch.zeros(7)}),
+            r"norm.bias has shape \(7,\), expected \(32,\)",
+        ),
+        (lambda t, m: m.pop("iared2"), "not one that iared2 saved"),
+        (lambda t, m: m.update(iared2="{}"), "does not describe a model"),
+        (lambda t, m: m.update(iared2=m["iared2"].replace("deit_tiny", "deit_tinny")), "does not describe a model"),
+    ],
+)
+def test_damaged_checkpoints_are_one_clear_line(model, tmp_path, edit, message):
+    path = tmp_path / "model.safetensors"
+    model.save(path)
+    edited(path, edit)
+    with pytest.raises(InputError, match=message) as error:
+        iared2.load(path)
+    assert "\n" not in str(error.value)
+    assert str(path) in str(error.value)
+
+
+def test_files_that_are_no_checkpoint(tmp_path):
+    with pytest.raises(InputError, match="there is no checkpoint"):
+        iared2.load(tmp_path / "nowhere")
+    for name in ("text.safetensors", "text.pth"):
+        path = tmp_path / name
+        path.write_text("this is not a checkpoint")
+        with pytest.raises(InputError, match=name):
+            iared2.load(path)
+    torch.save({"a": functools.partial(print)}, tmp_path / "code.pth")  # code in a pickle is never run
+    with pytest.raises(InputError, match="code.pth"):
+        iared2.load(tmp_path / "code.pth")
+
+
+def authors_state_dict(model):
+    """The layout of the authors' tool: blocks twice, interpreters fused to 3C."""
+    tensors = {k: v for k, v in model.backbone.state_dict().items()}
+    for g, blocks in enumerate(model.groups):
+        for b, n in enumerate(blocks):
+            block = {k: v for k, v in tensors.items() if k.startswith(f"blocks.{n}.")}
+            tensors |= {k.replace(f"blocks.{n}.", f"groups.{g}.block_list.{b}."): v for k, v in block.items()}
+    for g, interpreter in enumerate(model.interpreters):
+        for part in ("weight", "bias"):
+            query, key = getattr(interpreter.query, part), getattr(interpreter.key, part)
+            tensors[f"groups.{g}.agent.qk.{part}"] = torch.cat([query, key, torch.randn_like(key)]).detach()
+    return tensors
+
+
+def test_authors_layout(tmp_path):
+    torch.manual_seed(0)
+    model = iared2.from_timm(
+        "deit_small_patch16_224", img_size=32, embed_dim=128, depth=6, num_heads=2, num_classes=9
+    ).eval()
+    tensors = authors_state_dict(model)
+    torch.save(tensors, tmp_path / "ckpt.pth")
+    images = torch.randn(2, 3, 32, 32)
+    loaded = iared2.load(tmp_path / "ckpt.pth")
+    a, b = loaded.trace(images), model.trace(images)
+    assert torch.equal(a.logits, b.logits)
+    assert torch.equal(a.scores, b.scores)
+
+    torch.save({**tensors, "groups.1.block_list.0.norm1.bias": torch.ones(128)}, tmp_path / "odd.pth")
+    with pytest.raises(InputError, match="contradicts itself"):
+        iared2.load(tmp_path / "odd.pth")
+    tensors.pop("groups.2.agent.qk.bias")
+    torch.save(tensors, tmp_path / "missing.pth")
+    with pytest.raises(InputError, match=r"lacks the tensor interpreters.2"):
+        iared2.load(tmp_path / "missing.pth")
+    torch.save(model.backbone.state_dict(), tmp_path / "plain.pth")
+    with pytest.raises(InputError, match="no interpreters"):
+        iared2.load(tmp_path / "plain.pth")
+
+
+def test_backbone_weights_of_other_classes_leave_the_head_fresh(model, tmp_path):
+    other = timm.create_model("deit_tiny_patch16_224", **{**SMALL, "num_classes": 11})
+    torch.save({"model": other.state_dict()}, tmp_path / "w.pth")
+    head = model.backbone.head.weight.clone()
+    load_backbone_weights(model.backbone, tmp_path / "w.pth")
+    assert torch.equal(model.backbone.head.weight, head)
+    assert torch.equal(model.backbone.blocks[0].attn.qkv.weight, other.blocks[0].attn.qkv.weight)
+
+
+def test_model_in_the_box_loads():
+    model = iared2.load()
+    assert len(model.class_names) == model.num_classes
+    size = model.pretrained_cfg["input_size"]
+    out = model.trace(torch.randn(2, *size))
+    assert out.logits.isfinite().all()
+    assert (out.macs <= model.dense_macs * 1.01).all()

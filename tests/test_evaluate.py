@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import iared2
+from iared2.cli import main
+from iared2.data import Batch
+from iared2.evaluate import evaluate, measure
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    model = iared2.from_timm(
+        "deit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=32, depth=3, num_heads=2, num_classes=2
+    ).eval()
+    model.threshold = [float(model.trace(images(8)).scores[0].median()), 0, 0]
+    return model
+
+
+def images(n, seed=0):
+    return torch.randn(n, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+
+
+def batches(model):
+    """Two batches whose labels are the dense model's own predictions, and one whose files are all broken."""
+    for seed, n in ((0, 8), (1, 5)):
+        x = images(n, seed)
+        yield Batch(x, model.backbone(x).argmax(1), torch.arange(n) + 8 * seed, [("broken.jpg", "why")] if seed else [])
+    yield Batch(
+        torch.empty(0), torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64), [("b.jpg", "why")]
+    )
+
+
+def test_the_three_variants(model):
+    with torch.no_grad():
+        result = evaluate(model, batches(model))
+        reduced, dense, random = result.variants
+        out = [model.trace(images(n, seed)) for seed, n in ((0, 8), (1, 5))]
+    assert result.images == 13
+    assert result.skipped == ["broken.jpg", "b.jpg"]
+    assert dense.top1 == 100
+    assert dense.gmacs == pytest.approx(model.dense_macs / 1e9)
+    assert reduced.gmacs == pytest.approx(sum(o.macs.sum().item() for o in out) / 13 / 1e9)
+    assert reduced.gmacs == random.gmacs < dense.gmacs
+    ratio = torch.cat([o.keep_ratio for o in out], 1).mean(1)
+    assert reduced.keep_ratio == pytest.approx(ratio.tolist())
+    assert "not fine-tuned" in random.name
+    assert all(v.images_per_second > 0 for v in result.variants)
+    assert json.loads(json.dumps(result.to_dict()))["variants"][1]["top1"] == 100
+
+
+def test_measure_agrees(model):
+    with torch.no_grad():
+        measured = measure(model, batches(model), "cpu")
+        reduced = evaluate(model, batches(model)).variants[0]
+    assert measured["top1"] == pytest.approx(reduced.top1, abs=1e-3)
+    assert measured["gmacs"] == pytest.approx(reduced.gmacs)
+    assert (measured["images"], measured["skipped"]) == (13, 2)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for split in ("train", "val"):
+        for name, value in (("dark", 30), ("light", 220)):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for i in range(3):
+                pixels = np.full((20, 20, 3), value + i, np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "data" / split / name / f"{i}.png")
+    return tmp_path / "data"
+
+
+def test_command(model, folder, tmp_path, capsys):
+    model.save(tmp_path / "m.safetensors")
+    (folder / "val" / "dark" / "broken.png").write_bytes(b"no image")
+    args = ["evaluate", str(tmp_path / "m.safetensors"), str(folder), "--workers", "0"]
+    assert main([*args, "--threshold", "0", "--json", str(tmp_path / "figures.json")]) == 0
+    printed = capsys.readouterr().out
+    result = json.loads(printed.strip().splitlines()[-1])
+    assert result == json.loads((tmp_path / "figures.json").read_text())
+    assert result["images"] == 6
+    assert len(result["skipped"]) == 1
+    assert "random dropping" in printed
+    assert result["variants"][0]["keep_ratio"] == [1, 1, 1]
+    assert result["variants"][0]["top1"] == result["variants"][1]["top1"]
+    assert main([*args, "--limit", "2", "--batch-size", "2"]) == 0
+    assert json.loads(capsys.readouterr().out.strip().splitlines()[-1])["images"] == 2
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--threshold", "0.5", "0.5"], "one number, or 3"),
+        (["--device", "cuda:9"], "device cuda:9"),
+        (["--json", "/no/such/folder/x.json"], "cannot write"),
+        (["--split", "nonsense"], "no split 'nonsense'"),
+    ],
+)
+def test_bad_arguments_are_one_line(model, folder, tmp_path, capsys, more, message):
+    model.save(tmp_path / "m.safetensors")
+    assert main(["evaluate", str(tmp_path / "m.safetensors"), str(folder), "--workers", "0", *more]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_other_classes_than_the_models(model, folder, tmp_path, capsys):
+    model.save(tmp_path / "m.safetensors")
+    for i in range(2):
+        (folder / "train" / f"more{i}").mkdir()
+        Image.new("RGB", (8, 8)).save(folder / "train" / f"more{i}" / "a.png")
+    assert main(["evaluate", str(tmp_path / "m.safetensors"), str(folder)]) == 1
+    assert "4 classes, the model 2" in capsys.readouterr().err
