@@ -1,7 +1,7 @@
 """The masked oracle: the same model, plain and slow. Nothing is ever removed; dropped patches are masked in attention.
 
-Written independently of the packed code: dense tensors, timm's own ``Block.forward`` with a mask, the interpreter in its
-plain form (every token projected to a key).
+Written independently of the packed code: dense tensors, timm's own ``Block.forward`` with a mask, the interpreter in
+its plain form (every token projected to a key).
 """
 
 from __future__ import annotations
@@ -13,10 +13,8 @@ import torch.nn.functional as F
 def plain_scores(interpreter, x, alive, prefix, has_class_token):
     """Equation of method.md section 1 to the letter. x (B, S, C), alive (B, N) -> (B, N)."""
     patches = x[:, prefix:]
-    if has_class_token:
-        policy = x[:, 0]
-    else:
-        policy = (patches * alive[..., None]).sum(1) / alive.sum(1, keepdim=True)
+    mean = (patches * alive[..., None]).sum(1) / alive.sum(1, keepdim=True)
+    policy = x[:, 0] if has_class_token else mean
     width, heads = x.shape[-1], interpreter.num_heads
     q = interpreter.query(F.layer_norm(policy, (width,))).unflatten(-1, (heads, -1))  # (B, H, d)
     k = interpreter.key(F.layer_norm(patches, (width,))).unflatten(-1, (heads, -1))  # (B, N, H, d)

@@ -106,13 +106,13 @@ def test_files_that_are_no_checkpoint(tmp_path):
         with pytest.raises(InputError, match=name):
             iared2.load(path)
     torch.save({"a": functools.partial(print)}, tmp_path / "code.pth")  # code in a pickle is never run
-    with pytest.raises(InputError, match="code.pth"):
+    with pytest.raises(InputError, match=r"code\.pth"):
         iared2.load(tmp_path / "code.pth")
 
 
 def authors_state_dict(model):
     """The layout of the authors' tool: blocks twice, interpreters fused to 3C."""
-    tensors = {k: v for k, v in model.backbone.state_dict().items()}
+    tensors = dict(model.backbone.state_dict())
     for g, blocks in enumerate(model.groups):
         for b, n in enumerate(blocks):
             block = {k: v for k, v in tensors.items() if k.startswith(f"blocks.{n}.")}

@@ -27,7 +27,14 @@ eval_epochs = 1
 [model]
 backbone = "deit_tiny_patch16_224"
 groups = 2
-timm = { img_size = 16, patch_size = 4, embed_dim = 32, depth = 4, num_heads = 2, drop_path_rate = 0.2, proj_drop_rate = 0.1 }
+[model.timm]
+img_size = 16
+patch_size = 4
+embed_dim = 32
+depth = 4
+num_heads = 2
+drop_path_rate = 0.2
+proj_drop_rate = 0.1
 [data]
 workers = 0
 [backbone]
@@ -207,8 +214,8 @@ def test_defaults_are_the_published_schedule(tmp_path):
     recipe = read_recipe(path)
     assert recipe == Recipe()
     assert recipe.model.groups * (recipe.policy_gradient.epochs + recipe.finetune.epochs) == 90
+    path.write_text("a = ")
     with pytest.raises(InputError, match="not valid TOML"):
-        path.write_text("a = ")
         read_recipe(path)
 
 
