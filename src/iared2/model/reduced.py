@@ -103,7 +103,9 @@ class ReducedVisionTransformer(nn.Module):
         """
         packed, scores, kept = self.reduce(self.embed(images), decide=decide)
         all_kept = torch.stack(kept)
-        return Output(self.head(packed), torch.stack(scores), all_kept, self.count_macs(all_kept.sum(-1)))
+        return Output(
+            self.head(packed), torch.stack(scores), all_kept, self.count_macs(all_kept.sum(-1), all_kept.shape[-1])
+        )
 
     def embed(self, images: Tensor, keys: Tensor | None = None) -> PackedTokens:
         """Images to tokens, none dropped. ``keys (B,)`` make the random draws of training repeatable (keyed.py)."""
