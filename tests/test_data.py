@@ -16,17 +16,8 @@ from PIL import Image
 from timm.data import create_transform
 
 from iared2 import InputError
-from iared2.data import (
-    MAX_UNREADABLE,
-    Batch,
-    DataConfig,
-    Samples,
-    eval_batches,
-    eval_transform,
-    open_samples,
-    steps_per_epoch,
-    train_batches,
-)
+from iared2.batches import MAX_UNREADABLE, Batch, eval_batches, eval_transform, steps_per_epoch, train_batches
+from iared2.data import DataConfig, Samples, open_samples
 
 # a worker is forked from a process with threads of torch; Python 3.12 and later remark on it
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 import iared2
+from iared2.batches import Batch
 from iared2.cli import main
-from iared2.data import Batch
 from iared2.evaluate import evaluate, measure
 
 

@@ -15,7 +15,9 @@ from .errors import InputError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 0 if all went well. What a person got wrong is one line on stderr and status 1."""
-    parser = argparse.ArgumentParser(prog="iared2", description=__import__("iared2").__doc__)
+    parser = argparse.ArgumentParser(
+        prog="iared2", description="Vision transformers that drop uninformative patches, and show which."
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     command = commands.add_parser("interpret", help="show which patches of a photo the model keeps")
@@ -78,8 +80,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import track
 
+    from .batches import eval_batches, eval_transform
     from .checkpoint import load
-    from .data import DataConfig, eval_batches, eval_transform, open_samples
+    from .data import DataConfig, open_samples
     from .evaluate import evaluate
     from .predictor import usable_device
 

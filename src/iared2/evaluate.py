@@ -12,7 +12,7 @@ from rich.table import Table
 from torch import Tensor
 
 from . import keyed
-from .data import Batch
+from .batches import Batch
 from .model.decide import Decide, at_random
 from .model.reduced import ReducedVisionTransformer
 

@@ -1,0 +1,1 @@
+"""Scores and decisions -> heat maps and figures. Knows arrays and photos, not models."""

@@ -199,6 +199,7 @@ class ReducedVisionTransformer(nn.Module):
         self.class_names = None
 
     def get_classifier(self) -> nn.Module:
+        """The backbone's head."""
         return self.backbone.get_classifier()
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

@@ -8,7 +8,7 @@ from timm.data import Mixup, create_transform
 from timm.data.mixup import mixup_target
 from torch import Tensor
 
-from ..data import Transform, eval_transform
+from ..batches import Transform, eval_transform
 from ..model.reduced import ReducedVisionTransformer
 
 

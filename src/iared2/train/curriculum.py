@@ -1,9 +1,9 @@
 """Algorithm 1: for each group, train its interpreter, then the blocks that follow it.
 
-Numbered deviations from the paper:
+Deviations from the paper (all of them are listed in docs/method.md):
 
-1. The policy stage's draws and every augmentation are functions of (seed, epoch, sample), so that a run which is killed
-   and resumed ends with the same weights, bit for bit, on a CPU.
+1. Every draw and augmentation is a function of (seed, epoch, sample), so that a run which is killed and resumed ends
+   with the same weights, bit for bit, on a CPU.
 2. An optional first stage trains the dense backbone, for those who do not start from pretrained weights.
 """
 
@@ -18,7 +18,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..checkpoint import load_backbone_weights
+from ..batches import steps_per_epoch
+from ..checkpoint import load_backbone_weights, load_strictly
 from ..data import open_samples
 from ..errors import InputError
 from ..model.reduced import ReducedVisionTransformer, from_timm
@@ -44,14 +45,19 @@ def stages_of(recipe: Recipe, model: ReducedVisionTransformer) -> list[Stage]:
     return [stage for stage in stages if stage.config.epochs > 0]
 
 
-def build_model(recipe: Recipe, num_classes: int) -> ReducedVisionTransformer:
-    """The model of a recipe with a head of ``num_classes``, before any training."""
+def build_model(recipe: Recipe, num_classes: int, weights: bool = True) -> ReducedVisionTransformer:
+    """The model of a recipe with a head of ``num_classes``, before any training.
+
+    Args:
+        weights: load the pretrained ones that the recipe names; a run that goes on has its own.
+    """
     torch.manual_seed(recipe.seed)
     config = recipe.model
+    pretrained = config.pretrained and weights
     model = from_timm(
-        config.backbone, groups=config.groups, pretrained=config.pretrained, num_classes=num_classes, **config.timm
+        config.backbone, groups=config.groups, pretrained=pretrained, num_classes=num_classes, **config.timm
     )
-    if config.checkpoint:
+    if config.checkpoint and weights:
         load_backbone_weights(model.backbone, config.checkpoint)
     if config.mean or config.std:
         model.backbone.pretrained_cfg = {**model.pretrained_cfg, "mean": config.mean, "std": config.std}
@@ -70,45 +76,81 @@ def train(recipe: Recipe, output: Path) -> Path:
         The path of the finished model.
 
     Raises:
-        InputError: the data or the recipe is wrong, or ``output`` holds a run of another recipe.
+        InputError: the data or the recipe is wrong, or ``output`` holds a run of another recipe; before any training.
     """
-    if recipe.precision not in ("no", "bf16"):
-        raise InputError(f'recipe: precision = {recipe.precision!r} should be "no" or "bf16"')
+    check(recipe)
     accelerator = Accelerator(mixed_precision=recipe.precision)
     samples, held_out = open_samples(recipe.data, "train"), open_samples(recipe.data, "eval")
-    model = build_model(recipe, len(samples.class_names))
+    state, position = output / "state.safetensors", Position()
+    parts: dict[str, dict[str, Tensor]] = {}
+    if state.exists():
+        position, saved_recipe, parts = load_state(state)
+        if saved_recipe != _comparable(recipe):
+            raise InputError(f"{output} holds a run of another recipe; give another --output, or the same recipe")
+    model = build_model(recipe, len(samples.class_names), weights=not parts)
     model.class_names = samples.class_names
+    if parts:
+        load_strictly(model, parts["model"], state)
+    model.config()  # a model that could not be saved is refused now, not at the end
+    stages = stages_of(recipe, model)
+    for stage in stages:
+        steps_per_epoch(
+            samples, stage.config.batch_size, accelerator.num_processes
+        )  # so is a batch that cannot be filled
 
     try:
         output.mkdir(parents=True, exist_ok=True)
+        log = RunLog(output, position.total_steps, accelerator.is_main_process)
     except OSError as error:
-        raise InputError(f"cannot make the folder {output}: {error.strerror}") from None
-    position = Position()
-    parts: dict[str, dict[str, Tensor]] = {}
-    if (output / "state.safetensors").exists():
-        position, saved_recipe, parts = load_state(output / "state.safetensors")
-        if saved_recipe != _comparable(recipe):
-            raise InputError(f"{output} holds a run of another recipe; give another --output, or the same recipe")
-        model.load_state_dict(parts["model"])
-
-    log = RunLog(output, position.total_steps, accelerator.is_main_process)
+        raise InputError(f"cannot write into the folder {output}: {error.strerror}; give another --output") from None
     try:
         run = Run(
-            output, _comparable(recipe), accelerator, model, samples, held_out, log,
-            recipe.seed, recipe.data.workers, recipe.checkpoint_minutes, recipe.eval_epochs,
-        )  # fmt: skip
-        for index, stage in enumerate(stages_of(recipe, model)):
-            if index >= position.stage:
-                position = run.stage(index, stage, position, parts)
-                parts = {}
+            output=output,
+            recipe=_comparable(recipe),
+            accelerator=accelerator,
+            model=model,
+            samples=samples,
+            held_out=held_out,
+            log=log,
+            seed=recipe.seed,
+            workers=recipe.data.workers,
+            checkpoint_minutes=recipe.checkpoint_minutes,
+            eval_epochs=recipe.eval_epochs,
+        )
+        for index in range(position.stage, len(stages)):
+            position = run.stage(index, stages[index], position, parts)
+            parts = {}
         path = output / "model.safetensors"
         if accelerator.is_main_process:
             model.eval().requires_grad_(True)
             model.save(path)
-        log.say(f"done: {path}" + (f"  ({position.skipped} images could not be read)" if position.skipped else ""))
+        log.say(f"done: {path}" + (f"  ({position.skipped} times an image could not be read)" * (position.skipped > 0)))
     finally:
         log.close()
     return path
+
+
+def check(recipe: Recipe) -> None:
+    """Refuse settings that cannot be meant.
+
+    Raises:
+        InputError: says which setting and what to give instead.
+    """
+    if recipe.precision not in ("no", "bf16"):
+        raise InputError(f'recipe: precision = {recipe.precision!r} should be "no" or "bf16"')
+    model = recipe.model
+    if not (model.pretrained or model.checkpoint or recipe.backbone.epochs > 0):
+        raise InputError(
+            "recipe: Algorithm 1 needs a trained backbone; set model.pretrained, model.checkpoint or backbone.epochs"
+        )
+    for name in ("backbone", "policy_gradient", "finetune"):
+        stage = getattr(recipe, name)
+        if stage.epochs < 0 or stage.batch_size < 1 or not 1 <= stage.accumulate <= stage.batch_size or stage.lr < 0:
+            raise InputError(
+                f"recipe: [{name}] needs epochs >= 0, lr >= 0, batch_size >= 1, 1 <= accumulate <= batch_size"
+            )
+        if (stage.mixup or stage.cutmix) and stage.batch_size % 2:
+            raise InputError(f"recipe: [{name}] mixes pairs of images; give an even batch_size")
 
 
 def _comparable(recipe: Recipe) -> dict[str, Any]:

@@ -66,7 +66,7 @@ class FinetuneStage(nn.Module):
         loss = self.loss(logits, targets)
         metrics = {
             "loss": loss.detach(),
-            "top1": (logits.argmax(1) == targets.argmax(1)).double().mean(),
+            "top1": 100 * (logits.argmax(1) == targets.argmax(1)).double().mean(),
             "keep_ratio_greedy": kept[-1].double().mean(),
         }
         return loss, metrics

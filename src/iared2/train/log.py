@@ -74,8 +74,9 @@ class RunLog:
             return
         self._write({"kind": "evaluation", "stage": stage, "total_steps": total_steps, **metrics})
         for name, value in metrics.items():
-            if isinstance(value, (int, float)):
-                self.tensorboard.add_scalar(f"evaluation/{name}", value, total_steps)
+            for i, number in enumerate(value if isinstance(value, list) else [value], start=1):
+                tag = f"{name}_{i}" if isinstance(value, list) else name
+                self.tensorboard.add_scalar(f"evaluation/{tag}", number, total_steps)
         self.say(
             f"{stage}: " + "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items())
         )

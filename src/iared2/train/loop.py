@@ -18,7 +18,8 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from .. import keyed
-from ..data import Batch, Samples, eval_batches, steps_per_epoch, train_batches
+from ..batches import Batch, eval_batches, steps_per_epoch, train_batches
+from ..data import Samples
 from ..evaluate import measure
 from ..model.reduced import ReducedVisionTransformer
 from .augment import AugmentConfig, TargetMaker, whole_image_transform
@@ -151,18 +152,20 @@ class Run:
             now = time.monotonic()
             metrics["images_per_second"] = len(batch.labels) * accelerator.num_processes / (now - clock)
             metrics["lr"] = max(group["lr"] for group in optimizer.param_groups)
-            clock = now
-            position = Position(index, step + 1, position.total_steps + 1, position.skipped + len(batch.skipped))
+            skipped = position.skipped + round(metrics.pop("skipped") * accelerator.num_processes)
+            position = Position(index, step + 1, position.total_steps + 1, skipped)
             self.log.step(stage.name, epoch, step + 1, position.total_steps, metrics)
 
-            end_of_epoch = (step + 1) % epoch_steps == 0 and step + 1 < total
-            if end_of_epoch or now - saved > 60 * self.checkpoint_minutes:
-                self.save(position, optimizer, ema)
-                saved = time.monotonic()
+            if step + 1 == total:
+                break  # what follows belongs to the end of the stage
+            end_of_epoch = (step + 1) % epoch_steps == 0
             if end_of_epoch and self.eval_epochs and (epoch + 1) % self.eval_epochs == 0:
                 self.evaluate(stage, position, ema)
                 wrapped.train()
-                clock = time.monotonic()
+            if end_of_epoch or now - saved > 60 * self.checkpoint_minutes:
+                self.save(position, optimizer, ema)
+                saved = time.monotonic()
+            clock = time.monotonic()
 
         if ema:
             self.model.backbone.load_state_dict(ema.module.state_dict())
@@ -190,8 +193,6 @@ class Run:
                 workers=self.workers,
             )
             for batch in loader:
-                if step == total:
-                    return
                 yield epoch, step, batch
                 step += 1
 
@@ -215,8 +216,8 @@ class Run:
                 accelerator.backward(loss * share)
             for name, value in metrics.items():
                 totals[name] = totals.get(name, torch.zeros_like(value)) + share * value
-        if config.clip_grad:
-            totals["grad_norm"] = accelerator.clip_grad_norm_(wrapped.parameters(), config.clip_grad)
+        totals["grad_norm"] = accelerator.clip_grad_norm_(wrapped.parameters(), config.clip_grad or float("inf"))
+        totals["skipped"] = torch.tensor(float(len(batch.skipped)), device=accelerator.device)
         optimizer.step()
         return {name: float(value) for name, value in accelerator.reduce(totals, "mean").items()}
 
@@ -254,7 +255,8 @@ class Run:
 
     def seed_generators(self, index: int, step: int) -> None:
         """Seed what timm's mixup and torch's dropout draw from, so that a step does not depend on the steps before."""
-        key = keyed.sample_keys(self.seed, 1000 * index + self.accelerator.process_index, torch.tensor([step]))
+        epoch = -1 - 1000 * index - self.accelerator.process_index  # apart from the epochs of samples, which are >= 0
+        key = keyed.sample_keys(self.seed, epoch, torch.tensor([step]))
         (number,) = keyed.python_seeds(key)
         torch.manual_seed(number)
         np.random.seed(number)  # noqa: NPY002 (timm draws from the global generator)

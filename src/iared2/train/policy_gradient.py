@@ -72,7 +72,7 @@ class PolicyGradientStage(nn.Module):
             advantage = rewards[: len(u)] - rewards[len(u) :]
 
         loss = policy_gradient_loss(scores, u, alive, advantage)
-        ratio, right = keep.double().mean(1).view(2, -1).mean(1), correct.double().view(2, -1).mean(1)
+        ratio, right = keep.double().mean(1).view(2, -1).mean(1), 100 * correct.double().view(2, -1).mean(1)
         mean_reward = rewards.view(2, -1).mean(1)
         metrics = {
             "loss": loss.detach(),
@@ -105,4 +105,4 @@ def policy_gradient_loss(scores: Tensor, u: Tensor, alive: Tensor, advantage: Te
 def bernoulli_entropy(scores: Tensor, alive: Tensor) -> Tensor:
     """Mean entropy of the decisions on living patches, in nats: 0.69 undecided, 0 certain."""
     entropy = torch.special.entr(scores) + torch.special.entr(1 - scores)
-    return entropy[alive].mean()
+    return entropy[alive].sum() / alive.sum().clamp_min(1)
