@@ -93,10 +93,8 @@ def train(recipe: Recipe, output: Path) -> Path:
         load_strictly(model, parts["model"], state)
     model.config()  # a model that could not be saved is refused now, not at the end
     stages = stages_of(recipe, model)
-    for stage in stages:
-        steps_per_epoch(
-            samples, stage.config.batch_size, accelerator.num_processes
-        )  # so is a batch that cannot be filled
+    for stage in stages:  # and so is a batch that cannot be filled
+        steps_per_epoch(samples, stage.config.batch_size, accelerator.num_processes)
 
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -145,10 +143,10 @@ def check(recipe: Recipe) -> None:
         )
     for name in ("backbone", "policy_gradient", "finetune"):
         stage = getattr(recipe, name)
-        if stage.epochs < 0 or stage.batch_size < 1 or not 1 <= stage.accumulate <= stage.batch_size or stage.lr < 0:
-            raise InputError(
-                f"recipe: [{name}] needs epochs >= 0, lr >= 0, batch_size >= 1, 1 <= accumulate <= batch_size"
-            )
+        if stage.epochs < 0 or stage.lr < 0:
+            raise InputError(f"recipe: [{name}] epochs and lr must not be negative")
+        if not 1 <= stage.accumulate <= stage.batch_size:
+            raise InputError(f"recipe: [{name}] accumulate must be in 1…batch_size")
         if (stage.mixup or stage.cutmix) and stage.batch_size % 2:
             raise InputError(f"recipe: [{name}] mixes pairs of images; give an even batch_size")
 
