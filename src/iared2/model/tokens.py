@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate, groupby
 
 import torch
@@ -66,12 +67,14 @@ class PackedTokens:
         """S, the tokens of a whole image."""
         return self.num_prefix_tokens + self.num_patches
 
-    @property
+    # What follows from the layout is computed once: every block of a group asks for it.
+
+    @cached_property
     def starts(self) -> list[int]:
         """First row of each image in packed order, and T at the end: B + 1 numbers."""
         return [0, *accumulate(self.lengths)]
 
-    @property
+    @cached_property
     def cu_seqlens(self) -> Tensor:
         """``(B + 1,)`` int32 cumulative lengths on the tokens' device."""
         return torch.tensor(self.starts, dtype=torch.int32).to(self.x.device, non_blocking=True)
@@ -80,20 +83,25 @@ class PackedTokens:
     def max_seqlen(self) -> int:
         return self.lengths[-1]
 
-    @property
+    @cached_property
     def first_rows(self) -> Tensor:
         """``(B,)`` int64, row of the first token of each image, in packed order."""
         return torch.tensor(self.starts[:-1]).to(self.x.device, non_blocking=True)
 
-    @property
+    @cached_property
     def image_ids(self) -> Tensor:
         """``(B,)`` int64, which image of the dense batch each packed image is."""
         return self.token_ids[self.first_rows] // self.num_tokens
 
-    @property
+    @cached_property
     def alive(self) -> Tensor:
         """``(B, N)`` bool, the patches that are here."""
         return self.to_dense(torch.ones_like(self.token_ids, dtype=torch.bool))[:, self.num_prefix_tokens :]
+
+    @cached_property
+    def _runs(self) -> list[tuple[int, int]]:
+        """``(length, images)`` of each run."""
+        return [(length, len(list(images))) for length, images in groupby(self.lengths)]
 
     def with_x(self, x: Tensor) -> PackedTokens:
         """The same rows with other features."""
@@ -102,8 +110,7 @@ class PackedTokens:
     def runs(self, rows: Tensor) -> Iterator[Tensor]:
         """Views ``(images, length, ...)`` of ``rows (T, ...)``, one for each run of images of equal length."""
         start = 0
-        for length, group in groupby(self.lengths):
-            images = len(list(group))
+        for length, images in self._runs:
             stop = start + images * length
             yield rows[start:stop].unflatten(0, (images, length))
             start = stop
