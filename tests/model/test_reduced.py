@@ -135,6 +135,8 @@ def test_groups_of_uneven_depth_and_refusals():
         iared2.from_timm("vit_tiny_patch16_224", groups=9, depth=6)
     with pytest.raises(iared2.InputError, match="no model"):
         iared2.from_timm("deit_smal_patch16_224")
+    with pytest.raises(iared2.InputError, match="timm cannot build deit_tiny_patch16_224 with {'colour': 3}"):
+        iared2.from_timm("deit_tiny_patch16_224", colour=3)
     model.threshold = [0.5, 0.5]
     with pytest.raises(ValueError, match="2 numbers"):
         model(torch.zeros(1, 3, 32, 32))

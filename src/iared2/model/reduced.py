@@ -284,7 +284,8 @@ def from_timm(
         timm_kwargs: for ``timm.create_model`` (``img_size``, ``num_classes``, ``drop_path_rate`` …).
 
     Raises:
-        InputError: unknown name, or a model that is not supported (says why).
+        InputError: unknown name, arguments that timm refuses, weights that cannot be had, or a model that is not
+            supported (says why).
     """
     if isinstance(backbone, nn.Module):
         if pretrained or timm_kwargs:
@@ -295,7 +296,13 @@ def from_timm(
     if not timm.is_model(backbone):
         close = timm.list_models(f"*{backbone.split('_patch')[0]}*")[:3]
         raise InputError(f"timm has no model {backbone!r}" + (f"; did you mean {', '.join(close)}?" if close else ""))
-    model = ReducedVisionTransformer(timm.create_model(backbone, pretrained=pretrained, **timm_kwargs), groups)
+    try:
+        vision_transformer = timm.create_model(backbone, pretrained=pretrained, **timm_kwargs)
+    except (TypeError, AssertionError, ValueError, RuntimeError, OSError) as error:  # OSError: no network, no such file
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        what = "load the pretrained weights of" if pretrained and isinstance(error, OSError) else "build"
+        raise InputError(f"timm cannot {what} {backbone} with {timm_kwargs or 'its defaults'}: {reason}") from error
+    model = ReducedVisionTransformer(vision_transformer, groups)
     model.model_args = timm_kwargs
     return model
 
