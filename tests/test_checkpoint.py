@@ -45,15 +45,21 @@ def test_round_trip(model, images, tmp_path):
 
 def test_round_trip_after_changes_and_from_a_module(images, tmp_path):
     model = iared2.from_timm(timm.create_model("vit_tiny_patch16_224", **SMALL, qk_norm=True), groups=2).eval()
-    model.reset_classifier(3)
-    model.save(tmp_path / "m")
-    assert torch.equal(iared2.load(tmp_path / "m")(images), model(images))
+    for pool in ("token", "avg"):
+        model.reset_classifier(3, pool)
+        model.save(tmp_path / "m")
+        assert torch.equal(iared2.load(tmp_path / "m")(images), model(images))
 
 
 def test_save_refuses_what_load_could_not_rebuild(tmp_path):
     nameless = timm.models.VisionTransformer(**SMALL)
     with pytest.raises(InputError, match="no timm name"):
         iared2.from_timm(nameless).save(tmp_path / "m")
+    heads = timm.create_model("vit_tiny_patch16_224", **SMALL)
+    for block in heads.blocks:
+        block.attn.num_heads, block.attn.head_dim = 4, 8
+    with pytest.raises(InputError, match="is not timm's"):
+        iared2.from_timm(heads).save(tmp_path / "m")
     odd = timm.create_model("vit_tiny_patch16_224", **SMALL)
     odd.blocks[0].mlp.act = torch.nn.ReLU()
     with pytest.raises(InputError, match="is not timm's"):
@@ -85,6 +91,9 @@ def edited(path, edit):
         (lambda t, m: m.pop("iared2"), "not one that iared2 saved"),
         (lambda t, m: m.update(iared2="{}"), "does not describe a model"),
         (lambda t, m: m.update(iared2=m["iared2"].replace("deit_tiny", "deit_tinny")), "does not describe a model"),
+        (lambda t, m: m.update(iared2=m["iared2"].replace('"num_heads": 2', '"num_heads": 5')), "does not describe"),
+        (lambda t, m: m.update(iared2=m["iared2"].replace("[0.5, 0.49", "[0.49")), "does not describe a model"),
+        (lambda t, m: m.update(iared2=m["iared2"].replace('"a", ', "")), "4 class names for 5 classes"),
     ],
 )
 def test_damaged_checkpoints_are_one_clear_line(model, tmp_path, edit, message):
@@ -140,6 +149,17 @@ def test_authors_layout(tmp_path):
     torch.save({**tensors, "groups.1.block_list.0.norm1.bias": torch.ones(128)}, tmp_path / "odd.pth")
     with pytest.raises(InputError, match="contradicts itself"):
         iared2.load(tmp_path / "odd.pth")
+    for name, tensor in (
+        ("groups.1.agent.qk.bias", torch.zeros(())),
+        ("groups.1.agent.qk.weight", torch.zeros(2, 128)),
+        ("pos_embed", torch.zeros(3)),
+        ("patch_embed.proj.weight", torch.zeros(3, 3, 3)),
+        ("head.weight", torch.zeros(())),
+        ("groups.foo", torch.zeros(1)),
+    ):
+        torch.save({**tensors, name: tensor}, tmp_path / "wrong.pth")
+        with pytest.raises(InputError, match=name):
+            iared2.load(tmp_path / "wrong.pth")
     tensors.pop("groups.2.agent.qk.bias")
     torch.save(tensors, tmp_path / "missing.pth")
     with pytest.raises(InputError, match=r"lacks the tensor interpreters.2"):
@@ -156,6 +176,10 @@ def test_backbone_weights_of_other_classes_leave_the_head_fresh(model, tmp_path)
     load_backbone_weights(model.backbone, tmp_path / "w.pth")
     assert torch.equal(model.backbone.head.weight, head)
     assert torch.equal(model.backbone.blocks[0].attn.qkv.weight, other.blocks[0].attn.qkv.weight)
+    headless = {k: v for k, v in other.state_dict().items() if not k.startswith("head")}
+    torch.save(headless, tmp_path / "headless.pth")
+    load_backbone_weights(model.backbone, tmp_path / "headless.pth")
+    assert torch.equal(model.backbone.head.weight, head)
 
 
 def test_model_in_the_box_loads():

@@ -88,8 +88,8 @@ def test_command(model, folder, tmp_path, capsys):
     assert "random dropping" in printed
     assert result["variants"][0]["keep_ratio"] == [1, 1, 1]
     assert result["variants"][0]["top1"] == result["variants"][1]["top1"]
-    assert main([*args, "--limit", "2", "--batch-size", "2"]) == 0
-    assert json.loads(capsys.readouterr().out.strip().splitlines()[-1])["images"] == 2
+    assert main([*args, "--limit", "3", "--batch-size", "2"]) == 0
+    assert json.loads(capsys.readouterr().out.strip().splitlines()[-1])["images"] == 3
 
 
 @pytest.mark.parametrize(
@@ -99,12 +99,31 @@ def test_command(model, folder, tmp_path, capsys):
         (["--device", "cuda:9"], "device cuda:9"),
         (["--json", "/no/such/folder/x.json"], "cannot write"),
         (["--split", "nonsense"], "no split 'nonsense'"),
+        (["--batch-size", "0"], "must be 1 or more"),
     ],
 )
 def test_bad_arguments_are_one_line(model, folder, tmp_path, capsys, more, message):
     model.save(tmp_path / "m.safetensors")
     assert main(["evaluate", str(tmp_path / "m.safetensors"), str(folder), "--workers", "0", *more]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_classes_go_by_name(model, folder, tmp_path, capsys):
+    """A model that has its classes in another order than the folders is measured in its own."""
+    top1 = {}
+    for names in (("dark", "light"), ("light", "dark"), ("day", "night")):
+        model.class_names = names
+        model.save(tmp_path / "m.safetensors")
+        status = main(["evaluate", str(tmp_path / "m.safetensors"), str(folder), "--workers", "0"])
+        captured = capsys.readouterr()
+        if names[0] == "day":
+            assert status == 1
+            assert "no class 'day'" in captured.err
+        else:
+            top1[names] = json.loads(captured.out.strip().splitlines()[-1])["variants"][1]["top1"]
+    model.class_names = None
+    assert sum(top1.values()) == 100
+    assert len(set(top1.values())) == 2 or set(top1.values()) == {50}
 
 
 def test_other_classes_than_the_models(model, folder, tmp_path, capsys):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib.resources
+import re
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from timm.models import load_state_dict as read_foreign
 from torch import Tensor, nn
@@ -40,12 +40,15 @@ def load(path: Path | str | None = None) -> ReducedVisionTransformer:
 def _load_ours(path: Path) -> ReducedVisionTransformer:
     tensors, config = saved.read(path)
     try:
-        backbone: Any = timm.create_model(config["architecture"], pretrained=False, **config["model_args"])
-        model = ReducedVisionTransformer(backbone, config["groups"], config["threshold"])
-        backbone.pretrained_cfg = {**backbone.pretrained_cfg, **config["pretrained_cfg"]}
-        model.model_args = config["model_args"]
-        model.class_names = tuple(config["class_names"]) if config["class_names"] else None
-    except (KeyError, TypeError, RuntimeError, ValueError) as error:
+        model = from_timm(config["architecture"], groups=config["groups"], **config["model_args"])
+        model.threshold = config["threshold"]
+        model.threshold = model.thresholds if len(set(model.thresholds)) > 1 else model.thresholds[0]
+        model.backbone.pretrained_cfg = {**model.backbone.pretrained_cfg, **config["pretrained_cfg"]}
+        if config["class_names"]:
+            model.class_names = tuple(config["class_names"])
+            if len(model.class_names) != model.num_classes:
+                raise ValueError(f"{len(model.class_names)} class names for {model.num_classes} classes")
+    except (InputError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"the configuration in {path} does not describe a model ({error})") from None
     load_strictly(model, tensors, path)
     return model
@@ -77,11 +80,11 @@ def load_backbone_weights(backbone: Any, path: Path | str) -> None:
         InputError: no such file, or the weights do not fit.
     """
     tensors = _read_foreign(Path(path))
-    heads = [name for name in tensors if name.split(".")[0] in ("head", "head_dist")]
     own = backbone.state_dict()
-    if any(name not in own or own[name].shape != tensors[name].shape for name in heads):
-        tensors = {n: t for n, t in tensors.items() if n not in heads}
-        tensors |= {n: t for n, t in own.items() if n.split(".")[0] in ("head", "head_dist")}
+    heads = [name for name in own if name.split(".")[0] in ("head", "head_dist")]
+    if any(name not in tensors or own[name].shape != tensors[name].shape for name in heads):
+        body = {name: tensor for name, tensor in tensors.items() if name.split(".")[0] not in ("head", "head_dist")}
+        tensors = {**body, **{name: own[name] for name in heads}}
     load_strictly(backbone, tensors, path)
 
 
@@ -95,44 +98,46 @@ def _read_foreign(path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path} cannot be read as weights alone ({type(error).__name__}: {reason})") from None
 
 
+AGENT = re.compile(r"groups\.(\d+)\.agent\.qk\.(weight|bias)")
+BLOCK = re.compile(r"groups\.(\d+)\.block_list\.(\d+)\.(.+)")
+
+
 def _load_authors(path: Path) -> ReducedVisionTransformer:
     """The authors' ``ckpt.pth``: the blocks twice, the interpreters as ``groups.{g}.agent.qk`` (3C × C)."""
     tensors = _read_foreign(path)
-    agents = [name for name in tensors if ".agent.qk." in name]
-    if "groups.0.agent.qk.weight" not in tensors or "pos_embed" not in tensors:
+    if "groups.0.agent.qk.weight" not in tensors:
         raise InputError(
             f"{path} has no interpreters (groups.0.agent.qk.weight): it is not the authors' checkpoint layout"
         )
-    groups = len([name for name in agents if name.endswith("weight")])
-    per_group = len({n.split(".")[3] for n in tensors if n.startswith("groups.0.block_list.")})
-    try:
-        width, _, *patch_size = tensors["patch_embed.proj.weight"].shape
-        side = round((tensors["pos_embed"].shape[1] - 1) ** 0.5)
-        model = from_timm(
-            "deit_small_patch16_224",
-            groups=groups,
-            img_size=(side * patch_size[0], side * patch_size[1]),
-            patch_size=tuple(patch_size),
-            embed_dim=width,
-            depth=groups * per_group,
-            num_heads=max(width // 64, 1),
-            num_classes=tensors["head.weight"].shape[0],
-        )
-    except (KeyError, ValueError) as error:
-        raise InputError(f"{path} does not fit the authors' layout: {error}") from None
+    for name, ndim in (("patch_embed.proj.weight", 4), ("pos_embed", 3), ("head.weight", 2)):
+        if name not in tensors or tensors[name].ndim != ndim:
+            raise InputError(f"{path} does not fit the authors' layout: {name} is missing or not of {ndim} dimensions")
+    width, _, *patch_size = tensors["patch_embed.proj.weight"].shape
+    side = round((tensors["pos_embed"].shape[1] - 1) ** 0.5)
+    groups = 1 + max(int(match[1]) for match in map(AGENT.fullmatch, tensors) if match)
+    depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
+    model = from_timm(
+        "deit_small_patch16_224",
+        groups=groups,
+        img_size=(side * patch_size[0], side * patch_size[1]),
+        patch_size=tuple(patch_size),
+        embed_dim=width,
+        depth=depth,
+        num_heads=max(width // 64, 1),
+        num_classes=tensors["head.weight"].shape[0],
+    )
     ours: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        part, *rest = name.split(".")
-        if name in agents:
+        if match := AGENT.fullmatch(name):
+            if not tensor.ndim or tensor.shape[0] != 3 * width:
+                raise InputError(f"{path}: {name} has shape {tuple(tensor.shape)}, expected {3 * width} rows")
             query, key, _ = tensor.chunk(3)  # the value third was never used
-            ours[f"interpreters.{rest[0]}.query.{rest[-1]}"] = query
-            ours[f"interpreters.{rest[0]}.key.{rest[-1]}"] = key
-        elif part == "groups" and rest[1] == "block_list":
-            index = int(rest[0]) * per_group + int(rest[2])
-            twin = tensors.get(f"blocks.{index}." + ".".join(rest[3:]))
-            if twin is not None and not torch.equal(twin, tensor):
-                raise InputError(f"{path} contradicts itself: {name} differs from its twin in blocks.{index}")
-            ours[f"backbone.blocks.{index}." + ".".join(rest[3:])] = tensor
+            ours[f"interpreters.{match[1]}.query.{match[2]}"] = query
+            ours[f"interpreters.{match[1]}.key.{match[2]}"] = key
+        elif match := BLOCK.fullmatch(name):
+            twin = f"blocks.{int(match[1]) * (depth // groups) + int(match[2])}.{match[3]}"
+            if twin not in tensors or not torch.equal(tensors[twin], tensor):
+                raise InputError(f"{path} contradicts itself: {name} differs from its twin {twin}")
         else:
             ours[f"backbone.{name}"] = tensor
     load_strictly(model, ours, path)

@@ -75,7 +75,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    import itertools
+    from dataclasses import replace
 
     from rich.console import Console
     from rich.progress import track
@@ -89,23 +89,23 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     device = usable_device(arguments.device)
     model = load(None if arguments.checkpoint == "box" else arguments.checkpoint).to(device)
     if arguments.threshold:
-        model.threshold = arguments.threshold if len(arguments.threshold) > 1 else arguments.threshold[0]
         if len(arguments.threshold) not in (1, model.num_groups):
             raise InputError(f"--threshold: give one number, or {model.num_groups}, one for each group")
-    samples = open_samples(
-        DataConfig(path=arguments.data, eval_split=arguments.split, classes=tuple(arguments.classes)),
-        "eval",
-        whole=True,
-    )
+        model.threshold = arguments.threshold
+    if min(arguments.batch_size, arguments.limit or 1) < 1:
+        raise InputError("--batch-size and --limit must be 1 or more")
+    # a model that knows its classes by name gets them in its own order, whatever the order of the folders
+    classes = arguments.classes or model.class_names or ()
+    data = DataConfig(path=arguments.data, eval_split=arguments.split, classes=tuple(classes))
+    samples = open_samples(data, "eval", whole=True)
     if len(samples.class_names) != model.num_classes:
-        raise InputError(
-            f"{arguments.data} has {len(samples.class_names)} classes, the model {model.num_classes}: give its own data"
-        )
+        raise InputError(f"{arguments.data} has {len(samples.class_names)} classes, the model {model.num_classes}")
+    if arguments.limit:
+        samples = replace(samples, rows=samples.rows[: arguments.limit], labels=samples.labels[: arguments.limit])
     cfg = model.pretrained_cfg
     transform = eval_transform(cfg["input_size"], cfg["mean"], cfg["std"], cfg.get("interpolation") or "bicubic")
-    size = arguments.batch_size
-    steps = -(-min(len(samples), arguments.limit or len(samples)) // size)
-    batches = itertools.islice(eval_batches(samples, transform, batch_size=size, workers=arguments.workers), steps)
+    batches = eval_batches(samples, transform, batch_size=arguments.batch_size, workers=arguments.workers)
+    steps = -(-len(samples) // arguments.batch_size)
     console = Console(stderr=True)
     result = evaluate(model, track(batches, "evaluating", steps, console=console, transient=True), device)
     Console().print(result.table())

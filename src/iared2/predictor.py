@@ -20,7 +20,6 @@ from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, res
 from .errors import InputError
 from .explain import figures
 from .explain.heatmap import clamp_below, heatmap, overlay
-from .model.decide import threshold_of_group
 from .model.reduced import Output, ReducedVisionTransformer
 from .photo import read_photo, to_rgb
 
@@ -175,7 +174,7 @@ class Predictor:
             scores=output.scores[:, 0].cpu().numpy(),
             kept=output.kept[:, 0].cpu().numpy(),
             grid_size=self.model.grid_size,
-            thresholds=tuple(threshold_of_group(self.model.threshold, g) for g in range(self.model.num_groups)),
+            thresholds=tuple(self.model.thresholds),
             macs=int(output.macs[0]),
             dense_macs=self.model.dense_macs,
             milliseconds=1000 * seconds,

@@ -8,6 +8,7 @@ import torch
 import iared2
 from iared2 import keyed
 from iared2.model.decide import by_sampling, keep_all
+from iared2.train import policy_gradient
 from iared2.train.finetune import FinetuneStage
 from iared2.train.policy_gradient import PolicyGradientStage, policy_gradient_loss
 from iared2.train.reward import RewardConfig, reward
@@ -91,8 +92,13 @@ def test_stage_computes_the_same_estimate_in_one_packed_batch(enumerated):
     batch = 32
     keys = keyed.sample_keys(1, 0, torch.arange(batch))
     stage = PolicyGradientStage(model, 0, RewardConfig(tau=0.7)).train()
+    model.zero_grad(set_to_none=True)
     loss, metrics = stage(image.expand(batch, -1, -1, -1), torch.full((batch,), LABEL), keys)
-    got = torch.autograd.grad(loss, list(model.interpreters[0].parameters()))
+    loss.backward()
+    got = [p.grad for p in model.interpreters[0].parameters()]
+    learning = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert learning == {f"interpreters.0.{part}" for part in ("query.weight", "query.bias", "key.weight", "key.bias")}
+    model.requires_grad_(True)
 
     scores = model.score(model.embed(image), 0)
     alive = torch.ones(batch, N, dtype=torch.bool)
@@ -105,7 +111,44 @@ def test_stage_computes_the_same_estimate_in_one_packed_batch(enumerated):
         torch.testing.assert_close(g, w, rtol=1e-9, atol=1e-12)
     assert metrics["reward"] == pytest.approx(rewards[index].mean().item())
     assert metrics["keep_ratio_sampled"] == pytest.approx(u.double().mean().item())
-    assert all(p.grad is None for p in model.backbone.parameters()), "no gradient goes through the backbone"
+
+
+def test_second_group_decides_on_what_the_first_left(enumerated):
+    """Group 1 has dropped patches by its threshold: they get no gradient, and still count in |u|₀/N as dropped."""
+    model, image, _, _ = enumerated
+    batch = 16
+    first = model.score(model.embed(image), 0)[0]
+    threshold = model.threshold
+    model.threshold = [float(first.median()), 0.5, 0.5]
+    stage = PolicyGradientStage(model, 1, RewardConfig(tau=0.7)).train()
+    seen = {}
+    loss_of = policy_gradient.policy_gradient_loss
+
+    def spy(scores, u, alive, advantage):
+        seen.update(u=u, alive=alive, advantage=advantage)
+        return loss_of(scores, u, alive, advantage)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(policy_gradient, "policy_gradient_loss", spy)
+        keys = keyed.sample_keys(1, 0, torch.arange(batch))
+        _, metrics = stage(image.expand(batch, -1, -1, -1), torch.full((batch,), LABEL), keys)
+    alive = (first > first.median()).expand(batch, N)
+    assert torch.equal(seen["alive"], alive)
+    assert 0 < alive[0].sum() < N
+    assert not (seen["u"] & ~alive).any()
+    assert metrics["keep_ratio_sampled"] == pytest.approx(seen["u"].double().mean().item())
+
+    # the same rewards, the long way round
+    with torch.no_grad():
+        packed, _, _ = model.reduce(model.embed(image.expand(batch, -1, -1, -1)), range(1))
+        greedy = alive & (model.score(packed, 1) > 0.5)
+        rewards = []
+        for keep in (seen["u"], greedy):
+            after, _, _ = model.reduce(model.run_blocks(packed.select(keep), 1), range(2, 3), keep_all)
+            rewards.append(reward(keep.sum(1), N, model.head(after).argmax(1) == LABEL, RewardConfig(tau=0.7)))
+    torch.testing.assert_close(seen["advantage"], rewards[0] - rewards[1])
+    model.threshold = threshold
+    model.requires_grad_(True)
 
 
 def test_dead_patches_are_not_decided_on():
@@ -153,7 +196,7 @@ def test_policy_stage_finds_the_two_patches_that_matter():
         return (out.logits.argmax(1) == test_labels).float().mean().item(), out.kept[0].float().mean(0)
 
     test_images, test_labels = xor_images(512, seed=10**6)
-    steps(FinetuneStage(model, None, 2), 150, 3e-3)
+    steps(FinetuneStage(model, None), 150, 3e-3)
     dense, _ = accuracy(keep_all)
     assert dense > 0.95
     steps(PolicyGradientStage(model, 0, RewardConfig(tau=1.0)), 200, 5e-3)

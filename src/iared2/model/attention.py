@@ -24,9 +24,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, packed: PackedTokens, dropout: float
     Returns:
         ``(T, H, head_dim)``. Differentiable.
     """
+    q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast, query-key norm gives float32
     ragged = packed.lengths[0] != packed.lengths[-1]
-    # varlen_attn has no dropout, and a batch of equal lengths needs no variable lengths
-    if ragged and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and dropout == 0:
+    if ragged and dropout == 0 and _has_varlen_kernel(v):
         return _attend_varlen(q, k, v, packed)
     out = []
     for run in zip(packed.runs(q), packed.runs(k), packed.runs(v), strict=True):
@@ -34,6 +34,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, packed: PackedTokens, dropout: float
         y = F.scaled_dot_product_attention(q_run, k_run, v_run, dropout_p=dropout)
         out.append(y.transpose(1, 2).flatten(0, 1))
     return out[0] if len(out) == 1 else torch.cat(out)
+
+
+def _has_varlen_kernel(v: Tensor) -> bool:
+    """Half precision, a width of a head that the kernel takes, and an Ampere or newer GPU."""
+    half = v.is_cuda and v.dtype in (torch.float16, torch.bfloat16)
+    return half and v.shape[-1] % 8 == 0 and v.shape[-1] <= 256 and torch.cuda.get_device_capability(v.device) >= (8, 0)
 
 
 def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, packed: PackedTokens) -> Tensor:

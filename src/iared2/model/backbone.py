@@ -98,6 +98,8 @@ def drop_images(drop_path: nn.Module, x: Tensor, packed: PackedTokens, site: int
     """Stochastic depth that drops whole images, not rows: timm's DropPath for packed rows ``x (T, C)``."""
     if not (isinstance(drop_path, DropPath) and drop_path.training and drop_path.drop_prob):
         return x
+    if drop_path.drop_prob >= 1:
+        return torch.zeros_like(x)
     if packed.keys is None:
         draws = torch.rand(packed.num_images, device=x.device)
     else:

@@ -24,7 +24,7 @@ def keep_all(scores: Tensor, alive: Tensor, group: int) -> Tensor:
     return alive
 
 
-def by_threshold(threshold: float | Sequence[float] | Tensor) -> Decide:
+def by_threshold(threshold: float | Sequence[float]) -> Decide:
     """Keep the patches whose score is above the threshold: the decision that is deployed.
 
     Args:
@@ -33,30 +33,12 @@ def by_threshold(threshold: float | Sequence[float] | Tensor) -> Decide:
     """
 
     def decide(scores: Tensor, alive: Tensor, group: int) -> Tensor:
-        t = threshold_of_group(threshold, group)
+        t = threshold if isinstance(threshold, (int, float)) else threshold[group]
         if t <= 0:
             return alive
         return alive & (scores > t) if t < 1 else torch.zeros_like(alive)
 
     return decide
-
-
-def threshold_of_group(threshold: float | Sequence[float] | Tensor, group: int) -> float:
-    """The threshold of one group.
-
-    Raises:
-        ValueError: not a number, or not one for each group.
-    """
-    if isinstance(threshold, (int, float)):
-        values: Sequence[float] = [float(threshold)]
-    else:
-        values = torch.as_tensor(threshold, dtype=torch.float64).flatten().tolist()
-    if len(values) != 1 and group >= len(values):
-        raise ValueError(f"model.threshold has {len(values)} numbers, but there is a group {group + 1}")
-    t = values[0] if len(values) == 1 else values[group]
-    if t != t:
-        raise ValueError("model.threshold is not a number")
-    return t
 
 
 def by_sampling(keys: Tensor) -> Decide:

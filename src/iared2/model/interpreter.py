@@ -51,7 +51,7 @@ class MultiHeadInterpreter(nn.Module):
             dtype = torch.promote_types(packed.x.dtype, torch.float32)
             x = packed.x.to(dtype)
             if has_class_token:
-                policy_token = x[packed.first_rows]
+                policy_token = x.index_select(0, packed.first_rows)
             else:
                 policy_token = torch.cat([run[:, prefix:].mean(1) for run in packed.runs(x)])
             x_hat = F.layer_norm(x, (width,), eps=1e-5)  # (T, C)

@@ -31,7 +31,7 @@ def blocks_macs(blocks: Iterable[Any], num_tokens: Tensor) -> Tensor:
     n = num_tokens.to(torch.int64)
     macs = torch.zeros_like(n)
     for block in blocks:
-        macs += n * linear_macs(block) + 2 * n * n * block.attn.attn_dim
+        macs += n * linear_macs(block) + 2 * n * n * block.attn.num_heads * block.attn.head_dim
     return macs
 
 

@@ -5,6 +5,7 @@ Owns the loop and the groups; what a block, a score or a decision is stands in t
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from . import backbone as vit
 from . import macs, saved
-from .decide import Decide, by_threshold, keep_all
+from .decide import Decide, by_threshold
 from .interpreter import MultiHeadInterpreter
 from .tokens import PackedTokens
 
@@ -119,13 +120,13 @@ class ReducedVisionTransformer(nn.Module):
         Returns:
             The surviving tokens, and for each group run its scores ``(B, N)`` and the patches it kept ``(B, N)``.
         """
-        decide = decide or by_threshold(self.threshold)
+        decide = decide or by_threshold(self.thresholds)
         scores, kept = [], []
         for group in range(self.num_groups) if groups is None else groups:
             with torch.no_grad():  # a decision is discrete: no gradient passes through it
                 alive = packed.alive
                 scores.append(self.score(packed, group))
-                kept.append(self.keep_one(decide(scores[-1], alive, group), scores[-1], alive))
+                kept.append(self.keep_one(decide(scores[-1], alive, group) & alive, scores[-1], alive))
             packed = packed.select(kept[-1])
             packed = self.run_blocks(packed, group)
         return packed, scores, kept
@@ -194,8 +195,9 @@ class ReducedVisionTransformer(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new head, as in timm; ``num_classes=0`` returns pooled features. Class names are forgotten."""
+        if global_pool == "":
+            raise InputError("global_pool='' returns every token, but the reduced model does not have them all")
         self.backbone.reset_classifier(num_classes, global_pool)
-        vit.check_supported(self.backbone)
         self.class_names = None
 
     def get_classifier(self) -> nn.Module:
@@ -205,6 +207,18 @@ class ReducedVisionTransformer(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade compute for memory in training: recompute each block's activations in the backward pass."""
         self.backbone.set_grad_checkpointing(enable)
+
+    @property
+    def thresholds(self) -> list[float]:
+        """``threshold`` as one number for each of the D groups.
+
+        Raises:
+            ValueError: it is not a number, or not as many as there are groups.
+        """
+        values = torch.as_tensor(self.threshold, dtype=torch.float64).flatten().tolist()
+        if len(values) not in (1, self.num_groups) or any(t != t for t in values):
+            raise ValueError(f"model.threshold is {self.threshold}: give one number, or {self.num_groups}, one a group")
+        return values * (self.num_groups // len(values))
 
     @property
     def num_groups(self) -> int:
@@ -252,24 +266,33 @@ class ReducedVisionTransformer(nn.Module):
                 "this backbone has no timm name, so a file could not rebuild it: make it by iared2.from_timm(name)"
             )
         name = ".".join(filter(None, (cfg["architecture"], cfg.get("tag"))))
-        args = {**self.model_args, "num_classes": self.num_classes}
-        if self.backbone.patch_embed.img_size is not None:
-            args["img_size"] = self.backbone.patch_embed.img_size
+        # timm >= 1.0.31 keeps the arguments itself, and adds to them what later changes of the model imply
+        args = {**self.model_args, **getattr(self.backbone, "_model_args", {})}
+        args |= {"num_classes": self.num_classes, "global_pool": self.backbone.global_pool}
+        args["img_size"] = self.backbone.patch_embed.img_size
+        try:
+            json.dumps(args)
+        except TypeError as error:
+            raise InputError(f"the arguments of {name} cannot be written to a file: {error}") from None
         with torch.device("meta"):
             twin = timm.create_model(name, pretrained=False, **args)
-        shapes = [[(k, v.shape) for k, v in m.state_dict().items()] for m in (self.backbone, twin)]
-        if str(twin) != str(self.backbone) or shapes[0] != shapes[1]:
+        if _description(twin) != _description(self.backbone):
             raise InputError(f"this backbone is not timm's {name} with {args}: make it by iared2.from_timm(name, ...)")
         return {
             "architecture": name,
             "model_args": args,
             "groups": self.num_groups,
-            "threshold": self.threshold
-            if isinstance(self.threshold, (int, float))
-            else list(map(float, self.threshold)),
+            "threshold": self.thresholds,
             "class_names": self.class_names,
             "pretrained_cfg": {key: cfg.get(key) for key in ("input_size", "mean", "std", "interpolation", "crop_pct")},
         }
+
+
+def _description(backbone: Any) -> list[Any]:
+    """All that makes a backbone what it is but its weights: layers and settings, shapes, heads, pooling."""
+    shapes = [(name, tensor.shape) for name, tensor in backbone.state_dict().items()]
+    heads = [block.attn.num_heads for block in backbone.blocks]
+    return [str(backbone), shapes, heads, backbone.global_pool, backbone.pool_include_prefix]
 
 
 def from_timm(
@@ -290,9 +313,7 @@ def from_timm(
     if isinstance(backbone, nn.Module):
         if pretrained or timm_kwargs:
             raise InputError("from_timm: pretrained and timm arguments go with a model name, not with a module")
-        model = ReducedVisionTransformer(backbone, groups)
-        model.model_args = dict(getattr(backbone, "_model_args", {}))  # what timm >= 1.0.31 remembers
-        return model
+        return ReducedVisionTransformer(backbone, groups)
     if not timm.is_model(backbone):
         close = timm.list_models(f"*{backbone.split('_patch')[0]}*")[:3]
         raise InputError(f"timm has no model {backbone!r}" + (f"; did you mean {', '.join(close)}?" if close else ""))
@@ -305,6 +326,3 @@ def from_timm(
     model = ReducedVisionTransformer(vision_transformer, groups)
     model.model_args = timm_kwargs
     return model
-
-
-__all__ = ["Output", "ReducedVisionTransformer", "from_timm", "keep_all"]

@@ -140,13 +140,15 @@ class PackedTokens:
             The remaining rows, packed anew. Every image must have a token left.
         """
         num_images = keep.shape[0]
-        lengths = (keep.sum(1) + self.num_prefix_tokens).tolist()  # the one host-device synchronisation of a group
+        # the one host-device synchronisation of a group
+        lengths = (keep.sum(1) + self.num_prefix_tokens).tolist()
         if num_images == self.num_images and sum(lengths) == len(self.token_ids):
             return self  # nothing was dropped
 
         order = torch.tensor(sorted(range(num_images), key=lengths.__getitem__)).to(keep.device, non_blocking=True)
         prefix = keep.new_ones(num_images, self.num_prefix_tokens)
-        image, position = torch.cat([prefix, keep], 1)[order].nonzero(as_tuple=True)
+        tokens = torch.cat([prefix, keep], 1)[order]
+        image, position = torch.nonzero_static(tokens, size=sum(lengths)).unbind(1)
         image = order[image]
         row_of = torch.empty(self.num_images * self.num_tokens, dtype=torch.int64, device=keep.device)
         row_of[self.token_ids] = torch.arange(len(self.token_ids), device=keep.device)
@@ -154,7 +156,7 @@ class PackedTokens:
         keys = self.keys
         return replace(
             self,
-            x=self.x[rows],
+            x=self.x.index_select(0, rows),
             token_ids=image * self.num_tokens + position,
             lengths=tuple(sorted(lengths)),
             num_images=num_images,

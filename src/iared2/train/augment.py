@@ -9,6 +9,7 @@ from timm.data.mixup import mixup_target
 from torch import Tensor
 
 from ..batches import Transform, eval_transform
+from ..errors import InputError
 from ..model.reduced import ReducedVisionTransformer
 
 
@@ -28,20 +29,27 @@ class AugmentConfig:
     """Probability of erasing a random box."""
 
     def transform(self, model: ReducedVisionTransformer) -> Transform:
-        """The training transform for the model's input."""
+        """The training transform for the model's input.
+
+        Raises:
+            InputError: timm does not know the policy, or a value is out of its range.
+        """
         cfg = model.pretrained_cfg
-        return create_transform(
-            cfg["input_size"],
-            is_training=True,
-            scale=(self.min_scale, 1.0),
-            hflip=self.hflip,
-            color_jitter=self.color_jitter or None,
-            auto_augment=self.auto_augment or None,
-            re_prob=self.random_erasing,
-            interpolation="bicubic",
-            mean=cfg["mean"],
-            std=cfg["std"],
-        )
+        try:
+            return create_transform(
+                cfg["input_size"],
+                is_training=True,
+                scale=(self.min_scale, 1.0),
+                hflip=self.hflip,
+                color_jitter=self.color_jitter or None,
+                auto_augment=self.auto_augment or None,
+                re_prob=self.random_erasing,
+                interpolation="bicubic",
+                mean=cfg["mean"],
+                std=cfg["std"],
+            )
+        except (AssertionError, ValueError, KeyError) as error:
+            raise InputError(f"recipe: timm does not take the augmentation {self}: {error}") from None
 
 
 def whole_image_transform(model: ReducedVisionTransformer) -> Transform:

@@ -33,11 +33,10 @@ from .state import Position, load_state
 
 def stages_of(recipe: Recipe, model: ReducedVisionTransformer) -> list[Stage]:
     """The stages in the order in which they run; those of 0 epochs are left out."""
-    classes, reward = model.num_classes, recipe.reward
-    dense = partial(FinetuneStage, model, None, classes)
+    dense = partial(FinetuneStage, model, None)
     stages = [Stage("backbone", None, recipe.backbone, dense, model.backbone, policy=False)]
     for i, interpreter in enumerate(model.interpreters):
-        policy, finetune = partial(PolicyGradientStage, model, i, reward), partial(FinetuneStage, model, i, classes)
+        policy, finetune = partial(PolicyGradientStage, model, i, recipe.reward), partial(FinetuneStage, model, i)
         stages += [
             Stage(f"policy_gradient {i + 1}", i, recipe.policy_gradient, policy, interpreter, policy=True),
             Stage(f"finetune {i + 1}", i, recipe.finetune, finetune, model.backbone, policy=False),
@@ -81,12 +80,19 @@ def train(recipe: Recipe, output: Path) -> Path:
     check(recipe)
     accelerator = Accelerator(mixed_precision=recipe.precision)
     samples, held_out = open_samples(recipe.data, "train"), open_samples(recipe.data, "eval")
+    identity = {
+        **_comparable(recipe),
+        "number of processes": accelerator.num_processes,
+        "number of images": len(samples),
+        "class names": list(samples.class_names),
+    }
     state, position = output / "state.safetensors", Position()
     parts: dict[str, dict[str, Tensor]] = {}
     if state.exists():
-        position, saved_recipe, parts = load_state(state)
-        if saved_recipe != _comparable(recipe):
-            raise InputError(f"{output} holds a run of another recipe; give another --output, or the same recipe")
+        position, saved_identity, parts = load_state(state)
+        if saved_identity != identity:
+            differing = ", ".join(key for key in identity if saved_identity.get(key) != identity[key])
+            raise InputError(f"{output} holds a run of another recipe (other {differing}); give another --output")
     model = build_model(recipe, len(samples.class_names), weights=not parts)
     model.class_names = samples.class_names
     if parts:
@@ -95,6 +101,7 @@ def train(recipe: Recipe, output: Path) -> Path:
     stages = stages_of(recipe, model)
     for stage in stages:  # and so is a batch that cannot be filled
         steps_per_epoch(samples, stage.config.batch_size, accelerator.num_processes)
+        stage.config.augment.transform(model)
 
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -104,7 +111,7 @@ def train(recipe: Recipe, output: Path) -> Path:
     try:
         run = Run(
             output=output,
-            recipe=_comparable(recipe),
+            identity=identity,
             accelerator=accelerator,
             model=model,
             samples=samples,
@@ -125,6 +132,7 @@ def train(recipe: Recipe, output: Path) -> Path:
         log.say(f"done: {path}" + (f"  ({position.skipped} times an image could not be read)" * (position.skipped > 0)))
     finally:
         log.close()
+        accelerator.end_training()
     return path
 
 
@@ -137,6 +145,10 @@ def check(recipe: Recipe) -> None:
     if recipe.precision not in ("no", "bf16"):
         raise InputError(f'recipe: precision = {recipe.precision!r} should be "no" or "bf16"')
     model = recipe.model
+    if not 0 <= recipe.seed < 2**31:
+        raise InputError(f"recipe: seed = {recipe.seed} should be in 0…{2**31 - 1}")
+    if len(model.mean) != len(model.std):
+        raise InputError("recipe: model.mean and model.std go together, one number a channel each")
     if not (model.pretrained or model.checkpoint or recipe.backbone.epochs > 0):
         raise InputError(
             "recipe: Algorithm 1 needs a trained backbone; set model.pretrained, model.checkpoint or backbone.epochs"

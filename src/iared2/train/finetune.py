@@ -6,7 +6,7 @@ The same stage, with no group, trains the dense backbone: from scratch, or a new
 from __future__ import annotations
 
 import torch
-from timm.loss import SoftTargetCrossEntropy
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..model.decide import Decide, by_threshold, keep_all
@@ -22,17 +22,19 @@ class FinetuneStage(nn.Module):
     With ``group=None`` the whole backbone learns and nothing is dropped.
     """
 
-    def __init__(self, model: ReducedVisionTransformer, group: int | None, num_classes: int) -> None:
+    def __init__(self, model: ReducedVisionTransformer, group: int | None) -> None:
         super().__init__()
-        self.model, self.group, self.num_classes = model, group, num_classes
-        self.loss = SoftTargetCrossEntropy()
+        self.model, self.group = model, group
         self.first = 0 if group is None else group
         backbone = model.backbone
         model.requires_grad_(False)
         if group is None:
             self.trainable = [backbone]
         else:
-            head = (getattr(backbone, name, None) for name in ("norm", "fc_norm", "attn_pool", "head", "head_dist"))
+            head = (
+                getattr(backbone, name, None)
+                for name in ("norm", "fc_norm", "attn_pool", "head_drop", "head", "head_dist")
+            )
             self.trainable = [*backbone.blocks[model.groups[group].start :], *(m for m in head if m is not None)]
         for module in self.trainable:
             module.requires_grad_(True)
@@ -61,12 +63,11 @@ class FinetuneStage(nn.Module):
             packed, _, _ = model.reduce(packed, range(self.first), decide)
         packed, _, kept = model.reduce(packed, range(self.first, model.num_groups), decide)
         logits = model.head(packed).float()
-        if targets.ndim == 1:
-            targets = nn.functional.one_hot(targets, self.num_classes).float()
-        loss = self.loss(logits, targets)
+        loss = F.cross_entropy(logits, targets)
+        labels = targets if targets.ndim == 1 else targets.argmax(1)
         metrics = {
             "loss": loss.detach(),
-            "top1": 100 * (logits.argmax(1) == targets.argmax(1)).double().mean(),
+            "top1": 100 * (logits.argmax(1) == labels).double().mean(),
             "keep_ratio_greedy": kept[-1].double().mean(),
         }
         return loss, metrics
@@ -74,5 +75,5 @@ class FinetuneStage(nn.Module):
 
 def decide_up_to(model: ReducedVisionTransformer, last: int | None) -> Decide:
     """The model's threshold up to group ``last``, nothing dropped after it; ``None`` drops nothing at all."""
-    greedy = by_threshold(model.threshold)
+    greedy = by_threshold(model.thresholds)
     return lambda scores, alive, group: (keep_all if last is None or group > last else greedy)(scores, alive, group)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,13 @@ class RunLog:
         """One line for people, above the progress bar."""
         if self.main:
             self.console.print(line, highlight=False, markup=False)
+
+    def warn(self, line: str) -> None:
+        """One line for people, from whichever process has something to say."""
+        if self.main:
+            self.say(line)
+        else:
+            print(line, file=sys.stderr)
 
     def close(self) -> None:
         """Flush and stop the progress bar."""

@@ -88,12 +88,12 @@ class Run:
     """What every stage of one run shares.
 
     Attributes:
-        recipe: the settings as JSON types, written into every checkpoint.
+        identity: what a resumed run must agree on, as JSON types; written into every checkpoint.
         seed, workers, checkpoint_minutes, eval_epochs: of the recipe.
     """
 
     output: Path
-    recipe: dict[str, Any]
+    identity: dict[str, Any]
     accelerator: Accelerator
     model: ReducedVisionTransformer
     samples: Samples
@@ -129,10 +129,12 @@ class Run:
             warmup_lr_init=config.min_lr,
             t_in_epochs=False,
         )
-        ema = None
+        wrapped, optimizer = accelerator.prepare(step_module, optimizer)  # from here on, all is on the device
+        ema, make_targets = None, None
         if config.ema_decay and not stage.policy:
             ema = ModelEmaV3(self.model.backbone, decay=config.ema_decay, use_warmup=True)
-        wrapped, optimizer = accelerator.prepare(step_module, optimizer)
+        if not stage.policy:
+            make_targets = TargetMaker(config.label_smoothing, config.mixup, config.cutmix, self.model.num_classes)
         if position.step:
             load_optimizer_tensors(optimizer.optimizer, parts["optimizer"])
             if ema:
@@ -144,11 +146,11 @@ class Run:
         for epoch, step, batch in self.batches(index, config, position.step, total, epoch_steps):
             scheduler.step_update(step)
             self.seed_generators(index, step)
-            metrics = self.optimize(wrapped, optimizer, batch, stage, 1000 * index + epoch)
+            metrics = self.optimize(wrapped, optimizer, batch, config, make_targets, 1000 * index + epoch)
             if ema:
                 ema.update(self.model.backbone, step)
             for name, reason in batch.skipped:
-                self.log.say(f"skipped {name}: {reason}")
+                self.log.warn(f"skipped {name}: {reason}")
             now = time.monotonic()
             metrics["images_per_second"] = len(batch.labels) * accelerator.num_processes / (now - clock)
             metrics["lr"] = max(group["lr"] for group in optimizer.param_groups)
@@ -170,6 +172,7 @@ class Run:
         if ema:
             self.model.backbone.load_state_dict(ema.module.state_dict())
         self.evaluate(stage, position)
+        accelerator.free_memory()  # it would hold on to the optimiser of every stage
         position = Position(index + 1, 0, position.total_steps, position.skipped)
         self.save(position)
         return position
@@ -177,7 +180,7 @@ class Run:
     def batches(
         self, index: int, config: StageConfig, done: int, total: int, epoch_steps: int
     ) -> Iterator[tuple[int, int, Batch]]:
-        """``(epoch, step, batch)`` of the steps that are left."""
+        """``(epoch, step, batch)`` from step ``done`` on, to the end of the epoch in which ``total`` lies."""
         transform = config.augment.transform(self.model)
         step = done
         for epoch in range(done // epoch_steps, -(-total // epoch_steps)):
@@ -196,13 +199,20 @@ class Run:
                 yield epoch, step, batch
                 step += 1
 
-    def optimize(self, wrapped: nn.Module, optimizer: Any, batch: Batch, stage: Stage, epoch: int) -> dict[str, float]:
+    def optimize(
+        self,
+        wrapped: nn.Module,
+        optimizer: Any,
+        batch: Batch,
+        config: StageConfig,
+        make_targets: TargetMaker | None,
+        epoch: int,
+    ) -> dict[str, float]:
         """One optimiser step on a batch, in ``accumulate`` parts; metrics averaged over parts and processes."""
-        accelerator, config = self.accelerator, stage.config
+        accelerator = self.accelerator
         images, targets = batch.images.to(accelerator.device), batch.labels.to(accelerator.device)
         keys = keyed.sample_keys(self.seed, epoch, batch.samples).to(accelerator.device)
-        if not stage.policy:
-            make_targets = TargetMaker(config.label_smoothing, config.mixup, config.cutmix, self.model.num_classes)
+        if make_targets:
             images, targets = make_targets(images, targets)
         optimizer.zero_grad()
         totals: dict[str, Tensor] = {}
@@ -251,7 +261,7 @@ class Run:
                 parts["optimizer"] = optimizer_tensors(optimizer.optimizer)
             if ema is not None:
                 parts["ema"] = ema.module.state_dict()
-            save_state(self.output / "state.safetensors", position, self.recipe, parts)
+            save_state(self.output / "state.safetensors", position, self.identity, parts)
 
     def seed_generators(self, index: int, step: int) -> None:
         """Seed what timm's mixup and torch's dropout draw from, so that a step does not depend on the steps before."""

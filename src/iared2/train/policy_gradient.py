@@ -105,4 +105,4 @@ def policy_gradient_loss(scores: Tensor, u: Tensor, alive: Tensor, advantage: Te
 def bernoulli_entropy(scores: Tensor, alive: Tensor) -> Tensor:
     """Mean entropy of the decisions on living patches, in nats: 0.69 undecided, 0 certain."""
     entropy = torch.special.entr(scores) + torch.special.entr(1 - scores)
-    return entropy[alive].sum() / alive.sum().clamp_min(1)
+    return entropy.masked_fill(~alive, 0).sum() / alive.sum().clamp_min(1)

@@ -45,10 +45,10 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, 
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def save_state(path: Path, position: Position, recipe: dict[str, Any], parts: dict[str, dict[str, Tensor]]) -> None:
-    """Write the state of a run, atomically. ``parts`` are named groups of tensors."""
+def save_state(path: Path, position: Position, identity: dict[str, Any], parts: dict[str, dict[str, Tensor]]) -> None:
+    """Write the state of a run, atomically: ``identity`` is what a resumed run must agree on, ``parts`` are tensors."""
     tensors = {f"{part}/{name}": tensor for part, group in parts.items() for name, tensor in group.items()}
-    saved.write(path, tensors, {"position": asdict(position), "recipe": recipe})
+    saved.write(path, tensors, {"position": asdict(position), "identity": identity})
 
 
 def load_state(path: Path) -> tuple[Position, dict[str, Any], dict[str, dict[str, Tensor]]]:
@@ -59,11 +59,11 @@ def load_state(path: Path) -> tuple[Position, dict[str, Any], dict[str, dict[str
     """
     tensors, config = saved.read(path)
     try:
-        position, recipe = Position(**config["position"]), config["recipe"]
+        position, identity = Position(**config["position"]), config["identity"]
     except (KeyError, TypeError):
         raise InputError(f"{path} is not the state of a training run; move it away to start anew") from None
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         part, key = name.split("/", 1)
         parts.setdefault(part, {})[key] = tensor
-    return position, recipe, parts
+    return position, identity, parts

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from oracle import masked_forward
+
+import iared2
+from iared2 import keyed
+from iared2.train.finetune import FinetuneStage, decide_up_to
+
+SMALL = {"img_size": (16, 24), "patch_size": 4, "embed_dim": 32, "depth": 6, "num_heads": 2, "num_classes": 3}
+
+
+def make(**kwargs):
+    torch.manual_seed(0)
+    model = iared2.from_timm("deit_tiny_patch16_224", **SMALL, **kwargs).double()
+    for interpreter in model.interpreters:
+        interpreter.query.weight.data *= 10
+        interpreter.key.weight.data *= 10
+    return model
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(6, 3, 16, 24, generator=generator, dtype=torch.float64)
+    return images, torch.arange(6) % 3, keyed.sample_keys(0, 0, torch.arange(6))
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_gradients_are_the_masked_oracles_and_only_where_the_stage_learns(batch, soft):
+    model = make()
+    images, labels, keys = batch
+    targets = torch.nn.functional.one_hot(labels, 3).double() * 0.9 + 0.1 / 3 if soft else labels
+    stage = FinetuneStage(model, 1).train()
+    loss, metrics = stage(images, targets, keys)
+    loss.backward()
+    packed = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert 0 < metrics["keep_ratio_greedy"] < 1
+
+    model.requires_grad_(True)
+    model.zero_grad(set_to_none=True)
+    logits, _, kept = masked_forward(model.eval(), images, decide_up_to(model, 1))
+    assert len(set(kept[1].sum(1).tolist())) > 1, "the batch should be ragged"
+    torch.nn.functional.cross_entropy(logits.float(), targets.float() if soft else targets).backward()
+    masked = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    learns = {n for n in masked if n.startswith(("backbone.head", "backbone.norm"))}
+    learns |= {n for n in masked if n.startswith(tuple(f"backbone.blocks.{i}." for i in (2, 3, 4, 5)))}
+    assert packed.keys() == learns
+    noise = 1e-7 * max(g.norm() for g in masked.values())
+    for name in learns:
+        assert (packed[name] - masked[name]).norm() <= 1e-8 * max(masked[name].norm(), noise), name
+
+
+def test_what_is_frozen_is_in_evaluation_mode():
+    model = make(drop_rate=0.1, drop_path_rate=0.5, proj_drop_rate=0.1)
+    FinetuneStage(model, 1).train()
+    training = {name for name, module in model.named_modules() if module.training and name}
+    assert "backbone.head_drop" in training
+    assert "backbone.blocks.2" in training
+    assert not any(name.startswith(("backbone.blocks.1", "backbone.patch_embed", "interp")) for name in training)
+    assert "backbone" not in training
+    FinetuneStage(model, None).train()
+    assert model.backbone.training
+
+
+def test_groups_after_the_stages_own_drop_nothing(batch):
+    model = make()
+    with torch.no_grad():
+        out = model.eval().trace(batch[0], decide_up_to(model, 0))
+    assert out.kept[0].float().mean() < 1
+    assert torch.equal(out.kept[0], out.kept[1])
+    assert torch.equal(out.kept[0], out.kept[2])
+    assert model.trace(batch[0], decide_up_to(model, None)).kept.all()
+
+
+def test_stochastic_depth_is_keyed_by_the_image(batch):
+    """The same images in another order: the same loss, whatever torch's generator does."""
+    model = make(drop_path_rate=0.5)
+    stage = FinetuneStage(model, None).train()
+    images, labels, keys = batch
+    order = torch.tensor([3, 1, 5, 0, 2, 4])
+    losses = [stage(images, labels, keys)[0], stage(images[order], labels[order], keys[order])[0]]
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-6)
+    assert stage(images, labels, keys + 1)[0].item() != pytest.approx(losses[0].item(), rel=1e-4)
