@@ -7,6 +7,7 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 from . import interpret
@@ -18,6 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="iared2", description="Vision transformers that drop uninformative patches, and show which."
     )
+    parser.add_argument("--version", action="version", version=version("iared2"))
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     command = commands.add_parser("interpret", help="show which patches of a photo the model keeps")
