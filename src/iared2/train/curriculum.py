@@ -2,9 +2,9 @@
 
 Deviations from the paper (all of them are listed in docs/method.md):
 
-1. Order, augmentation, Bernoulli draws and stochastic depth are functions of (seed, epoch, sample), mixup and dropout of
-   (seed, stage, step, process), so that a run which is killed and resumed ends with the same weights, bit for bit, on a
-   CPU.
+1. Order, augmentation, Bernoulli draws and stochastic depth are functions of (seed, epoch, sample), mixup and dropout
+   of (seed, stage, step, process), so that a run which is killed and resumed ends with the same weights, bit for bit,
+   on a CPU.
 2. An optional first stage trains the dense backbone, for those who do not start from pretrained weights.
 """
 
