@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import functools
+import os
 
 import pytest
 import safetensors.torch
@@ -41,6 +42,7 @@ def test_round_trip(model, images, tmp_path):
         assert twin.pretrained_cfg["input_size"] == (3, 16, 16)
         assert not twin.training
     assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"], "no temporary file is left"
+    assert path.stat().st_mode & 0o444 == 0o444 & ~umask(), "others may read it as they may read any new file"
 
 
 def test_round_trip_after_changes_and_from_a_module(images, tmp_path):
@@ -70,6 +72,11 @@ def test_save_refuses_what_load_could_not_rebuild(tmp_path):
 def test_unwritable_path(model, tmp_path):
     with pytest.raises(InputError, match="cannot write"):
         model.save(tmp_path / "no" / "such" / "folder" / "m.safetensors")
+
+
+def umask():
+    os.umask(mask := os.umask(0))
+    return mask
 
 
 def edited(path, edit):

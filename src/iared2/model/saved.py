@@ -32,6 +32,8 @@ def write(path: Path | str, tensors: dict[str, Tensor], config: dict[str, Any]) 
             temporary,
             {"iared2": json.dumps(config)},
         )
+        os.umask(mask := os.umask(0))
+        os.chmod(temporary, 0o666 & ~mask)  # safetensors makes files that nobody else can read
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
