@@ -117,7 +117,7 @@ def test_second_group_decides_on_what_the_first_left(enumerated):
     """Group 1 has dropped patches by its threshold: they get no gradient, and still count in |u|₀/N as dropped."""
     model, image, _, _ = enumerated
     batch = 16
-    first = model.score(model.embed(image), 0)[0]
+    first = model.score(model.embed(image), 0)[0].detach()
     threshold = model.threshold
     model.threshold = [float(first.median()), 0.5, 0.5]
     stage = PolicyGradientStage(model, 1, RewardConfig(tau=0.7)).train()

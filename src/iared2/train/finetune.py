@@ -62,7 +62,8 @@ class FinetuneStage(nn.Module):
             packed = model.embed(images, keys)
             packed, _, _ = model.reduce(packed, range(self.first), decide)
         packed, _, kept = model.reduce(packed, range(self.first, model.num_groups), decide)
-        logits = model.head(packed).float()
+        logits = model.head(packed)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # half precision is too coarse for a loss
         loss = F.cross_entropy(logits, targets)
         labels = targets if targets.ndim == 1 else targets.argmax(1)
         metrics = {
