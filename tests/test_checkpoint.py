@@ -46,7 +46,10 @@ def test_round_trip(model, images, tmp_path):
 
 
 def test_round_trip_after_changes_and_from_a_module(images, tmp_path):
-    model = iared2.from_timm(timm.create_model("vit_tiny_patch16_224", **SMALL, qk_norm=True), groups=2).eval()
+    backbone = timm.create_model("vit_tiny_patch16_224", **SMALL, qk_norm=True)
+    if not hasattr(backbone, "_model_args"):
+        pytest.skip("timm before 1.0.31 does not remember what a module was made with; save() refuses it, saying so")
+    model = iared2.from_timm(backbone, groups=2).eval()
     for pool in ("token", "avg"):
         model.reset_classifier(3, pool)
         model.save(tmp_path / "m")

@@ -241,7 +241,7 @@ class ReducedVisionTransformer(nn.Module):
     def pretrained_cfg(self) -> dict[str, Any]:
         """timm's dictionary (mean, std, interpolation, …), with the input size that this backbone really has."""
         cfg = dict(getattr(self.backbone, "pretrained_cfg", None) or {})
-        cfg["input_size"] = (self.backbone.in_chans, *self.backbone.patch_embed.img_size)
+        cfg["input_size"] = (self.backbone.patch_embed.proj.in_channels, *self.backbone.patch_embed.img_size)
         return cfg
 
     # ---- saving -------------------------------------------------------------------------------------------------
