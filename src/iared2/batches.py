@@ -10,11 +10,12 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import create_transform
+from timm.data import create_transform, resolve_data_config
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -130,6 +131,15 @@ def eval_transform(
         crop_pct=crop_pct or 1.0,
         crop_mode="squash" if crop_pct is None else "center",
     )
+
+
+def model_transform(pretrained_cfg: dict[str, Any]) -> Transform:
+    """The evaluation transform for a model: the whole image, in the size and normalisation of its ``pretrained_cfg``.
+
+    What the dictionary leaves out is timm's default. Training, evaluation and the tool all look through this one.
+    """
+    cfg = resolve_data_config(pretrained_cfg=pretrained_cfg)
+    return eval_transform(cfg["input_size"], cfg["mean"], cfg["std"], cfg["interpolation"])
 
 
 @dataclass(frozen=True)

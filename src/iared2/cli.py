@@ -82,7 +82,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import track
 
-    from .batches import eval_batches, eval_transform
+    from .batches import eval_batches, model_transform
     from .checkpoint import load
     from .data import DataConfig, open_samples
     from .evaluate import evaluate
@@ -104,8 +104,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         raise InputError(f"{arguments.data} has {len(samples.class_names)} classes, the model {model.num_classes}")
     if arguments.limit:
         samples = replace(samples, rows=samples.rows[: arguments.limit], labels=samples.labels[: arguments.limit])
-    cfg = model.pretrained_cfg
-    transform = eval_transform(cfg["input_size"], cfg["mean"], cfg["std"], cfg.get("interpolation") or "bicubic")
+    transform = model_transform(model.pretrained_cfg)
     batches = eval_batches(samples, transform, batch_size=arguments.batch_size, workers=arguments.workers)
     steps = -(-len(samples) // arguments.batch_size)
     console = Console(stderr=True)

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_data_config
+from timm.data import ImageNetInfo, infer_imagenet_subset
 
+from .batches import model_transform
 from .errors import InputError
 from .explain import figures
 from .explain.heatmap import clamp_below, heatmap, overlay
@@ -151,8 +152,7 @@ class Predictor:
             "input_size": [height, width],
             "checkpoint": None if checkpoint is None else str(checkpoint),
         }
-        whole = {"crop_pct": 1.0, "crop_mode": "squash"}  # the whole photo, so that the map covers it
-        self._transform = create_transform(**resolve_data_config(pretrained_cfg=cfg) | whole)
+        self._transform = model_transform(cfg)
         self._warm = False
 
     def __call__(self, photo: str | Path | Image.Image | np.ndarray) -> Interpretation:

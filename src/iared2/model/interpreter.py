@@ -29,11 +29,8 @@ class MultiHeadInterpreter(nn.Module):
         self.num_heads = num_heads
         self.query = nn.Linear(embed_dim, embed_dim)
         self.key = nn.Linear(embed_dim, embed_dim)
-        for linear in (self.query, self.key):
-            nn.init.trunc_normal_(linear.weight, std=0.02)
-            nn.init.trunc_normal_(
-                linear.bias, std=0.02
-            )  # not zero: a class token at birth is nearly zero, scores would tie
+        for parameter in self.parameters():  # biases too: a class token at birth is nearly zero, scores would tie
+            nn.init.trunc_normal_(parameter, std=0.02)
 
     def forward(self, packed: PackedTokens, has_class_token: bool = True) -> Tensor:
         """Informativeness ``I = (1/H) Σ_h sigmoid(q^h · k_j^h / sqrt(C/H))`` of each patch.

@@ -8,7 +8,7 @@ from timm.data import Mixup, create_transform
 from timm.data.mixup import mixup_target
 from torch import Tensor
 
-from ..batches import Transform, eval_transform
+from ..batches import Transform
 from ..errors import InputError
 from ..model.reduced import ReducedVisionTransformer
 
@@ -50,12 +50,6 @@ class AugmentConfig:
             )
         except (AssertionError, ValueError, KeyError) as error:
             raise InputError(f"recipe: timm does not take the augmentation {self}: {error}") from None
-
-
-def whole_image_transform(model: ReducedVisionTransformer) -> Transform:
-    """The evaluation transform: the whole image, resized to the model's input."""
-    cfg = model.pretrained_cfg
-    return eval_transform(cfg["input_size"], cfg["mean"], cfg["std"])
 
 
 class TargetMaker:

@@ -18,11 +18,11 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from .. import keyed
-from ..batches import Batch, eval_batches, steps_per_epoch, train_batches
+from ..batches import Batch, eval_batches, model_transform, steps_per_epoch, train_batches
 from ..data import Samples
 from ..evaluate import measure
 from ..model.reduced import ReducedVisionTransformer
-from .augment import AugmentConfig, TargetMaker, whole_image_transform
+from .augment import AugmentConfig, TargetMaker
 from .finetune import decide_up_to
 from .log import RunLog
 from .state import Position, load_optimizer_tensors, optimizer_tensors, save_state
@@ -240,7 +240,7 @@ class Run:
             model.backbone.load_state_dict(ema.module.state_dict())
         batches = eval_batches(
             self.held_out,
-            whole_image_transform(model),
+            model_transform(model.pretrained_cfg),
             batch_size=256,
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
