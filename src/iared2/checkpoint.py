@@ -43,6 +43,7 @@ def _load_ours(path: Path) -> ReducedVisionTransformer:
         model = from_timm(config["architecture"], groups=config["groups"], **config["model_args"])
         model.threshold = config["threshold"]
         model.threshold = model.thresholds if len(set(model.thresholds)) > 1 else model.thresholds[0]
+        model.max_tokens = config.get("max_tokens")  # files of version 0.1.0 have none
         model.backbone.pretrained_cfg = {**model.backbone.pretrained_cfg, **config["pretrained_cfg"]}
         if config["class_names"]:
             model.class_names = tuple(config["class_names"])

@@ -13,6 +13,8 @@ from pathlib import Path
 from . import interpret
 from .errors import InputError
 
+CALIBRATION_IMAGES = 512
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 0 if all went well. What a person got wrong is one line on stderr and status 1."""
@@ -41,6 +43,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument("--split", default="validation", help="split to evaluate on (default: validation, or test)")
     command.add_argument("--classes", nargs="+", default=[], help="only these classes, in the model's order")
     command.add_argument("--threshold", type=float, nargs="+", help="one number, or one for each group")
+    command.add_argument(
+        "--budget",
+        type=float,
+        nargs="+",
+        metavar="SHARE",
+        help="also at these shares of the dense multiply-adds, e.g. 0.4 0.5 0.6, calibrated on training images",
+    )
+    command.add_argument("--plot", help="write accuracy against multiply-adds to this .png, .pdf or .svg")
     command.add_argument("--batch-size", type=int, default=64)
     command.add_argument("--workers", type=int, default=2)
     command.add_argument("--device", default="cpu")
@@ -85,11 +95,14 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from .batches import eval_batches, model_transform
     from .checkpoint import load
     from .data import DataConfig, open_samples
+    from .device import usable_device
     from .evaluate import evaluate
-    from .predictor import usable_device
+    from .keyed import permutation
+    from .model.budget import thresholds_for
 
     device = usable_device(arguments.device)
     model = load(None if arguments.checkpoint == "box" else arguments.checkpoint).to(device)
+    model.pack_weights()
     if arguments.threshold:
         if len(arguments.threshold) not in (1, model.num_groups):
             raise InputError(f"--threshold: give one number, or {model.num_groups}, one for each group")
@@ -108,14 +121,29 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     batches = eval_batches(samples, transform, batch_size=arguments.batch_size, workers=arguments.workers)
     steps = -(-len(samples) // arguments.batch_size)
     console = Console(stderr=True)
-    result = evaluate(model, track(batches, "evaluating", steps, console=console, transient=True), device)
+    budgets = {}
+    if arguments.budget:
+        try:
+            sample = open_samples(data, "train")
+        except InputError:  # no training split: calibrated on the images themselves, whose labels are not looked at
+            sample = samples
+        chosen = permutation(0, 0, len(sample))[:CALIBRATION_IMAGES].numpy()
+        sample = replace(sample, rows=sample.rows[chosen], labels=sample.labels[chosen])
+        read = next(iter(eval_batches(sample, transform, batch_size=len(sample), workers=0)))
+        for share in arguments.budget:
+            gmacs = share * model.dense_macs / 1e9
+            budgets[f"budget {share:g}"] = thresholds_for(model, read.images.to(device), gmacs=gmacs)
+    progress = track(batches, "evaluating", steps, console=console, transient=True)
+    result = evaluate(model, progress, device, budgets=budgets)
     Console().print(result.table())
     text = json.dumps(result.to_dict())
-    if arguments.json:
-        try:
+    try:
+        if arguments.plot:
+            result.figure().savefig(arguments.plot, dpi=200)
+        if arguments.json:
             Path(arguments.json).write_text(text + "\n")
-        except OSError as error:
-            raise InputError(f"cannot write {arguments.json}: {error.strerror}") from None
+    except (OSError, ValueError) as error:  # ValueError: matplotlib does not know the suffix
+        raise InputError(f"cannot write {arguments.plot or arguments.json}: {error}") from None
     print(text)
     return 0
 

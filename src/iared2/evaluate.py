@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from rich.table import Table
 from torch import Tensor
 
 from . import keyed
 from .batches import Batch
-from .model.decide import Decide, at_random
+from .device import timed
+from .model.decide import Decide, at_most, at_random, by_threshold
 from .model.reduced import Output, ReducedVisionTransformer
 
 RANDOM_EPOCH = 1 << 30  # keys of the random baseline, apart from those of training
@@ -73,16 +74,22 @@ class Variant:
     """Mean multiply-adds of an image, 10⁹."""
     images_per_second: float
     """Of the forward passes alone; the variants take turns on the same batches."""
+    thresholds: list[float] | None = None
+    """Of the groups; None where they do not decide."""
+
+
+REDUCED, DENSE, RANDOM = "reduced", "dense backbone", "random dropping, same counts (not fine-tuned)"
 
 
 @dataclass
 class Evaluation:
-    """The reduced model beside its rivals on the same images."""
+    """The reduced model beside its rivals on the same images, and at other budgets if there were any."""
 
     images: int
     skipped: list[str]
     """Files that could not be read."""
     variants: list[Variant]
+    """Reduced, dense, random; then reduced and random at each budget."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types."""
@@ -97,9 +104,24 @@ class Evaluation:
             table.add_row(v.name, f"{v.top1:.2f}", kept, f"{v.gmacs:.4g}", f"{v.images_per_second:.1f}")
         return table
 
+    def figure(self) -> Figure:
+        """Accuracy against multiply-adds, for print."""
+        figure = Figure(figsize=(5.5, 4), layout="constrained")
+        axes = figure.add_subplot(xlabel="multiply-adds of an image (10⁹, mean)", ylabel="top-1 (%)")
+        for name, style in ((REDUCED, "o-"), (RANDOM, "s--"), (DENSE, "k*")):
+            points = sorted((v.gmacs, v.top1) for v in self.variants if v.name.startswith(name))
+            axes.plot(*zip(*points, strict=True), style, label=name)
+        axes.grid(alpha=0.3)
+        axes.legend()
+        return figure
+
 
 def evaluate(
-    model: ReducedVisionTransformer, batches: Iterable[Batch], device: torch.device | str = "cpu", seed: int = 0
+    model: ReducedVisionTransformer,
+    batches: Iterable[Batch],
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    budgets: Mapping[str, list[float]] | None = None,
 ) -> Evaluation:
     """Reduced model, dense backbone, and random dropping with the same number of patches for each image and group.
 
@@ -108,60 +130,55 @@ def evaluate(
         batches: of ``data.eval_batches``.
         device: where the model is.
         seed: of the random baseline.
+        budgets: name -> thresholds (`model.budget.thresholds_for`), measured beside the model's own.
     """
-    names = {
-        "reduced": "reduced",
-        "dense": "dense backbone",
-        "random": "random dropping, same counts (not fine-tuned)",
-    }
-    seconds, right = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0)
-    keep = torch.zeros(model.num_groups, dtype=torch.float64)
-    images, macs = 0, 0
+    settings = {"": model.thresholds, **{f", {name}": thresholds for name, thresholds in (budgets or {}).items()}}
+    sums: dict[str, Tensor] = {}  # right, multiply-adds, patches kept of all after each group, seconds
+    images = 0
     skipped: list[str] = []
+
+    def add(name: str, run: Callable[..., Output], *args: Any) -> None:
+        with torch.inference_mode():
+            output, seconds = timed(device, run, *args)
+        right = (output.logits.argmax(1) == labels).sum()
+        found = torch.stack([t.double().cpu() for t in (right, output.macs.sum(), *output.keep_ratio.sum(1))])
+        sums[name] = sums.get(name, torch.zeros(len(found) + 1)) + torch.cat([found, torch.tensor([seconds])])
+
+    def dense(x: Tensor) -> Output:
+        everything = torch.ones(model.num_groups, len(x), 1, dtype=torch.bool, device=x.device)
+        macs = torch.full((len(x),), model.dense_macs, device=x.device)
+        return Output(model.backbone(x), everything, everything, macs)
 
     for number, batch in enumerate(batches):
         skipped += [file for file, _ in batch.skipped]
         if not len(batch.labels):
             continue
         x, labels = batch.images.to(device), batch.labels.to(device)
-        output, _ = _timed(device, model.trace, x)
         keys = keyed.sample_keys(seed, RANDOM_EPOCH, batch.samples).to(device)
-        runs: dict[str, tuple[Any, ...]] = {
-            "reduced": (model.trace, x),
-            "dense": (model.backbone, x),
-            "random": (model.trace, x, at_random(output.kept.sum(-1), keys)),
-        }
+        runs: dict[str, tuple[Any, ...]] = {}
+        for name, thresholds in settings.items():
+            decide = at_most(model.max_tokens, by_threshold(thresholds))
+            with torch.inference_mode():
+                kept = model.trace(x, decide).kept.sum(-1)
+            runs[REDUCED + name] = (model.trace, x, decide)
+            if not name:
+                runs[DENSE] = (dense, x)
+            runs[RANDOM + name] = (model.trace, x, at_random(kept, keys))
         if not images:  # warm-up: the first pass pays for allocations and the choice of kernels
-            for run in runs.values():
-                _timed(device, *run)
+            with torch.inference_mode():
+                for run, *args in runs.values():
+                    run(*args)
         for turn in range(len(runs)):  # in another order for each batch: the first shares the cores with the reader
             name = list(runs)[(number + turn) % len(runs)]
-            result, spent = _timed(device, *runs[name])
-            logits = result.logits if isinstance(result, Output) else result
-            right[name] += int((logits.argmax(1) == labels).sum())
-            seconds[name] += spent
+            add(name, *runs[name])
         images += len(labels)
-        macs += int(output.macs.sum())
-        keep += output.keep_ratio.double().sum(1).cpu()
 
-    def variant(name: str) -> Variant:
-        is_dense = name == "dense"
-        return Variant(
-            name=names[name],
-            top1=100 * right[name] / max(images, 1),
-            keep_ratio=[1.0] * model.num_groups if is_dense else (keep / max(images, 1)).tolist(),
-            gmacs=(model.dense_macs if is_dense else macs / max(images, 1)) / 1e9,
-            images_per_second=images / max(seconds[name], 1e-9),
-        )
-
-    return Evaluation(images, skipped, [variant(name) for name in names])
-
-
-def _timed(device: torch.device | str, run: Callable[..., Any], *args: Any) -> tuple[Any, float]:
-    """The result and the seconds of one forward pass."""
-    start = time.perf_counter()
-    with torch.inference_mode():
-        result = run(*args)
-    if torch.device(device).type != "cpu":
-        torch.accelerator.synchronize(device)
-    return result, time.perf_counter() - start
+    variants = []
+    n = max(images, 1)
+    names = [REDUCED, DENSE, RANDOM] + [kind + budget for budget in list(settings)[1:] for kind in (REDUCED, RANDOM)]
+    for name in names:
+        right, macs, *shares, seconds = sums.get(name, torch.zeros(model.num_groups + 3)).tolist()
+        decided = settings[name.removeprefix(REDUCED)] if name.startswith(REDUCED) else None
+        speed = images / max(seconds, 1e-9)
+        variants.append(Variant(name, 100 * right / n, [s / n for s in shares], macs / n / 1e9, speed, decided))
+    return Evaluation(images, skipped, variants)

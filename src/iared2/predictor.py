@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import tempfile
-import time
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +17,7 @@ from PIL import Image, ImageOps
 from timm.data import ImageNetInfo, infer_imagenet_subset
 
 from .batches import model_transform
+from .device import timed, usable_device
 from .errors import InputError
 from .explain import figures
 from .explain.heatmap import clamp_below, heatmap, overlay
@@ -147,6 +147,7 @@ class Predictor:
             raise InputError(f"the model takes images of {channels} channels, and photos have 3")
         self.device = usable_device(device)
         self.model = model.eval().to(self.device)
+        self.model.pack_weights()
         self._about = {
             "architecture": cfg.get("architecture") or type(model.backbone).__name__,
             "input_size": [height, width],
@@ -188,16 +189,7 @@ class Predictor:
         if not self._warm:
             self.model.trace(images)  # the first pass also pays for allocations and the choice of kernels
             self._warm = True
-        self._wait()
-        start = time.perf_counter()
-        output = self.model.trace(images)
-        self._wait()
-        return output, time.perf_counter() - start
-
-    def _wait(self) -> None:
-        """Until the device has done what it was asked to; a CPU always has."""
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize(self.device)
+        return timed(self.device, self.model.trace, images)
 
     def _top5(self, logits: torch.Tensor) -> list[tuple[str, float]]:
         if not self.model.num_classes:  # the output is features, not logits
@@ -210,21 +202,6 @@ class Predictor:
             return self.model.class_names[index]
         subset = infer_imagenet_subset(self.model)  # by the number of classes: 1k, 12k, 21k, 22k
         return ImageNetInfo(subset).index_to_description(index) if subset else str(index)
-
-
-def usable_device(name: str | torch.device) -> torch.device:
-    """The device, after a first number was computed on it.
-
-    Raises:
-        InputError: there is no such device here.
-    """
-    try:
-        device = torch.device(name)
-        torch.ones(1, device=device).item()
-    except (RuntimeError, AssertionError, ImportError) as error:  # by the kind of device
-        reason = str(error).split("\n")[0]
-        raise InputError(f"device {name} cannot be used here ({reason}); try cpu") from None
-    return device
 
 
 def _as_image(photo: str | Path | Image.Image | np.ndarray) -> Image.Image:

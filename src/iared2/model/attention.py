@@ -1,7 +1,8 @@
 """attend(): attention within each image of a packed batch, one backend per device.
 
-CUDA in half precision runs one variable-length kernel over the whole batch. Everything else runs
-``scaled_dot_product_attention`` once for each run of images of equal length, on views (see tokens.py).
+CUDA in half precision runs one variable-length kernel over the whole batch. Everything else works on views, once for
+each run of images of equal length (see tokens.py): ``scaled_dot_product_attention``, or two plain matrix products where
+a CPU infers in bfloat16.
 """
 
 from __future__ import annotations
@@ -31,9 +32,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor, packed: PackedTokens, dropout: float
     out = []
     for run in zip(packed.runs(q), packed.runs(k), packed.runs(v), strict=True):
         q_run, k_run, v_run = (rows.transpose(1, 2) for rows in run)  # (images, H, length, head_dim)
-        y = F.scaled_dot_product_attention(q_run, k_run, v_run, dropout_p=dropout)
+        if _plain_is_faster(v):
+            y = (q_run * q.shape[-1] ** -0.5 @ k_run.transpose(2, 3)).softmax(-1) @ v_run
+        else:
+            y = F.scaled_dot_product_attention(q_run, k_run, v_run, dropout_p=dropout)
         out.append(y.transpose(1, 2).flatten(0, 1))
     return out[0] if len(out) == 1 else torch.cat(out)
+
+
+def _plain_is_faster(v: Tensor) -> bool:
+    """bfloat16 inference on a CPU: torch's fused kernel takes twice as long there as in float32 (docs/speed.md)."""
+    return v.device.type == "cpu" and v.dtype == torch.bfloat16 and not torch.is_grad_enabled()
 
 
 def _has_varlen_kernel(v: Tensor) -> bool:

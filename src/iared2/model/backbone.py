@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import keyed
 from ..errors import InputError
+from . import onednn
 from .attention import attend
 from .tokens import PackedTokens
 
@@ -70,10 +71,13 @@ def run_blocks(backbone: VisionTransformer, indices: range, packed: PackedTokens
     """Run the blocks ``indices`` on the packed rows, with activation checkpointing if timm's flag is on."""
     x = packed.x
     for index in indices:
-        if backbone.grad_checkpointing and torch.is_grad_enabled():
-            x = checkpoint(run_block, backbone.blocks[index], x, packed, index, use_reentrant=False)
+        block = backbone.blocks[index]
+        if onednn.can_run(block, x):
+            x = onednn.run_block(block, x, packed)
+        elif backbone.grad_checkpointing and torch.is_grad_enabled():
+            x = checkpoint(run_block, block, x, packed, index, use_reentrant=False)
         else:
-            x = run_block(backbone.blocks[index], x, packed, index)
+            x = run_block(block, x, packed, index)
     return packed.with_x(x)
 
 

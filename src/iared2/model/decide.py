@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import keyed
+from ..errors import InputError
 
 Decide = Callable[[Tensor, Tensor, int], Tensor]
 
@@ -39,6 +40,24 @@ def by_threshold(threshold: float | Sequence[float]) -> Decide:
         return alive & (scores > t) if t < 1 else torch.zeros_like(alive)
 
     return decide
+
+
+def at_most(max_tokens: int | None, decide: Decide) -> Decide:
+    """``decide``, but of what it keeps of an image only the ``max_tokens`` best-scored patches; None for all of it.
+
+    Raises:
+        InputError: ``max_tokens`` is not a whole number, or below 0.
+    """
+    if max_tokens is None:
+        return decide
+    if not isinstance(max_tokens, int) or max_tokens < 0:
+        raise InputError(f"max_tokens={max_tokens}: give a number of patches, 0 or more, or None for no limit")
+
+    def capped(scores: Tensor, alive: Tensor, group: int) -> Tensor:
+        keep = decide(scores, alive, group)
+        return top_k(scores, keep, torch.full_like(keep[:, 0], max_tokens, dtype=torch.int64))
+
+    return capped
 
 
 def by_sampling(keys: Tensor) -> Decide:

@@ -44,25 +44,23 @@ class MultiHeadInterpreter(nn.Module):
             (float64 for a float64 model), since scores that crowd around 0.5 would tie in half precision.
         """
         with torch.autocast(packed.x.device.type, enabled=False):
-            width, prefix = packed.x.shape[1], packed.num_prefix_tokens
+            width, heads, prefix = packed.x.shape[1], self.num_heads, packed.num_prefix_tokens
             dtype = torch.promote_types(packed.x.dtype, torch.float32)
             x = packed.x.to(dtype)
-            if has_class_token:
-                policy_token = x.index_select(0, packed.first_rows)
-            else:
-                policy_token = torch.cat([run[:, prefix:].mean(1) for run in packed.runs(x)])
             x_hat = F.layer_norm(x, (width,), eps=1e-5)  # (T, C)
-            p_hat = F.layer_norm(policy_token, (width,), eps=1e-5)  # (B, C), packed order
+            if has_class_token:
+                p_hat = x_hat.index_select(0, packed.first_rows)  # (B, C), packed order
+            else:
+                p_hat = F.layer_norm(torch.cat([run[:, prefix:].mean(1) for run in packed.runs(x)]), (width,), eps=1e-5)
 
-            q = F.linear(p_hat, self.query.weight.to(dtype), self.query.bias.to(dtype))
-            q = q.unflatten(1, (self.num_heads, -1)) / math.sqrt(width // self.num_heads)  # (B, H, C/H)
-            key_weight = self.key.weight.to(dtype).unflatten(0, (self.num_heads, -1))  # (H, C/H, C)
-            key_bias = self.key.bias.to(dtype).unflatten(0, (self.num_heads, -1))  # (H, C/H)
-            u = torch.einsum("bhd,hdc->bch", q, key_weight)  # (B, C, H)
-            bias = (q * key_bias).sum(-1)  # (B, H)
+            q = F.linear(p_hat, self.query.weight.to(dtype), self.query.bias.to(dtype)) / math.sqrt(width // heads)
+            q = q.unflatten(1, (heads, -1)).transpose(0, 1)  # (H, B, C/H)
+            u = (q @ self.key.weight.to(dtype).unflatten(0, (heads, -1))).permute(1, 2, 0)  # (B, C, H)
+            bias = (q * self.key.bias.to(dtype).view(heads, 1, -1)).sum(-1).t()[:, None]  # (B, 1, H)
 
-            scores, image = [], 0
+            logits, image = [], 0
             for run in packed.runs(x_hat):  # (b, n, C)
                 images = slice(image, image := image + len(run))
-                scores.append((run @ u[images] + bias[images, None]).sigmoid().mean(-1).flatten())
-            return packed.to_dense(torch.cat(scores))[:, prefix:]
+                logits.append(torch.baddbmm(bias[images], run, u[images]).flatten(0, 1))
+            scores = (logits[0] if len(logits) == 1 else torch.cat(logits)).sigmoid().mean(1)
+            return packed.to_dense(scores)[:, prefix:]

@@ -5,7 +5,6 @@ Owns the loop and the groups; what a block, a score or a decision is stands in t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,8 +17,10 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from . import backbone as vit
-from . import macs, saved
-from .decide import Decide, by_threshold
+from . import macs, onednn, saved
+from .budget import thresholds_for
+from .config import config_of
+from .decide import Decide, at_most, by_threshold
 from .interpreter import MultiHeadInterpreter
 from .tokens import PackedTokens
 
@@ -60,6 +61,8 @@ class ReducedVisionTransformer(nn.Module):
     Attributes:
         threshold: a patch stays if its score is above it. One number, or one for each group; ``t <= 0`` keeps every
             patch, ``t >= 1`` none. A plain attribute: set it at any time, it trades accuracy against compute.
+        max_tokens: at most so many patches of an image, the best-scored ones, leave each group; None for no limit.
+            Bounds the worst case, which ``threshold`` does not. A ``decide`` that is passed in is not limited.
         class_names: names of the K classes, or None.
 
     Raises:
@@ -76,6 +79,7 @@ class ReducedVisionTransformer(nn.Module):
             raise InputError(f"width {backbone.embed_dim} is not divisible by the number of heads")
         self.backbone: Any = backbone
         self.threshold: float | Sequence[float] = threshold
+        self.max_tokens: int | None = None
         self.class_names: tuple[str, ...] | None = None
         self.model_args: dict[str, Any] = {}  # what the backbone was built with, for save()
 
@@ -120,7 +124,7 @@ class ReducedVisionTransformer(nn.Module):
         Returns:
             The surviving tokens, and for each group run its scores ``(B, N)`` and the patches it kept ``(B, N)``.
         """
-        decide = decide or by_threshold(self.thresholds)
+        decide = decide or at_most(self.max_tokens, by_threshold(self.thresholds))
         scores, kept = [], []
         for group in range(self.num_groups) if groups is None else groups:
             with torch.no_grad():  # a decision is discrete: no gradient passes through it
@@ -150,7 +154,7 @@ class ReducedVisionTransformer(nn.Module):
         """``(B, K)`` logits of the surviving tokens, in the order of the images."""
         return vit.head(self.backbone, packed)
 
-    # ---- multiply-adds ------------------------------------------------------------------------------------------
+    # ---- what it costs, and what it may cost ----------------------------------------------------------------------
 
     def count_macs(self, num_kept: Tensor, num_patches: int | None = None) -> Tensor:
         """Multiply-adds from patch counts alone.
@@ -179,6 +183,25 @@ class ReducedVisionTransformer(nn.Module):
         tokens = torch.tensor(self.backbone.patch_embed.num_patches + self.backbone.num_prefix_tokens)
         dense = macs.blocks_macs(self.backbone.blocks, tokens) + macs.head_macs(self.backbone, tokens)
         return int(dense) + macs.embed_macs(self.backbone, self.backbone.patch_embed.num_patches)
+
+    def calibrate(
+        self,
+        images: Tensor,
+        *,
+        keep: float | Sequence[float] | None = None,
+        gmacs: float | None = None,
+        latency_ms: float | None = None,
+    ) -> list[float]:
+        """Set ``threshold`` so that one budget is met on ``images (B, in_chans, height, width)``, and return it.
+
+        The budgets, and when an `InputError` is raised: see `iared2.model.budget.thresholds_for`.
+        """
+        self.threshold = thresholds_for(self, images, keep=keep, gmacs=gmacs, latency_ms=latency_ms)
+        return self.threshold
+
+    def pack_weights(self) -> None:
+        """Prepare for inference on a CPU: lay the weights out once (`onednn.pack_weights`). Does nothing elsewhere."""
+        onednn.pack_weights(self.backbone)
 
     # ---- a timm model where people rely on it -------------------------------------------------------------------
 
@@ -252,47 +275,7 @@ class ReducedVisionTransformer(nn.Module):
         Raises:
             InputError: the file cannot be written, or the backbone cannot be rebuilt from its timm name.
         """
-        saved.write(path, self.state_dict(), self.config())
-
-    def config(self) -> dict[str, Any]:
-        """What ``iared2.load`` needs besides the weights, as JSON types.
-
-        Raises:
-            InputError: the backbone has no timm name, or its name and arguments do not give this backbone.
-        """
-        cfg = self.pretrained_cfg
-        if not cfg.get("architecture"):
-            raise InputError(
-                "this backbone has no timm name, so a file could not rebuild it: make it by iared2.from_timm(name)"
-            )
-        name = ".".join(filter(None, (cfg["architecture"], cfg.get("tag"))))
-        # timm >= 1.0.31 keeps the arguments itself, and adds to them what later changes of the model imply
-        args = {**self.model_args, **getattr(self.backbone, "_model_args", {})}
-        args |= {"num_classes": self.num_classes, "global_pool": self.backbone.global_pool}
-        args["img_size"] = self.backbone.patch_embed.img_size
-        try:
-            json.dumps(args)
-        except TypeError as error:
-            raise InputError(f"the arguments of {name} cannot be written to a file: {error}") from None
-        with torch.device("meta"):
-            twin = timm.create_model(name, pretrained=False, **args)
-        if _description(twin) != _description(self.backbone):
-            raise InputError(f"this backbone is not timm's {name} with {args}: make it by iared2.from_timm(name, ...)")
-        return {
-            "architecture": name,
-            "model_args": args,
-            "groups": self.num_groups,
-            "threshold": self.thresholds,
-            "class_names": self.class_names,
-            "pretrained_cfg": {key: cfg.get(key) for key in ("input_size", "mean", "std", "interpolation", "crop_pct")},
-        }
-
-
-def _description(backbone: Any) -> list[Any]:
-    """All that makes a backbone what it is but its weights: layers and settings, shapes, heads, pooling."""
-    shapes = [(name, tensor.shape) for name, tensor in backbone.state_dict().items()]
-    heads = [block.attn.num_heads for block in backbone.blocks]
-    return [str(backbone), shapes, heads, backbone.global_pool, backbone.pool_include_prefix]
+        saved.write(path, self.state_dict(), config_of(self))
 
 
 def from_timm(

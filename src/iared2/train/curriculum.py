@@ -23,6 +23,7 @@ from ..batches import steps_per_epoch
 from ..checkpoint import load_backbone_weights, load_strictly
 from ..data import open_samples
 from ..errors import InputError
+from ..model.config import config_of
 from ..model.reduced import ReducedVisionTransformer, from_timm
 from .finetune import FinetuneStage
 from .log import RunLog
@@ -98,7 +99,7 @@ def train(recipe: Recipe, output: Path) -> Path:
     model.class_names = samples.class_names
     if parts:
         load_strictly(model, parts["model"], state)
-    model.config()  # a model that could not be saved is refused now, not at the end
+    config_of(model)  # a model that could not be saved is refused now, not at the end
     stages = stages_of(recipe, model)
     for stage in stages:  # and so is a batch that cannot be filled
         steps_per_epoch(samples, stage.config.batch_size, accelerator.num_processes)

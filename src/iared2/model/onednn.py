@@ -1,0 +1,117 @@
+"""The blocks of inference on a CPU: oneDNN's linear layers, with GELU and the residual sum fused into them.
+
+The plain block is ``backbone.run_block``; a test holds the two equal. In float32 torch multiplies matrices with MKL,
+which on AMD processors reaches less than half of what oneDNN does (docs/speed.md); in bfloat16 both are oneDNN, and
+what remains to gain is the fused sums and weights that are laid out once (`pack_weights`) instead of at every call.
+
+The operators are those that ``torch.compile`` itself writes for a CPU. They are not part of torch's public interface:
+where they are missing, or an argument does not fit, the plain block runs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from timm.layers import Mlp
+from torch import Tensor, nn
+from torch.utils.flop_counter import register_flop_formula
+
+from .attention import attend
+from .tokens import PackedTokens
+
+_packed: WeakKeyDictionary[nn.Linear, tuple[Tensor, int, Tensor]] = WeakKeyDictionary()
+"""Layer -> its weight, the version of the weight, and the same numbers in oneDNN's own layout."""
+
+
+def _is_available() -> bool:
+    ops = torch.ops.mkldnn
+    return torch.backends.mkldnn.is_available() and all(
+        hasattr(ops, op) for op in ("_linear_pointwise", "_reorder_linear_weight", "_is_mkldnn_bf16_supported")
+    )
+
+
+AVAILABLE = _is_available()
+BF16 = AVAILABLE and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+if AVAILABLE:  # else torch's counter would take these layers for free
+
+    @register_flop_formula([torch.ops.mkldnn._linear_pointwise])
+    def _linear_flops(x: torch.Size, *_: Any, out_shape: torch.Size, **__: Any) -> int:
+        return 2 * x[-1] * out_shape.numel()
+
+
+def _has_kernel(x: Tensor) -> bool:
+    return AVAILABLE and x.device.type == "cpu" and (x.dtype == torch.float32 or (BF16 and x.dtype == torch.bfloat16))
+
+
+def can_run(block: nn.Module, x: Tensor) -> bool:
+    """Whether `run_block` computes what the plain block would: inference, eager, CPU, float32 or bfloat16."""
+    return (
+        _has_kernel(x)
+        and not (torch.is_grad_enabled() or block.training or torch.is_autocast_enabled("cpu"))
+        and bool(torch.backends.mkldnn.enabled)
+        and not torch.compiler.is_compiling()
+    )
+
+
+def run_block(block: Any, x: Tensor, packed: PackedTokens) -> Tensor:
+    """``x (T, C) -> (T, C)``: one MSA-FFN block in evaluation mode, without a graph."""
+    attn, mlp = block.attn, block.mlp
+    y = block.norm1(x)
+    q, k, v = _linear(attn.qkv, y).unflatten(1, (3, attn.num_heads, attn.head_dim)).unbind(1)
+    y_attn = attn.norm(attend(attn.q_norm(q), attn.k_norm(k), v, packed).flatten(1))
+    if getattr(attn, "gate", None) is not None:
+        y_attn = y_attn * _linear(attn.gate, y).sigmoid()
+    x = _linear_add(attn.proj, y_attn, block.ls1, x)
+    y = block.norm2(x)
+    if type(mlp) is Mlp and type(mlp.act) is nn.GELU and type(mlp.norm) is nn.Identity:
+        return _linear_add(mlp.fc2, _linear(mlp.fc1, y, mlp.act), block.ls2, x)
+    return x + block.ls2(mlp(y))
+
+
+def pack_weights(module: nn.Module) -> None:
+    """Lay the weights of all linear layers out as oneDNN wants them: 10 to 15 % faster, a second copy in memory.
+
+    A layer whose weight is changed, moved or loaded anew afterwards goes back to the weight itself. The exception is a
+    change behind autograd's back (``weight.data.copy_()``), which cannot be seen: call this again.
+    """
+    for layer in module.modules():
+        if type(layer) is nn.Linear and _has_kernel(layer.weight) and not layer.weight.is_inference():
+            weight = layer.weight.detach()
+            _packed[layer] = weight, weight._version, torch.ops.mkldnn._reorder_linear_weight(weight, None)
+
+
+def _weight(layer: nn.Linear) -> Tensor:
+    """The packed weight if there is one and the weight is still the same."""
+    entry = _packed.get(layer)
+    if entry is not None:
+        weight, version, packed = entry
+        if layer.weight.data_ptr() == weight.data_ptr() and layer.weight._version == version:
+            return packed
+    return layer.weight
+
+
+def _fits(layer: Any, x: Tensor) -> bool:
+    """Not replaced by an adapter, not hooked, and of the tokens' precision."""
+    return (
+        type(layer) is nn.Linear
+        and layer.weight.dtype == x.dtype
+        and not (layer._forward_hooks or layer._forward_pre_hooks)
+    )
+
+
+def _linear(layer: Any, x: Tensor, gelu: nn.GELU | None = None) -> Tensor:
+    """``layer(x)``, or ``gelu(layer(x))``."""
+    if not _fits(layer, x):
+        return layer(x) if gelu is None else gelu(layer(x))
+    activation, algorithm = ("none", "") if gelu is None else ("gelu", gelu.approximate)
+    return torch.ops.mkldnn._linear_pointwise(x, _weight(layer), layer.bias, activation, [], algorithm)
+
+
+def _linear_add(layer: Any, x: Tensor, layer_scale: nn.Module, residual: Tensor) -> Tensor:
+    """``residual + layer_scale(layer(x))``."""
+    if type(layer_scale) is nn.Identity and _fits(layer, x):
+        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, _weight(layer), layer.bias, "add")
+    return residual + layer_scale(_linear(layer, x))
