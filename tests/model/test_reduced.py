@@ -215,9 +215,12 @@ def test_stochastic_depth_drops_whole_images():
         ragged()(torch.rand(16, 24), torch.ones(16, 24) > 0, 0)
     )
     model.train()
-    from iared2.model.backbone import drop_images
+    from iared2.model.backbone import drop_path_scale
 
-    out = packed.to_dense(drop_images(model.backbone.blocks[2].drop_path1, torch.ones_like(packed.x), packed, 4))
+    def scaled():
+        return packed.to_dense(drop_path_scale(model.backbone.blocks[2].drop_path1, packed, 4, packed.x))
+
+    out = scaled()
     alive = packed.to_dense(torch.ones(len(packed.x)))
     for image, here in zip(out[..., 0], alive, strict=True):
         values = image[here > 0].unique()
@@ -225,5 +228,5 @@ def test_stochastic_depth_drops_whole_images():
         assert values[0] == 0 or values[0] == pytest.approx(1 / (1 - 0.5), rel=1e-4)
     dropped = (out[:, 0, 0] == 0).sum()
     assert 2 < dropped < 14
-    again = packed.to_dense(drop_images(model.backbone.blocks[2].drop_path1, torch.ones_like(packed.x), packed, 4))
+    again = scaled()
     assert torch.equal(out, again), "the draw is a function of the key"

@@ -7,11 +7,16 @@ a CPU infers in bfloat16.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .tokens import PackedTokens
+
+
+Attend = Callable[[Tensor, Tensor, Tensor, PackedTokens, float], Tensor]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, packed: PackedTokens, dropout: float = 0.0) -> Tensor:

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from .. import keyed
 from ..errors import InputError
 from . import onednn
-from .attention import attend
+from .attention import Attend, attend
 from .tokens import PackedTokens
 
 
@@ -67,50 +67,86 @@ def embed(backbone: VisionTransformer, images: Tensor) -> Tensor:
     return backbone.norm_pre(backbone._pos_embed(x))
 
 
-def run_blocks(backbone: VisionTransformer, indices: range, packed: PackedTokens) -> PackedTokens:
-    """Run the blocks ``indices`` on the packed rows, with activation checkpointing if timm's flag is on."""
+def run_blocks(
+    backbone: VisionTransformer, indices: range, packed: PackedTokens, compiled: bool = False
+) -> PackedTokens:
+    """Run the blocks ``indices`` on the packed rows.
+
+    ``compiled`` compiles what lies between one attention and the next, once for all blocks and any number of tokens.
+    timm's flag of activation checkpointing is honoured.
+    """
+    blocks = [(index, backbone.blocks[index]) for index in indices]
+    if not compiled and all(onednn.can_run(block, packed.x) for _, block in blocks):
+        return packed.with_x(onednn.run_blocks([block for _, block in blocks], packed))
     x = packed.x
-    for index in indices:
-        block = backbone.blocks[index]
-        if onednn.can_run(block, x):
-            x = onednn.run_block(block, x, packed)
-        elif backbone.grad_checkpointing and torch.is_grad_enabled():
-            x = checkpoint(run_block, block, x, packed, index, use_reentrant=False)
+    for index, block in blocks:
+        if backbone.grad_checkpointing and torch.is_grad_enabled():
+            x = checkpoint(run_block, block, x, packed, index, compiled, use_reentrant=False)
         else:
-            x = run_block(block, x, packed, index)
+            x = run_block(block, x, packed, index, compiled)
     return packed.with_x(x)
 
 
-def run_block(block: Block, x: Tensor, packed: PackedTokens, index: int) -> Tensor:
+def run_block(
+    block: Block, x: Tensor, packed: PackedTokens, index: int, compiled: bool = False, attend: Attend = attend
+) -> Tensor:
     """``x (T, C) -> (T, C)``: one MSA-FFN block on rows laid out as ``packed``.
 
     ``index`` names the block's draws of stochastic depth.
     """
+    before, after = (_compiled_before, _compiled_after) if compiled else (before_attention, after_attention)
+    q, k, v, y = before(block, x)
+    y_attn = attend(q, k, v, packed, block.attn.attn_drop.p if block.attn.training else 0.0)
+    scales = (drop_path_scale(d, packed, 2 * index + i, x) for i, d in enumerate((block.drop_path1, block.drop_path2)))
+    return after(block, x, y, y_attn, *scales)
+
+
+def before_attention(block: Block, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``x (T, C)`` -> q, k, v ``(T, H, head_dim)`` and the normalised tokens ``(T, C)``."""
     attn = block.attn
     y = block.norm1(x)
-    q, k, v = attn.qkv(y).unflatten(1, (3, attn.num_heads, attn.head_dim)).unbind(1)  # (T, H, head_dim) each
-    y_attn = attend(attn.q_norm(q), attn.k_norm(k), v, packed, attn.attn_drop.p if attn.training else 0.0)
+    q, k, v = attn.qkv(y).unflatten(1, (3, attn.num_heads, attn.head_dim)).unbind(1)
+    return attn.q_norm(q), attn.k_norm(k), v, y
+
+
+def after_attention(
+    block: Block, x: Tensor, y: Tensor, y_attn: Tensor, scale1: Tensor | None, scale2: Tensor | None
+) -> Tensor:
+    """The rest of the block: projection, residual sums, MLP.
+
+    Args:
+        block: the block.
+        x, y: ``(T, C)`` the tokens, and the same normalised (a gate reads them).
+        y_attn: ``(T, H, head_dim)``.
+        scale1, scale2: ``(T, 1)`` of stochastic depth on the two branches, or None.
+    """
+    attn = block.attn
     y_attn = attn.norm(y_attn.flatten(1))
     if getattr(attn, "gate", None) is not None:
         y_attn = y_attn * attn.gate(y).sigmoid()
-    y_attn = attn.proj_drop(attn.proj(y_attn))
-    x = x + drop_images(block.drop_path1, block.ls1(y_attn), packed, 2 * index)
-    return x + drop_images(block.drop_path2, block.ls2(block.mlp(block.norm2(x))), packed, 2 * index + 1)
+    branch = block.ls1(attn.proj_drop(attn.proj(y_attn)))
+    x = x + (branch if scale1 is None else branch * scale1)
+    branch = block.ls2(block.mlp(block.norm2(x)))
+    return x + (branch if scale2 is None else branch * scale2)
 
 
-def drop_images(drop_path: nn.Module, x: Tensor, packed: PackedTokens, site: int) -> Tensor:
-    """Stochastic depth that drops whole images, not rows: timm's DropPath for packed rows ``x (T, C)``."""
+_compiled_before = torch.compile(before_attention, dynamic=True)  # compiled at the first call, not here
+_compiled_after = torch.compile(after_attention, dynamic=True)
+
+
+def drop_path_scale(drop_path: nn.Module, packed: PackedTokens, site: int, x: Tensor) -> Tensor | None:
+    """Stochastic depth that drops whole images, not rows: timm's DropPath as a factor ``(T, 1)``; None for 1."""
     if not (isinstance(drop_path, DropPath) and drop_path.training and drop_path.drop_prob):
-        return x
+        return None
     if drop_path.drop_prob >= 1:
-        return torch.zeros_like(x)
+        return x.new_zeros(len(x), 1)
     if packed.keys is None:
         draws = torch.rand(packed.num_images, device=x.device)
     else:
         draws = keyed.uniform(packed.keys, site, 1)[:, 0]
     keep_prob = 1 - drop_path.drop_prob
     scale = (draws < keep_prob).to(x.dtype) / (keep_prob if drop_path.scale_by_keep else 1)
-    return x * scale[packed.token_ids // packed.num_tokens, None]
+    return scale[packed.token_ids // packed.num_tokens, None]
 
 
 def head(backbone: VisionTransformer, packed: PackedTokens, pre_logits: bool = False) -> Tensor:

@@ -10,6 +10,7 @@ where they are missing, or an argument does not fit, the plain block runs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,7 +19,7 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
-from .attention import attend
+from .attention import Attend, attend
 from .tokens import PackedTokens
 
 _packed: WeakKeyDictionary[nn.Linear, tuple[Tensor, int, Tensor]] = WeakKeyDictionary()
@@ -33,6 +34,7 @@ def _is_available() -> bool:
 
 
 AVAILABLE = _is_available()
+CHUNK_BYTES = 16 << 20
 BF16 = AVAILABLE and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 if AVAILABLE:  # else torch's counter would take these layers for free
@@ -56,12 +58,27 @@ def can_run(block: nn.Module, x: Tensor) -> bool:
     )
 
 
-def run_block(block: Any, x: Tensor, packed: PackedTokens) -> Tensor:
+def run_blocks(blocks: Sequence[Any], packed: PackedTokens) -> Tensor:
+    """``(T, C)``: the tokens after some blocks, a few images at a time if the batch is large.
+
+    glibc hands memory of 32 MB and more back to the system at once, so every layer of a large batch would pay for fresh
+    pages; and the hidden layer of a few images stays in the cache (docs/speed.md).
+    """
+    parts = []
+    for part in packed.split(CHUNK_BYTES // (4 * packed.x[0].nbytes)):  # the hidden layer is four times as wide
+        x = part.x
+        for block in blocks:
+            x = run_block(block, x, part)
+        parts.append(x)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def run_block(block: Any, x: Tensor, packed: PackedTokens, attend: Attend = attend) -> Tensor:
     """``x (T, C) -> (T, C)``: one MSA-FFN block in evaluation mode, without a graph."""
     attn, mlp = block.attn, block.mlp
     y = block.norm1(x)
     q, k, v = _linear(attn.qkv, y).unflatten(1, (3, attn.num_heads, attn.head_dim)).unbind(1)
-    y_attn = attn.norm(attend(attn.q_norm(q), attn.k_norm(k), v, packed).flatten(1))
+    y_attn = attn.norm(attend(attn.q_norm(q), attn.k_norm(k), v, packed, 0.0).flatten(1))
     if getattr(attn, "gate", None) is not None:
         y_attn = y_attn * _linear(attn.gate, y).sigmoid()
     x = _linear_add(attn.proj, y_attn, block.ls1, x)

@@ -80,6 +80,7 @@ class ReducedVisionTransformer(nn.Module):
         self.backbone: Any = backbone
         self.threshold: float | Sequence[float] = threshold
         self.max_tokens: int | None = None
+        self.compiled = False
         self.class_names: tuple[str, ...] | None = None
         self.model_args: dict[str, Any] = {}  # what the backbone was built with, for save()
 
@@ -94,11 +95,14 @@ class ReducedVisionTransformer(nn.Module):
 
     # ---- the method ---------------------------------------------------------------------------------------------
 
+    # torch.compile(model) would compile anew for every mix of lengths; model.compile() compiles what they do not touch
+    @torch.compiler.disable
     def forward(self, images: Tensor) -> Tensor:
         """``(B, in_chans, height, width) -> logits (B, K)``, or pooled features with ``num_classes=0``."""
         packed, _, _ = self.reduce(self.embed(images))
         return self.head(packed)
 
+    @torch.compiler.disable
     def trace(self, images: Tensor, decide: Decide | None = None) -> Output:
         """A forward pass that also returns what was decided, and what it cost.
 
@@ -148,7 +152,7 @@ class ReducedVisionTransformer(nn.Module):
 
     def run_blocks(self, packed: PackedTokens, group: int) -> PackedTokens:
         """The MSA-FFN blocks of ``group`` on the tokens that are there."""
-        return vit.run_blocks(self.backbone, self.groups[group], packed)
+        return vit.run_blocks(self.backbone, self.groups[group], packed, self.compiled)
 
     def head(self, packed: PackedTokens) -> Tensor:
         """``(B, K)`` logits of the surviving tokens, in the order of the images."""
@@ -198,6 +202,19 @@ class ReducedVisionTransformer(nn.Module):
         """
         self.threshold = thresholds_for(self, images, keep=keep, gmacs=gmacs, latency_ms=latency_ms)
         return self.threshold
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the blocks by ``torch.compile``: once for all blocks and any number of tokens.
+
+        For inference and training on a GPU; on a CPU what `pack_weights` prepares is faster. Takes no arguments: what
+        ``torch.compile(model)`` would compile depends on the numbers of tokens, and would be compiled anew for each.
+
+        Raises:
+            TypeError: arguments were given.
+        """
+        if args or kwargs:
+            raise TypeError("ReducedVisionTransformer.compile() takes no arguments")
+        self.compiled = True
 
     def pack_weights(self) -> None:
         """Prepare for inference on a CPU: lay the weights out once (`onednn.pack_weights`). Does nothing elsewhere."""

@@ -115,6 +115,19 @@ class PackedTokens:
             yield rows[start:stop].unflatten(0, (images, length))
             start = stop
 
+    def split(self, max_rows: int) -> Iterator[PackedTokens]:
+        """The images in packed order as smaller batches, for running blocks: of ``max_rows`` rows, or of one image."""
+        first = 0
+        for image, stop in enumerate(self.starts[1:], 1):
+            if image == len(self.lengths) or self.starts[image + 1] - self.starts[first] > max_rows:
+                rows = slice(self.starts[first], stop)
+                lengths = self.lengths[first:image]
+                if len(lengths) == len(self.lengths):
+                    yield self
+                else:
+                    yield replace(self, x=self.x[rows], token_ids=self.token_ids[rows], lengths=lengths)
+                first = image
+
     def to_dense(self, rows: Tensor) -> Tensor:
         """``rows (T, ...)`` at their places in ``(B, S, ...)``; 0 where the token is gone."""
         dense = rows.new_zeros(self.num_images * self.num_tokens, *rows.shape[1:])
