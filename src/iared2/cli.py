@@ -1,4 +1,4 @@
-"""The command line: ``iared2 train | evaluate | interpret``. Thin: it reads arguments and prints results."""
+"""The command line: ``iared2 interpret | train | evaluate | bench``. Thin: it reads arguments and prints results."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from . import interpret
+from .bench import command as bench
 from .errors import InputError
 
 CALIBRATION_IMAGES = 512
@@ -57,6 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument("--limit", type=int, help="only so many images")
     command.add_argument("--json", help="write the figures to this file too")
     command.set_defaults(run=_evaluate)
+
+    command = commands.add_parser("bench", help="speed: reduced against dense, masked, padded and random, in one run")
+    bench.add_arguments(command)
+    command.set_defaults(run=bench.run)
 
     arguments = parser.parse_args(argv)
     for stream in (sys.stdout, sys.stderr):  # a file name that the terminal cannot show must not end the work

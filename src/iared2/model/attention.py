@@ -15,7 +15,6 @@ from torch import Tensor
 
 from .tokens import PackedTokens
 
-
 Attend = Callable[[Tensor, Tensor, Tensor, PackedTokens, float], Tensor]
 
 

@@ -8,6 +8,7 @@ use two thirds of a query-key product against *one* query; here the query goes t
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +44,8 @@ class MultiHeadInterpreter(nn.Module):
             ``(B, N)`` in (0, 1), 0 where the patch is gone. Computed in float32 whatever the precision of the model
             (float64 for a float64 model), since scores that crowd around 0.5 would tie in half precision.
         """
-        with torch.autocast(packed.x.device.type, enabled=False):
+        device = packed.x.device.type
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
             width, heads, prefix = packed.x.shape[1], self.num_heads, packed.num_prefix_tokens
             dtype = torch.promote_types(packed.x.dtype, torch.float32)
             x = packed.x.to(dtype)

@@ -1,0 +1,70 @@
+"""Bipartite token merging in the manner of ToMe (Bolya et al., ICLR 2023), written from the paper for comparison.
+
+In every block, between attention and MLP, tokens are dealt into two sets; each token of the first proposes a merge with
+the most similar one of the second, by the cosine of their keys (mean over heads); the ``r`` best proposals are carried
+out as means weighted by how many patches a token stands for. Attention adds the log of that size to its logits. The
+class token never proposes. Linear layers are the fast ones that our own blocks use.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from iared2.model import backbone as vit
+from iared2.model import onednn
+
+
+@torch.inference_mode()
+def merging(model: Any, images: Tensor, r: int) -> Tensor:
+    """``(B, K)`` logits of ``model.backbone`` with ``r`` tokens merged in every block."""
+    x = vit.embed(model.backbone, images)
+    size = torch.ones_like(x[..., :1])
+    for block in model.backbone.blocks:
+        attn = block.attn
+        q, k, v = onednn._linear(attn.qkv, block.norm1(x)).unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=size.log().transpose(1, 2)[:, None])
+        x = onednn._linear_add(attn.proj, y.transpose(1, 2).flatten(2), block.ls1, x)
+        x, size = merge(x, size, k.mean(1), min(r, (x.shape[1] - 1) // 2))
+        hidden = onednn._linear(block.mlp.fc1, block.norm2(x), block.mlp.act)
+        x = onednn._linear_add(block.mlp.fc2, hidden, block.ls2, x)
+    return model.backbone.forward_head(model.backbone.norm(x))
+
+
+def merge(x: Tensor, size: Tensor, key: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """``x (B, S, C)``, ``size (B, S, 1)``, ``key (B, S, d)`` -> the same with r tokens fewer, the class token first."""
+    key = F.normalize(key, dim=-1)
+    similarity = key[:, ::2] @ key[:, 1::2].transpose(1, 2)
+    similarity[:, 0] = -torch.inf
+    best, partner = similarity.max(-1)
+    order = best.argsort(-1, descending=True)
+    gone, stay = order[:, :r, None], order[:, r:, None].sort(1).values  # sorted: the class token stays first
+    to = partner[..., None].gather(1, gone)
+    weighted = torch.cat([x * size, size], -1)  # sums of both at once
+    a, b = weighted[:, ::2], weighted[:, 1::2]
+    width = weighted.shape[-1]
+    b = b.scatter_add(1, to.expand(-1, -1, width), a.gather(1, gone.expand(-1, -1, width)))
+    merged = torch.cat([a.gather(1, stay.expand(-1, -1, width)), b], 1)
+    return merged[..., :-1] / merged[..., -1:], merged[..., -1:]
+
+
+def merging_gmacs(model: Any, r: int) -> float:
+    """Multiply-adds of an image in 10⁹, the similarities included."""
+    backbone = model.backbone
+    n, width = backbone.patch_embed.num_patches + backbone.num_prefix_tokens, backbone.embed_dim
+    macs = backbone.patch_embed.num_patches * backbone.patch_embed.proj.weight.numel() + backbone.head.weight.numel()
+    for block in backbone.blocks:
+        fewer = n - min(r, (n - 1) // 2)
+        hidden = block.mlp.fc1.out_features
+        macs += n * 4 * width * width + 2 * n * n * width + fewer * 2 * width * hidden
+        macs += (n // 2) * (n - n // 2) * block.attn.head_dim
+        n = fewer
+    return macs / 1e9
+
+
+def r_for(model: Any, gmacs: float) -> int:
+    """The r whose multiply-adds come nearest."""
+    return min(range(model.backbone.patch_embed.num_patches), key=lambda r: abs(merging_gmacs(model, r) - gmacs))
