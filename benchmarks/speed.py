@@ -1,6 +1,6 @@
 """`iared2 bench` with one more rival, token merging at the same multiply-adds (merging.py). Takes the same arguments.
 
-    python benchmarks/speed.py --json docs/figures/speed-cpu-fp32.json
+python benchmarks/speed.py --json docs/figures/speed-cpu-fp32.json
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The command line: ``iared2 interpret | train | evaluate | bench``. Thin: it reads arguments and prints results."""
+"""The command line, ``iared2 COMMAND``. Thin: it reads arguments and prints results."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from . import interpret
+from . import export, interpret
 from .bench import command as bench
 from .errors import InputError
 
@@ -62,6 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = commands.add_parser("bench", help="speed: reduced against dense, masked, padded and random, in one run")
     bench.add_arguments(command)
     command.set_defaults(run=bench.run)
+
+    command = commands.add_parser("export", help="write a static model: ONNX or torch.export")
+    export.add_arguments(command)
+    command.set_defaults(run=export.run)
 
     arguments = parser.parse_args(argv)
     for stream in (sys.stdout, sys.stderr):  # a file name that the terminal cannot show must not end the work

@@ -46,23 +46,35 @@ class MultiHeadInterpreter(nn.Module):
         """
         device = packed.x.device.type
         with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
-            width, heads, prefix = packed.x.shape[1], self.num_heads, packed.num_prefix_tokens
-            dtype = torch.promote_types(packed.x.dtype, torch.float32)
-            x = packed.x.to(dtype)
+            width, prefix = packed.x.shape[1], packed.num_prefix_tokens
+            x = packed.x.to(torch.promote_types(packed.x.dtype, torch.float32))
             x_hat = F.layer_norm(x, (width,), eps=1e-5)  # (T, C)
             if has_class_token:
                 p_hat = x_hat.index_select(0, packed.first_rows)  # (B, C), packed order
             else:
                 p_hat = F.layer_norm(torch.cat([run[:, prefix:].mean(1) for run in packed.runs(x)]), (width,), eps=1e-5)
 
-            q = F.linear(p_hat, self.query.weight.to(dtype), self.query.bias.to(dtype)) / math.sqrt(width // heads)
-            q = q.unflatten(1, (heads, -1)).transpose(0, 1)  # (H, B, C/H)
-            u = (q @ self.key.weight.to(dtype).unflatten(0, (heads, -1))).permute(1, 2, 0)  # (B, C, H)
-            bias = (q * self.key.bias.to(dtype).view(heads, 1, -1)).sum(-1).t()[:, None]  # (B, 1, H)
-
+            u, bias = self.directions(p_hat)
             logits, image = [], 0
             for run in packed.runs(x_hat):  # (b, n, C)
                 images = slice(image, image := image + len(run))
                 logits.append(torch.baddbmm(bias[images], run, u[images]).flatten(0, 1))
             scores = (logits[0] if len(logits) == 1 else torch.cat(logits)).sigmoid().mean(1)
             return packed.to_dense(scores)[:, prefix:]
+
+    def directions(self, p_hat: Tensor) -> tuple[Tensor, Tensor]:
+        """What a normalised patch is multiplied with: ``x̂ · u + bias`` is its query-key product in every head.
+
+        Args:
+            p_hat: ``(B, C)`` normalised policy tokens.
+
+        Returns:
+            ``u (B, C, H)`` and ``bias (B, 1, H)``, the division by ``sqrt(C/H)`` included.
+        """
+        dtype, heads = p_hat.dtype, self.num_heads
+        q = F.linear(p_hat, self.query.weight.to(dtype), self.query.bias.to(dtype))
+        q = q / math.sqrt(p_hat.shape[1] // heads)
+        q = q.unflatten(1, (heads, -1)).transpose(0, 1)  # (H, B, C/H)
+        u = (q @ self.key.weight.to(dtype).unflatten(0, (heads, -1))).permute(1, 2, 0)  # (B, C, H)
+        bias = (q * self.key.bias.to(dtype).view(heads, 1, -1)).sum(-1).t()[:, None]  # (B, 1, H)
+        return u, bias

@@ -1,0 +1,204 @@
+"""Static forms of a model for runtimes that know no Python: ``torch.export`` and ONNX.
+
+`FixedCount` keeps the same number of patches of every image, the best-scored ones: top-k and gathers, shapes that are
+known beforehand, any batch size. `Adaptive` keeps what the threshold keeps; then the number of tokens depends on the
+image, so it takes one image at a time.
+
+Both run timm's own blocks on dense tensors: with equal lengths, or a single image, nothing is ragged.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .checkpoint import load
+from .errors import InputError
+from .model import backbone as vit
+from .model.reduced import ReducedVisionTransformer
+
+
+class _Dense(nn.Module):
+    """What both forms share: the model, and its scores on dense tokens."""
+
+    def __init__(self, model: ReducedVisionTransformer) -> None:
+        super().__init__()
+        self.backbone: Any = model.backbone
+        self.interpreters: Any = model.interpreters
+        self.groups = model.groups
+        self.prefix = model.backbone.num_prefix_tokens
+        cfg = model.pretrained_cfg
+        self.input_size = tuple(cfg["input_size"])
+        self.about = {name: cfg.get(name) for name in ("input_size", "mean", "std", "interpolation")}
+        self.about["class_names"] = model.class_names
+        self.eval().requires_grad_(False)
+
+    def score(self, x: Tensor, group: int) -> Tensor:
+        """``x (B, S, C) -> (B, S − P)`` informativeness of the patches."""
+        width, interpreter = x.shape[-1], self.interpreters[group]
+        x = x.float()
+        x_hat = F.layer_norm(x, (width,), eps=1e-5)
+        if self.backbone.has_class_token:
+            p_hat = x_hat[:, 0]
+        else:
+            p_hat = F.layer_norm(x[:, self.prefix :].mean(1), (width,), eps=1e-5)
+        u, bias = interpreter.directions(p_hat)
+        return torch.baddbmm(bias, x_hat[:, self.prefix :], u).sigmoid().mean(-1)
+
+    def run_group(self, x: Tensor, group: int) -> Tensor:
+        for index in self.groups[group]:
+            x = self.backbone.blocks[index](x)
+        return x
+
+    def head(self, x: Tensor) -> Tensor:
+        return self.backbone.forward_head(self.backbone.norm(x))
+
+
+class FixedCount(_Dense):
+    """A reduced model that keeps exactly ``num_keep[g]`` patches of every image in group g.
+
+    Args:
+        model: shares its weights.
+        num_keep: D numbers that do not rise, from 1 to N.
+
+    Raises:
+        InputError: other numbers.
+    """
+
+    def __init__(self, model: ReducedVisionTransformer, num_keep: Sequence[int]) -> None:
+        super().__init__(model)
+        num_patches = model.backbone.patch_embed.num_patches
+        if len(num_keep) != model.num_groups or any(
+            not 1 <= b <= a for a, b in zip([num_patches, *num_keep], num_keep, strict=False)
+        ):
+            raise InputError(
+                f"num_keep={list(num_keep)}: give {model.num_groups} numbers from {num_patches} to 1 that do not rise"
+            )
+        self.num_keep = tuple(num_keep)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """``(B, in_chans, height, width) -> logits (B, K), patch_ids (B, num_keep[-1])``, what is left."""
+        x = vit.embed(self.backbone, images)
+        ids = torch.arange(x.shape[1] - self.prefix, device=x.device).expand(x.shape[0], -1)
+        for group, num_keep in enumerate(self.num_keep):
+            if num_keep < ids.shape[1]:
+                best = self.score(x, group).topk(num_keep).indices
+                ids = ids.gather(1, best)
+                patches = x[:, self.prefix :].gather(1, best[..., None].expand(-1, -1, x.shape[2]))
+                x = torch.cat([x[:, : self.prefix], patches], 1)
+            x = self.run_group(x, group)
+        return self.head(x), ids
+
+
+class Adaptive(_Dense):
+    """A reduced model of one image, with its thresholds as they are now.
+
+    Args:
+        model: shares its weights. Its head must not pool patches: an image may lose all of them.
+
+    Raises:
+        InputError: the head pools patches.
+    """
+
+    def __init__(self, model: ReducedVisionTransformer) -> None:
+        super().__init__(model)
+        if vit.pools_patches(model.backbone):
+            raise InputError("the adaptive form needs a model whose head reads the class token; export fixed counts")
+        self.thresholds = model.thresholds
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """``(1, in_chans, height, width) -> logits (1, K), patch_ids (number left,) int64``."""
+        x = vit.embed(self.backbone, image)
+        ids = torch.arange(x.shape[1] - self.prefix, device=x.device)
+        for group, threshold in enumerate(self.thresholds):
+            if threshold > 0:
+                keep = (self.score(x, group)[0] > threshold).nonzero()[:, 0]
+                ids = ids[keep]
+                x = torch.cat([x[:, : self.prefix], x[:, self.prefix :].index_select(1, keep)], 1)
+            x = self.run_group(x, group)
+        return self.head(x), ids
+
+
+def export(form: FixedCount | Adaptive, path: Path | str, batch_size: int | None = 1) -> None:
+    """Write a form to ``.onnx`` (needs the extra ``export``) or ``.pt2`` (``torch.export``), whole or not at all.
+
+    The ONNX model takes ``images`` and returns ``logits`` and ``patch_ids``; both files carry how images are to be
+    normalised and the names of the classes, as JSON under ``iared2``.
+
+    Args:
+        form: what to export.
+        path: the suffix says which.
+        batch_size: of the exported model; None for any. The adaptive form takes 1.
+
+    Raises:
+        InputError: another suffix, a package is missing, a batch that the form does not take, or the file cannot be
+            written.
+    """
+    path = Path(path)
+    if path.suffix not in (".onnx", ".pt2"):
+        raise InputError(f"{path}: give a file that ends in .onnx or .pt2")
+    if isinstance(form, Adaptive) and batch_size != 1:
+        raise InputError("the adaptive form takes one image at a time: the number of patches left depends on the image")
+    if not path.parent.is_dir():
+        raise InputError(f"cannot write {path}: there is no folder {path.parent}")
+    images = torch.zeros(batch_size or 2, *form.input_size)
+    name = next(iter(inspect.signature(form.forward).parameters))
+    shapes = None if batch_size else {name: {0: torch.export.Dim.DYNAMIC}}
+    program = torch.export.export(form, (images,), dynamic_shapes=shapes)
+    about = json.dumps(form.about)
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")  # the suffix stays: torch and onnx look at it
+    try:
+        if path.suffix == ".pt2":
+            torch.export.save(program, temporary, extra_files={"iared2": about})
+        else:
+            onnx_program = _to_onnx(program)
+            onnx_program.model.metadata_props["iared2"] = about
+            onnx_program.save(temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError where a file cannot be written
+        raise InputError(f"cannot write {path}: {error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _to_onnx(program: torch.export.ExportedProgram) -> Any:
+    try:
+        import onnxscript  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise InputError(f"ONNX needs the package {error.name}: pip install 'iared2[export]'") from None
+    return torch.onnx.export(
+        program, dynamo=True, input_names=["images"], output_names=["logits", "patch_ids"], verbose=False
+    )
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """The arguments of ``iared2 export``."""
+    command.add_argument("checkpoint", help="file of model.save(), folder of a run, or 'box' for the model in the box")
+    command.add_argument("output", help="FILE.onnx or FILE.pt2")
+    kind = command.add_mutually_exclusive_group(required=True)
+    kind.add_argument("--num-keep", type=int, nargs="+", help="patches kept in each group, of every image")
+    kind.add_argument("--adaptive", action="store_true", help="what the thresholds keep; one image at a time")
+    command.add_argument("--batch-size", type=int, help="of the exported model (default: any; 1 with --adaptive)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run ``iared2 export``."""
+    model = load(None if arguments.checkpoint == "box" else arguments.checkpoint)
+    if arguments.batch_size is not None and arguments.batch_size < 1:
+        raise InputError("--batch-size must be 1 or more")
+    if arguments.adaptive:
+        export(Adaptive(model), arguments.output, arguments.batch_size or 1)
+    else:
+        num_keep = arguments.num_keep * (model.num_groups if len(arguments.num_keep) == 1 else 1)
+        export(FixedCount(model, num_keep), arguments.output, arguments.batch_size)
+    print(f"wrote {arguments.output}")
+    return 0

@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import iared2
+from iared2.cli import main
+from iared2.errors import InputError
+from iared2.export import Adaptive, FixedCount, export
+from iared2.model.decide import top_k
+
+COUNTS = (50, 30, 12)
+KWARGS = {"img_size": 64, "patch_size": 8, "embed_dim": 48, "num_heads": 3, "depth": 3, "num_classes": 5}
+FAMILIES = {
+    "deit_tiny_patch16_224": {},
+    "vit_small_patch14_reg4_dinov2": {},  # registers, layer scale
+    "vit_medium_patch16_gap_256": {},  # average pooling, no class token
+    "vit_base_patch16_siglip_224": {},  # attention pooling
+}
+
+
+def make(name="deit_tiny_patch16_224"):
+    torch.manual_seed(0)
+    model = iared2.from_timm(name, **KWARGS).eval()
+    with torch.no_grad():
+        for interpreter in model.interpreters:  # at birth the scores of an image hardly differ
+            interpreter.query.weight.mul_(30)
+    return model
+
+
+def images(n):
+    return torch.randn(n, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+
+
+def by_count(scores, alive, group):
+    return top_k(scores, alive, torch.full((len(scores),), COUNTS[group]))
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def fixed(request):
+    model = make(request.param)
+    with torch.no_grad():
+        return model, FixedCount(model, COUNTS), model.trace(images(4), by_count)
+
+
+def run_onnx(path, x):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    session = onnxruntime.InferenceSession(path)
+    assert [i.name for i in session.get_inputs()] == ["images"]
+    assert [o.name for o in session.get_outputs()] == ["logits", "patch_ids"]
+    return session.run(None, {"images": x.numpy()})
+
+
+def check(logits, ids, output, n):
+    torch.testing.assert_close(torch.as_tensor(logits).detach(), output.logits[:n], atol=1e-5, rtol=0)
+    for image, kept in zip(ids.tolist(), output.kept[-1, :n], strict=True):
+        assert sorted(image) == kept.nonzero()[:, 0].tolist()
+
+
+def test_fixed_count_is_the_models_own_top_k(fixed):
+    _, form, output = fixed
+    check(*form(images(4)), output, 4)
+
+
+@pytest.mark.parametrize("batch_size", [1, None])
+def test_torch_export(fixed, tmp_path, batch_size):
+    _, form, output = fixed
+    export(form, tmp_path / "m.pt2", batch_size)
+    extra = {"iared2": ""}
+    program = torch.export.load(tmp_path / "m.pt2", extra_files=extra).module()
+    for n in (1,) if batch_size else (1, 2, 4):
+        check(*program(images(4)[:n]), output, n)
+    assert json.loads(extra["iared2"])["input_size"] == [3, 64, 64]
+    assert [p.name for p in tmp_path.iterdir()] == ["m.pt2"]
+
+
+@pytest.mark.parametrize("batch_size", [1, None])
+def test_onnx(fixed, tmp_path, batch_size):
+    _, form, output = fixed
+    export(form, tmp_path / "m.onnx", batch_size)
+    for n in (1,) if batch_size else (1, 2, 4):
+        check(*run_onnx(tmp_path / "m.onnx", images(4)[:n]), output, n)
+    assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
+
+
+@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
+def test_adaptive_keeps_what_the_threshold_keeps(tmp_path, suffix):
+    model, x = make(), images(8)
+    model.calibrate(x, keep=(0.8, 0.5, 0.2))
+    export(Adaptive(model), tmp_path / f"m{suffix}")
+    with torch.no_grad():
+        outputs = [model.trace(image) for image in x.split(1)]
+    assert len({int(o.kept[-1].sum()) for o in outputs}) > 2  # lengths differ, from one file
+    for image, output in zip(x.split(1), outputs, strict=True):
+        if suffix == ".onnx":
+            logits, ids = run_onnx(tmp_path / "m.onnx", image)
+        else:
+            logits, ids = torch.export.load(tmp_path / "m.pt2").module()(image)
+        check(logits, ids[None], output, 1)
+
+
+def test_adaptive_survives_an_image_that_loses_everything(tmp_path):
+    model = make()
+    model.threshold = [0.5, 1.0, 0.5]
+    export(Adaptive(model), tmp_path / "m.onnx")
+    logits, ids = run_onnx(tmp_path / "m.onnx", images(1))
+    with torch.no_grad():
+        np.testing.assert_allclose(logits, model(images(1)), atol=1e-5)
+    assert len(ids) == 0
+
+
+def test_command(tmp_path, capsys):
+    model = make()
+    model.class_names = tuple("abcde")
+    model.save(tmp_path / "m.safetensors")
+    assert (
+        main(["export", str(tmp_path / "m.safetensors"), str(tmp_path / "m.onnx"), "--num-keep", *map(str, COUNTS)])
+        == 0
+    )
+    with torch.no_grad():
+        check(*run_onnx(tmp_path / "m.onnx", images(2)), model.trace(images(2), by_count), 2)
+    onnx = pytest.importorskip("onnx")
+    about = {p.key: p.value for p in onnx.load(tmp_path / "m.onnx").metadata_props}
+    assert json.loads(about["iared2"])["class_names"] == list("abcde")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["m.bin", "--num-keep", "5"], "ends in .onnx or .pt2"),
+        (["m.onnx", "--num-keep", "5", "6", "4"], "do not rise"),
+        (["m.onnx", "--num-keep", "65"], "from 64 to 1"),
+        (["m.onnx", "--num-keep", "5", "4"], "give 3 numbers"),
+        (["m.onnx", "--adaptive", "--batch-size", "2"], "one image at a time"),
+        (["m.onnx", "--num-keep", "5", "--batch-size", "0"], "1 or more"),
+        (["no/such/folder/m.pt2", "--num-keep", "5"], "cannot write"),
+    ],
+)
+def test_bad_arguments_are_one_line(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    make().save("m.safetensors")
+    assert main(["export", "m.safetensors", *arguments]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
+
+
+def test_the_adaptive_form_refuses_a_head_that_pools():
+    with pytest.raises(InputError, match="class token"):
+        Adaptive(make("vit_medium_patch16_gap_256"))
