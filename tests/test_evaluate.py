@@ -11,6 +11,7 @@ import iared2
 from iared2.batches import Batch
 from iared2.cli import main
 from iared2.evaluate import evaluate, measure
+from iared2.model.decide import by_threshold
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +56,21 @@ def test_the_three_variants(model):
     assert json.loads(json.dumps(result.to_dict()))["variants"][1]["top1"] == 100
 
 
+def test_budgets_are_measured_beside_the_models_own(model):
+    thresholds = [float(model.trace(images(8)).scores[0].median()) + 1e-4, 0, 0]
+    with torch.no_grad():
+        result = evaluate(model, batches(model), budgets={"budget 0.5": thresholds})
+        out = [model.trace(images(n, seed), by_threshold(thresholds)) for seed, n in ((0, 8), (1, 5))]
+    reduced, dense, random, at_budget, random_at_budget = result.variants
+    assert [v.name for v in result.variants[3:]] == [f"{reduced.name}, budget 0.5", f"{random.name}, budget 0.5"]
+    assert at_budget.gmacs == pytest.approx(sum(o.macs.sum().item() for o in out) / 13 / 1e9)
+    assert at_budget.gmacs == random_at_budget.gmacs < reduced.gmacs < dense.gmacs
+    assert at_budget.thresholds == thresholds
+    assert reduced.thresholds == model.thresholds
+    (axes,) = result.figure().axes
+    assert [len(line.get_xdata()) for line in axes.lines] == [2, 2, 1]
+
+
 def test_measure_agrees(model):
     with torch.no_grad():
         measured = measure(model, batches(model), "cpu")
@@ -92,12 +108,27 @@ def test_command(model, folder, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out.strip().splitlines()[-1])["images"] == 3
 
 
+def test_command_with_budgets_and_a_plot(model, folder, tmp_path, capsys):
+    model.save(tmp_path / "m.safetensors")
+    args = ["evaluate", str(tmp_path / "m.safetensors"), str(folder), "--workers", "0"]
+    assert main([*args, "--budget", "0.7", "0.9", "--plot", str(tmp_path / "curve.png")]) == 0
+    variants = {v["name"]: v for v in json.loads(capsys.readouterr().out.strip().splitlines()[-1])["variants"]}
+    assert len(variants) == 7
+    assert variants["reduced, budget 0.7"]["gmacs"] < variants["reduced, budget 0.9"]["gmacs"]
+    with Image.open(tmp_path / "curve.png") as plot:
+        assert plot.width > 500
+    assert main([*args, "--budget", "0.001"]) == 1
+    assert "cannot be met" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
         (["--threshold", "0.5", "0.5"], "one number, or 3"),
         (["--device", "cuda:9"], "device cuda:9"),
         (["--json", "/no/such/folder/x.json"], "cannot write"),
+        (["--plot", "/no/such/folder/x.png"], "cannot write"),
+        (["--plot", "x.nonsense"], "cannot write"),
         (["--split", "nonsense"], "no split 'nonsense'"),
         (["--batch-size", "0"], "must be 1 or more"),
     ],
