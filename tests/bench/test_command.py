@@ -109,6 +109,7 @@ def test_the_timed_stages_keep_the_stated_share(checkpoint):
         (["--keep", "0.5,0.6,0.4"], "give 3 shares"),
         (["--batch-size", "0"], "must be 1 or more"),
         (["--device", "cuda:9"], "device cuda:9"),
+        (["--img-size", "64", "64"], "a checkpoint has its own size"),
         (["--json", "/no/such/folder/x.json"], "cannot write"),
         (["--data", "/no/such/folder"], "/no/such/folder"),
     ],

@@ -35,6 +35,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--keep", type=_numbers, default=[0.85, 0.6, 0.35], help="else: mean share of patches alive after each group"
     )
     command.add_argument("--spread", type=float, default=0.12, help="standard deviation of that share between images")
+    command.add_argument("--img-size", type=int, nargs=2, metavar=("H", "W"), help="of a timm name, in pixels")
     command.add_argument("--batch-size", type=int, nargs="+", default=[1, 8, 32])
     command.add_argument("--device", default="cpu")
     command.add_argument("--precision", choices=PRECISIONS, default="fp32")
@@ -54,7 +55,7 @@ def run(arguments: argparse.Namespace, more: Callable[[ReducedVisionTransformer,
     if min(arguments.batch_size) < 1:
         raise InputError("--batch-size must be 1 or more")
     device = usable_device(arguments.device)
-    model = _model(arguments.model).to(device, PRECISIONS[arguments.precision])
+    model = _model(arguments).to(device, PRECISIONS[arguments.precision])
     console = Console(stderr=True)
     title = f"{arguments.model}, {device}, {arguments.precision}, {torch.get_num_threads()} threads"
     if not arguments.data:
@@ -113,12 +114,14 @@ def _numbers(text: str) -> list[float]:
     return [float(part) for part in text.split(",")]
 
 
-def _model(name: str) -> ReducedVisionTransformer:
-    if name == "box":
-        return load()
-    if Path(name).exists():
-        return load(name)
-    return from_timm(name).eval()
+def _model(arguments: argparse.Namespace) -> ReducedVisionTransformer:
+    name, size = arguments.model, arguments.img_size
+    if name != "box" and not Path(name).exists():
+        timm_kwargs: dict[str, Any] = {"img_size": tuple(size)} if size else {}
+        return from_timm(name, **timm_kwargs).eval()
+    if size:
+        raise InputError("--img-size goes with a timm name; a checkpoint has its own size")
+    return load(None if name == "box" else name)
 
 
 def _workload(model: ReducedVisionTransformer, size: int, arguments: argparse.Namespace) -> Workload:

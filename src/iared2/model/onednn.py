@@ -111,12 +111,9 @@ def _weight(layer: nn.Linear) -> Tensor:
 
 
 def _fits(layer: Any, x: Tensor) -> bool:
-    """Not replaced by an adapter, not hooked, and of the tokens' precision."""
-    return (
-        type(layer) is nn.Linear
-        and layer.weight.dtype == x.dtype
-        and not (layer._forward_hooks or layer._forward_pre_hooks)
-    )
+    """Of a kind and precision that oneDNN has, not replaced by an adapter, not hooked."""
+    hooked = layer._forward_hooks or layer._forward_pre_hooks
+    return _has_kernel(x) and type(layer) is nn.Linear and layer.weight.dtype == x.dtype and not hooked
 
 
 def _linear(layer: Any, x: Tensor, gelu: nn.GELU | None = None) -> Tensor:
