@@ -55,26 +55,29 @@ class MultiHeadInterpreter(nn.Module):
                 p_hat = F.layer_norm(torch.cat([run[:, prefix:].mean(1) for run in packed.runs(x)]), (width,), eps=1e-5)
 
             u, bias = self.directions(p_hat)
-            logits, image = [], 0
+            scores, image = [], 0
             for run in packed.runs(x_hat):  # (b, n, C)
                 images = slice(image, image := image + len(run))
-                logits.append(torch.baddbmm(bias[images], run, u[images]).flatten(0, 1))
-            scores = (logits[0] if len(logits) == 1 else torch.cat(logits)).sigmoid().mean(1)
-            return packed.to_dense(scores)[:, prefix:]
+                scores.append(self.compare(run, u[images], bias[images]).flatten())
+            return packed.to_dense(scores[0] if len(scores) == 1 else torch.cat(scores))[:, prefix:]
 
     def directions(self, p_hat: Tensor) -> tuple[Tensor, Tensor]:
-        """What a normalised patch is multiplied with: ``x̂ · u + bias`` is its query-key product in every head.
+        """The query through the key matrix: ``x̂ · u + bias`` is the query-key product of a patch in every head.
 
         Args:
             p_hat: ``(B, C)`` normalised policy tokens.
 
         Returns:
-            ``u (B, C, H)`` and ``bias (B, 1, H)``, the division by ``sqrt(C/H)`` included.
+            ``u (B, C, H)`` and ``bias (B, 1, H)``.
         """
         dtype, heads = p_hat.dtype, self.num_heads
         q = F.linear(p_hat, self.query.weight.to(dtype), self.query.bias.to(dtype))
-        q = q / math.sqrt(p_hat.shape[1] // heads)
         q = q.unflatten(1, (heads, -1)).transpose(0, 1)  # (H, B, C/H)
-        u = (q @ self.key.weight.to(dtype).unflatten(0, (heads, -1))).permute(1, 2, 0)  # (B, C, H)
-        bias = (q * self.key.bias.to(dtype).view(heads, 1, -1)).sum(-1).t()[:, None]  # (B, 1, H)
-        return u, bias
+        u = torch.bmm(q, self.key.weight.to(dtype).unflatten(0, (heads, -1)))  # (H, B, C)
+        bias = torch.bmm(q, self.key.bias.to(dtype).view(heads, -1, 1))  # (H, B, 1)
+        return u.permute(1, 2, 0), bias.permute(1, 2, 0)
+
+    def compare(self, x_hat: Tensor, u: Tensor, bias: Tensor) -> Tensor:
+        """``(b, n)`` scores of normalised tokens ``x_hat (b, n, C)``; ``u`` and ``bias`` of `directions`."""
+        scale = 1 / math.sqrt(x_hat.shape[2] // self.num_heads)
+        return torch.baddbmm(bias, x_hat, u, beta=scale, alpha=scale).sigmoid().mean(-1)

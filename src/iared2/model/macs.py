@@ -36,9 +36,9 @@ def blocks_macs(blocks: Iterable[Any], num_tokens: Tensor) -> Tensor:
 
 
 def interpreter_macs(interpreter: Any, num_tokens: Tensor) -> Tensor:
-    """Multiply-adds of the cheap interpreter: query, ``Wᵀ q``, then H·C a token."""
+    """Multiply-adds of the cheap interpreter: query, ``Wᵀ q`` and ``b·q``, then H·C a token."""
     width = interpreter.query.in_features
-    return 2 * width * width + num_tokens.to(torch.int64) * interpreter.num_heads * width
+    return 2 * width * width + width + num_tokens.to(torch.int64) * interpreter.num_heads * width
 
 
 def head_macs(backbone: VisionTransformer, num_tokens: Tensor) -> Tensor:

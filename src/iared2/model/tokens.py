@@ -14,6 +14,7 @@ attention, pooling and the interpreter work run by run with no padding and no ga
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, groupby
@@ -104,8 +105,10 @@ class PackedTokens:
         return [(length, len(list(images))) for length, images in groupby(self.lengths)]
 
     def with_x(self, x: Tensor) -> PackedTokens:
-        """The same rows with other features."""
-        return replace(self, x=x)
+        """The same rows with other features; what the layout has been asked for is not computed anew."""
+        other = copy(self)
+        object.__setattr__(other, "x", x)
+        return other
 
     def runs(self, rows: Tensor) -> Iterator[Tensor]:
         """Views ``(images, length, ...)`` of ``rows (T, ...)``, one for each run of images of equal length."""
@@ -130,6 +133,8 @@ class PackedTokens:
 
     def to_dense(self, rows: Tensor) -> Tensor:
         """``rows (T, ...)`` at their places in ``(B, S, ...)``; 0 where the token is gone."""
+        if len(rows) == self.num_images * self.num_tokens:  # nothing is gone, and nothing was sorted
+            return rows.unflatten(0, (self.num_images, self.num_tokens))
         dense = rows.new_zeros(self.num_images * self.num_tokens, *rows.shape[1:])
         return dense.index_copy(0, self.token_ids, rows).unflatten(0, (self.num_images, self.num_tokens))
 
@@ -158,20 +163,26 @@ class PackedTokens:
         if num_images == self.num_images and sum(lengths) == len(self.token_ids):
             return self  # nothing was dropped
 
-        order = torch.tensor(sorted(range(num_images), key=lengths.__getitem__)).to(keep.device, non_blocking=True)
         prefix = keep.new_ones(num_images, self.num_prefix_tokens)
-        tokens = torch.cat([prefix, keep], 1)[order]
-        image, position = torch.nonzero_static(tokens, size=sum(lengths)).unbind(1)
-        image = order[image]
-        row_of = torch.empty(self.num_images * self.num_tokens, dtype=torch.int64, device=keep.device)
-        row_of[self.token_ids] = torch.arange(len(self.token_ids), device=keep.device)
-        rows = row_of[(image % self.num_images) * self.num_tokens + position]
-        keys = self.keys
-        return replace(
+        tokens = torch.cat([prefix, keep], 1)
+        if num_images == 1:
+            rows = torch.nonzero_static(tokens[0, self.token_ids], size=lengths[0])[:, 0]
+            token_ids = self.token_ids[rows]
+        else:
+            order = torch.tensor(sorted(range(num_images), key=lengths.__getitem__)).to(keep.device, non_blocking=True)
+            image, position = torch.nonzero_static(tokens[order], size=sum(lengths)).unbind(1)
+            image = order[image]
+            token_ids = image * self.num_tokens + position
+            row_of = torch.empty(self.num_images * self.num_tokens, dtype=torch.int64, device=keep.device)
+            row_of[self.token_ids] = torch.arange(len(self.token_ids), device=keep.device)
+            rows = row_of[(image % self.num_images) * self.num_tokens + position]
+        selected = replace(
             self,
             x=self.x.index_select(0, rows),
-            token_ids=image * self.num_tokens + position,
+            token_ids=token_ids,
             lengths=tuple(sorted(lengths)),
             num_images=num_images,
-            keys=None if keys is None else keys.repeat(num_images // self.num_images),
+            keys=None if self.keys is None else self.keys.repeat(num_images // self.num_images),
         )
+        selected.__dict__["alive"] = keep  # known, so the cached property need not find it out
+        return selected
