@@ -90,7 +90,7 @@ def interpret(
     """
     output = Path(output)
     photos = find_photos(patterns)
-    _check_writable(output)
+    check_writable(output)
     colors(colormap)
     torch_device = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     thresholds = [threshold] if isinstance(threshold, (int, float)) else list(threshold or ())
@@ -161,8 +161,12 @@ def folder_names(photos: Sequence[Path]) -> list[str]:
     return names
 
 
-def _check_writable(output: Path) -> None:
-    """By writing, since permissions do not tell all; `output` itself is made only once there is something to put in."""
+def check_writable(output: Path) -> None:
+    """By writing, since permissions do not tell all; `output` itself is made only once there is something to put in.
+
+    Raises:
+        InputError: nothing can be written there, or a file is in the way.
+    """
     try:
         ancestor = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
         if not ancestor.is_dir():

@@ -2,9 +2,12 @@
 
 CUDA in half precision runs one variable-length kernel over the whole batch. Everything else runs
 ``scaled_dot_product_attention`` once for each run of images of equal length, on views (see tokens.py).
+``attention_weights`` is the plain twin for those who want to see the weights.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +37,22 @@ def attend(q: Tensor, k: Tensor, v: Tensor, packed: PackedTokens, dropout: float
         y = F.scaled_dot_product_attention(q_run, k_run, v_run, dropout_p=dropout)
         out.append(y.transpose(1, 2).flatten(0, 1))
     return out[0] if len(out) == 1 else torch.cat(out)
+
+
+def attention_weights(q: Tensor, k: Tensor, packed: PackedTokens) -> Iterator[Tensor]:
+    """What ``attend`` multiplies the values with, in float32 (float64 for float64): one tensor for each run of images.
+
+    Args:
+        q, k: ``(T, H, head_dim)`` in the row order of ``packed``.
+        packed: says which rows belong together.
+
+    Yields:
+        ``(images, H, length, length)``, query × key; every row sums to 1.
+    """
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    for run in zip(packed.runs(q), packed.runs(k), strict=True):
+        q_run, k_run = (rows.transpose(1, 2).to(dtype) for rows in run)
+        yield (q_run @ k_run.mT * q.shape[-1] ** -0.5).softmax(-1)
 
 
 def _has_varlen_kernel(v: Tensor) -> bool:

@@ -84,14 +84,19 @@ def run_block(block: Block, x: Tensor, packed: PackedTokens, index: int) -> Tens
     """
     attn = block.attn
     y = block.norm1(x)
-    q, k, v = attn.qkv(y).unflatten(1, (3, attn.num_heads, attn.head_dim)).unbind(1)  # (T, H, head_dim) each
-    y_attn = attend(attn.q_norm(q), attn.k_norm(k), v, packed, attn.attn_drop.p if attn.training else 0.0)
+    y_attn = attend(*query_key_value(attn, y), packed, attn.attn_drop.p if attn.training else 0.0)
     y_attn = attn.norm(y_attn.flatten(1))
     if getattr(attn, "gate", None) is not None:
         y_attn = y_attn * attn.gate(y).sigmoid()
     y_attn = attn.proj_drop(attn.proj(y_attn))
     x = x + drop_images(block.drop_path1, block.ls1(y_attn), packed, 2 * index)
     return x + drop_images(block.drop_path2, block.ls2(block.mlp(block.norm2(x))), packed, 2 * index + 1)
+
+
+def query_key_value(attn: Attention, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalised tokens ``y (T, C)`` -> what attention takes, ``(T, H, head_dim)`` each."""
+    q, k, v = attn.qkv(y).unflatten(1, (3, attn.num_heads, attn.head_dim)).unbind(1)
+    return attn.q_norm(q), attn.k_norm(k), v
 
 
 def drop_images(drop_path: nn.Module, x: Tensor, packed: PackedTokens, site: int) -> Tensor:
