@@ -1,6 +1,7 @@
 """Write the measured figures into the pages that show them: `python docs/figures.py`.
 
-They come from docs/figures/box.json, which this command writes (DATA is CIFAR-10, as the model card says):
+A page has them between `<!-- figures NAME -->` and `<!-- /figures -->`; NAME is a file in docs/figures/, written by the
+command that stands in the page. `box` is evaluated on CIFAR-10, as the model card says:
 
     iared2 evaluate box DATA --json docs/figures/box.json
 """
@@ -10,16 +11,25 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
+
+from iared2.explain.results import Benchmark, Estimate, MethodResult
+from iared2.explain_bench import ARROWS, headline
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCE = ROOT / "docs" / "figures" / "box.json"
-PAGES = (ROOT / "README.md", ROOT / "src" / "iared2" / "box" / "README.md")
-BLOCK = re.compile(r"(?<=<!-- figures -->\n).*?(?=<!-- /figures -->)", re.DOTALL)
+FIGURES = ROOT / "docs" / "figures"
+PAGES = (ROOT / "README.md", ROOT / "src" / "iared2" / "box" / "README.md", ROOT / "docs" / "results.md")
+BLOCK = re.compile(r"(<!-- figures ([\w-]+) -->\n).*?(?=<!-- /figures -->)", re.DOTALL)
 
 
-def table() -> str:
-    """The Markdown table of the figures, and where they come from."""
-    result = json.loads(SOURCE.read_text(encoding="utf-8"))
+def table(name: str) -> str:
+    """The Markdown of a file of figures: of `evaluate`, or of `explain-bench`."""
+    result = json.loads((FIGURES / f"{name}.json").read_text(encoding="utf-8"))
+    return evaluation(result) if "variants" in result else explanations(result)
+
+
+def evaluation(result: dict[str, Any]) -> str:
+    """A table, and where it comes from."""
     reduced, dense, random = result["variants"]
     rows = [
         "| model | top-1 % | patches alive after each group | GMACs | images/s |",
@@ -40,9 +50,40 @@ def table() -> str:
     )
 
 
+def explanations(result: dict[str, Any]) -> str:
+    """One table a kind of measure, the first method and those within its interval in bold."""
+    rows = [
+        MethodResult(row["method"], row["milliseconds"], {n: Estimate(**e) for n, e in row["measures"].items()})
+        for row in result["methods"]
+    ]
+    bench = Benchmark(**{**result, "methods": rows})
+    lines = [f"{headline(bench)}. Bold: the first, and who lies within its interval.", ""]
+    for kind in dict.fromkeys(measure.kind for measure in bench.columns):
+        columns = [measure for measure in bench.columns if measure.kind == kind]
+        with_time = kind == "localisation"
+        head = ["method", *(m.name + ARROWS[m.sign] for m in columns), *["ms an image"] * with_time]
+        lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        for row in bench.methods:
+            cells = [f"`{row.method}`"]
+            for measure in columns:
+                figure = row.measures[measure.name]
+                bold = "**" if row.method in bench.leaders(measure) else ""
+                spread = f"{100 * figure.low:.1f}–{100 * figure.high:.1f}"
+                cells.append(f"{bold}{100 * figure.value:.1f}{bold} ({spread})")
+            cells += [f"{row.milliseconds:.2f}"] * with_time
+            lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    lines += [
+        f"One reduced forward pass takes {bench.forward_milliseconds:.2f} ms an image. Probability lost and agreement:",
+        f"the dense prediction after all but {100 * bench.keep_ratio:.0f} % of the patches are blanked ({bench.fill}).",
+        "",
+    ]
+    return "\n".join(lines)
+
+
 def filled(page: Path) -> str:
     """The text of a page with the figures in their place."""
-    return BLOCK.sub(lambda _: table(), page.read_text(encoding="utf-8"))
+    return BLOCK.sub(lambda match: match[1] + table(match[2]), page.read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

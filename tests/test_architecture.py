@@ -17,7 +17,16 @@ import iared2
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "iared2"
-PUBLIC = ["InputError", "Interpretation", "Output", "Predictor", "ReducedVisionTransformer", "from_timm", "load"]
+PUBLIC = [
+    "InputError",
+    "Interpretation",
+    "Output",
+    "Predictor",
+    "ReducedVisionTransformer",
+    "from_timm",
+    "heatmap",
+    "load",
+]
 MAX_LINES = 350
 FORBIDDEN = (  # in pieces, so that this file does not have them
     "/work/" + "shared",

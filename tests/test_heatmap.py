@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from iared2 import InputError
-from iared2.explain.heatmap import clamp_below, colors, heatmap, overlay
+from iared2.explain.heatmap import clamp_below, colors, overlay, upsample
 
 GRID = (2, 3)
 
@@ -17,31 +17,31 @@ GRID = (2, 3)
 def test_clamped_and_normalised() -> None:
     scores = torch.tensor([0.0, 0.3, 0.48, 0.50, 0.56, 0.52])  # the first is gone
     expected = torch.tensor([[0, 0, 0], [0.25, 1, 0.5]])
-    torch.testing.assert_close(heatmap(scores, GRID, GRID), expected)  # as many pixels as patches: nothing to resize
+    torch.testing.assert_close(upsample(scores, GRID, GRID), expected)  # as many pixels as patches: nothing to resize
 
 
 @pytest.mark.parametrize("value", [0.0, 0.3, 0.7, 1.0])
 def test_a_constant_map_is_zeros(value: float) -> None:
-    assert torch.equal(heatmap(torch.full((6,), value), GRID, (20, 50)), torch.zeros(20, 50))
+    assert torch.equal(upsample(torch.full((6,), value), GRID, (20, 50)), torch.zeros(20, 50))
 
 
 def test_everything_below_the_clamp_is_zeros() -> None:
-    assert heatmap(torch.linspace(0.1, 0.47, 6), GRID, (20, 50)).count_nonzero() == 0
+    assert upsample(torch.linspace(0.1, 0.47, 6), GRID, (20, 50)).count_nonzero() == 0
 
 
 def test_each_image_of_a_batch_by_itself() -> None:
     scores = torch.rand(4, 6, generator=torch.Generator().manual_seed(0)) * torch.tensor([[1.0], [0.8], [0.6], [0.1]])
-    maps = heatmap(scores, GRID, (30, 40))
+    maps = upsample(scores, GRID, (30, 40))
     assert maps.shape == (4, 30, 40)
     for one, score in zip(maps, scores, strict=True):
-        torch.testing.assert_close(one, heatmap(score, GRID, (30, 40)))
+        torch.testing.assert_close(one, upsample(score, GRID, (30, 40)))
 
 
 @pytest.mark.parametrize("size", [(200, 300), (64, 640), (500, 30), (7, 5), (1, 1)])
 def test_covers_the_whole_photo(size: tuple[int, int]) -> None:
     """Whatever the photo's shape, the last patch lights its lower right corner and no other."""
     scores = torch.tensor([0.5, 0.5, 0.5, 0.5, 0.5, 0.9])
-    found = heatmap(scores, GRID, size)
+    found = upsample(scores, GRID, size)
     assert found.shape == size
     assert 0 <= found.min() <= found.max() <= 1
     if size != (1, 1):
@@ -54,7 +54,7 @@ def test_the_clamp_follows_low_thresholds_only() -> None:
     assert clamp_below(0.7) == 0.48
     assert clamp_below(0.2) == pytest.approx(0.18)
     scores = torch.tensor([0.1, 0.19, 0.3, 0.1, 0.1, 0.1])
-    assert heatmap(scores, GRID, GRID, clamp_below(0.2))[0, 2] == 1
+    assert upsample(scores, GRID, GRID, clamp_below(0.2))[0, 2] == 1
 
 
 def test_overlay_is_60_to_40() -> None:

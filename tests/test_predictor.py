@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -143,6 +147,36 @@ def test_groups_and_thresholds(
     assert predictor(PHOTOS["coffee"]).heatmap().max() == 0
 
 
+def test_a_threshold_for_one_call(predictor: Predictor, model: ReducedVisionTransformer) -> None:
+    own = predictor(PHOTOS["coffee"])
+    scores = np.sort(own.scores[0])
+    one, each = float(scores[12]), [float(scores[6]), 0.0, 1.0]
+    assert predictor(PHOTOS["coffee"], one).kept[0].sum() == 11
+    result = predictor(PHOTOS["coffee"], each)
+    assert result.kept.sum(1).tolist() == [17, 17, 0]
+    assert result.thresholds == tuple(each)
+    model.threshold = each
+    assert np.array_equal(predictor(PHOTOS["coffee"]).scores, result.scores)
+    assert predictor(PHOTOS["coffee"], 0.5).macs == own.macs
+
+
+@pytest.mark.parametrize("threshold", [[0.5, 0.5], [], float("nan"), [0.5, 0.5, float("inf")]])
+def test_wrong_thresholds(predictor: Predictor, threshold: float | list[float]) -> None:
+    with pytest.raises(InputError, match="give one finite number, or 3"):
+        predictor(PHOTOS["coffee"], threshold)
+
+
+def test_threads_do_not_see_each_others_thresholds(predictor: Predictor, model: ReducedVisionTransformer) -> None:
+    thresholds = [0.0, *np.sort(predictor(PHOTOS["coffee"]).scores[0])[[4, 12, 20]].tolist(), 1.0]
+    alone = {t: predictor(PHOTOS["coffee"], t) for t in thresholds}
+    assert len({result.macs for result in alone.values()}) == 5
+    with ThreadPoolExecutor(5) as pool:
+        for t, result in zip(thresholds * 8, pool.map(predictor, [PHOTOS["coffee"]] * 40, thresholds * 8), strict=True):
+            assert np.array_equal(result.kept, alone[t].kept)
+            assert result.thresholds == alone[t].thresholds
+    assert model.threshold == 0.5
+
+
 def test_one_group_shows_its_own() -> None:
     model = iared2.from_timm("deit_tiny_patch16_224", groups=1, img_size=32, patch_size=8, embed_dim=48, depth=1)
     result = Predictor(model)(PHOTOS["cat"])
@@ -211,6 +245,38 @@ def test_json(result: Interpretation) -> None:
     assert found["milliseconds"] > 0
     assert found["model"] == {"architecture": "deit_tiny_patch16_224", "input_size": [48, 32], "checkpoint": None}
     assert found["versions"].keys() == {"iared2", "torch", "timm", "python"}
+
+
+def test_a_notebook_shows_pictures_and_text_that_is_only_text(tmp_path: Path, predictor: Predictor) -> None:
+    predictor.model.class_names = ("<script>alert('x')</script>", "a & b", *"cdefg")
+    file = tmp_path / "<b>café & co.png"
+    Image.fromarray(PHOTOS["coffee"]).resize((3000, 2000)).save(file)
+    result = predictor(file)
+    text = result._repr_html_()
+
+    elements: list[tuple[str, dict]] = []
+    words: list[str] = []
+    parser = HTMLParser()
+    parser.handle_starttag = lambda tag, attributes: elements.append((tag, dict(attributes)))  # type: ignore
+    parser.handle_data = words.append  # type: ignore[method-assign]
+    parser.feed(text)
+    assert {tag for tag, _ in elements} == {"figure", "img", "br", "figcaption", "table", "tr", "td"}
+    heat, hierarchy = (attributes["src"] for tag, attributes in elements if tag == "img")
+    pictures = [Image.open(io.BytesIO(base64.b64decode(src.partition("base64,")[2]))) for src in (heat, hierarchy)]
+    assert all(src.startswith("data:image/png;base64,") for src in (heat, hierarchy))  # needs no file and no network
+    assert [picture.width for picture in pictures] == [480, 960]
+    assert len(text) < 2_000_000
+    close = np.asarray(pictures[0].crop((0, 0, 300, 200)), float)
+    figure = result.figure()
+    figure.thumbnail((480, 960), Image.Resampling.LANCZOS)
+    assert np.abs(close - np.asarray(figure)[:200, :300]).mean() < 1
+
+    said = " ".join(words)
+    assert said.startswith("<b>café & co.png: patches 1.00 → ")
+    for name, probability in result.top5:
+        assert f"{name} {100 * probability:.1f} %" in said
+    assert f"multiply-adds {100 * result.macs / result.dense_macs:.0f} % of dense" in said
+    assert "photo: patches" in predictor(PHOTOS["cat"])._repr_html_()
 
 
 def test_save(result: Interpretation, tmp_path: Path) -> None:

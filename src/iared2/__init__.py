@@ -2,8 +2,18 @@
 
 from .checkpoint import load
 from .errors import InputError
+from .explain.methods import heatmap
 from .model.reduced import Output, ReducedVisionTransformer, from_timm
 from .predictor import Interpretation, Predictor
 
 __version__ = "0.1.0"
-__all__ = ["InputError", "Interpretation", "Output", "Predictor", "ReducedVisionTransformer", "from_timm", "load"]
+__all__ = [
+    "InputError",
+    "Interpretation",
+    "Output",
+    "Predictor",
+    "ReducedVisionTransformer",
+    "from_timm",
+    "heatmap",
+    "load",
+]

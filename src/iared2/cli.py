@@ -1,4 +1,4 @@
-"""The command line, ``iared2 COMMAND``. Thin: it reads arguments and prints results."""
+"""The command line: it reads arguments and prints results, and leaves the work to others."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from . import export, interpret
+from . import explain_bench, export, interpret, paper_figures
 from .bench import command as bench
 from .errors import InputError
 
@@ -28,6 +28,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = commands.add_parser("interpret", help="show which patches of a photo the model keeps")
     interpret.add_arguments(command)
     command.set_defaults(run=interpret.run)
+
+    command = commands.add_parser("figure", help="the figures of the paper for your photos, for print")
+    paper_figures.add_arguments(command)
+    command.set_defaults(run=paper_figures.run)
 
     command = commands.add_parser("train", help="train a model by Algorithm 1; a killed run goes on where it was")
     command.add_argument("recipe", help="TOML file, see recipes/")
@@ -66,6 +70,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = commands.add_parser("export", help="write a static model: ONNX or torch.export")
     export.add_arguments(command)
     command.set_defaults(run=export.run)
+
+    command = commands.add_parser("explain-bench", help="methods of explanation against measures, on boxes or masks")
+    explain_bench.add_arguments(command)
+    command.set_defaults(run=explain_bench.run)
+
+    command = commands.add_parser("demo", help="a page to play with, in the browser")
+    command.add_argument("-c", "--checkpoint", help="a model of your own; else the one in the box")
+    command.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in (default: %(default)s)")
+    command.add_argument("--port", type=int, default=7860, help="(default: %(default)s)")
+    command.add_argument("--root-path", help="where a reverse proxy shows the page, e.g. /iared2")
+    command.add_argument(
+        "--max-file-size", type=int, default=20, metavar="MB", help="of an upload (default: %(default)s)"
+    )
+    command.add_argument("--device", default="cpu")
+    command.set_defaults(run=_demo)
 
     arguments = parser.parse_args(argv)
     for stream in (sys.stdout, sys.stderr):  # a file name that the terminal cannot show must not end the work
@@ -154,6 +173,27 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     except (OSError, ValueError) as error:  # ValueError: matplotlib does not know the suffix
         raise InputError(f"cannot write {arguments.plot or arguments.json}: {error}") from None
     print(text)
+    return 0
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from .checkpoint import load
+    from .predictor import Predictor
+
+    try:
+        from .demo import build, serve
+    except ModuleNotFoundError as error:
+        raise InputError(f"the page needs the package {error.name}: pip install 'iared2[demo]'") from None
+    checkpoint = arguments.checkpoint and Path(arguments.checkpoint)
+    # visitors need not know where the server keeps its files
+    predictor = Predictor(load(checkpoint), arguments.device, checkpoint and checkpoint.name)
+    serve(
+        build(predictor),
+        arguments.host,
+        arguments.port,
+        root_path=arguments.root_path,
+        max_file_size=arguments.max_file_size,
+    )
     return 0
 
 

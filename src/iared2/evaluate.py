@@ -14,7 +14,7 @@ from torch import Tensor
 from . import keyed
 from .batches import Batch
 from .device import timed
-from .model.decide import Decide, at_most, at_random, by_threshold
+from .model.decide import Decide, at_random
 from .model.reduced import Output, ReducedVisionTransformer
 
 RANDOM_EPOCH = 1 << 30  # keys of the random baseline, apart from those of training
@@ -157,7 +157,7 @@ def evaluate(
         keys = keyed.sample_keys(seed, RANDOM_EPOCH, batch.samples).to(device)
         runs: dict[str, tuple[Any, ...]] = {}
         for name, thresholds in settings.items():
-            decide = at_most(model.max_tokens, by_threshold(thresholds))
+            decide = model.policy(thresholds)
             with torch.inference_mode():
                 kept = model.trace(x, decide).kept.sum(-1)
             runs[REDUCED + name] = (model.trace, x, decide)

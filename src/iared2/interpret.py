@@ -20,10 +20,11 @@ from rich.console import Console
 from rich.progress import Progress
 
 from .checkpoint import load
+from .device import usable_device
 from .errors import InputError
 from .explain.heatmap import colors
 from .photo import find_photos
-from .predictor import RESULT_FILES, Interpretation, Predictor, usable_device
+from .predictor import RESULT_FILES, Interpretation, Predictor
 
 _Number = TypeVar("_Number", int, float)
 
@@ -90,7 +91,7 @@ def interpret(
     """
     output = Path(output)
     photos = find_photos(patterns)
-    _check_writable(output)
+    check_writable(output)
     colors(colormap)
     torch_device = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     thresholds = [threshold] if isinstance(threshold, (int, float)) else list(threshold or ())
@@ -161,8 +162,12 @@ def folder_names(photos: Sequence[Path]) -> list[str]:
     return names
 
 
-def _check_writable(output: Path) -> None:
-    """By writing, since permissions do not tell all; `output` itself is made only once there is something to put in."""
+def check_writable(output: Path) -> None:
+    """By writing, since permissions do not tell all; `output` itself is made only once there is something to put in.
+
+    Raises:
+        InputError: nothing can be written there, or a file is in the way.
+    """
     try:
         ancestor = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
         if not ancestor.is_dir():

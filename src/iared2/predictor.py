@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
+import math
 import os
 import platform
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,7 +25,8 @@ from .batches import model_transform
 from .device import timed, usable_device
 from .errors import InputError
 from .explain import figures
-from .explain.heatmap import clamp_below, heatmap, overlay
+from .explain.heatmap import clamp_below, overlay, upsample
+from .model.decide import Decide
 from .model.reduced import Output, ReducedVisionTransformer
 from .photo import read_photo, to_rgb
 
@@ -72,7 +78,7 @@ class Interpretation:
             raise InputError(f"there is no group {group}; the model has groups 0 to {len(self.scores) - 1}")
         size = self.photo.height, self.photo.width
         low = clamp_below(self.thresholds[group])
-        return heatmap(torch.from_numpy(self.scores[group]), self.grid_size, size, low).numpy()
+        return upsample(torch.from_numpy(self.scores[group]), self.grid_size, size, low).numpy()
 
     def overlay(self, group: int | None = None, colormap: str = "jet") -> Image.Image:
         """The photo blended with the heat map, W × H."""
@@ -85,6 +91,17 @@ class Interpretation:
     def hierarchy(self) -> Image.Image:
         """The photo, then what each group kept of it."""
         return figures.hierarchy_figure(self.photo, self.kept, self.grid_size)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: overlay, hierarchy, the best classes and the cost. Self-contained, and not large."""
+        classes = "".join(f"<tr><td>{escape(name)}</td><td>{100 * p:.1f} %</td></tr>" for name, p in self.top5)
+        kept = " → ".join(f"{ratio:.2f}" for ratio in (1, *self.keep_ratio))
+        return (
+            f"<figure>{_inline(self.figure(), 480, 'heat map')}<br>{_inline(self.hierarchy(), 960, 'hierarchy')}"
+            f"<figcaption>{escape(Path(self.file).name) if self.file else 'photo'}: patches {kept} of"
+            f" {self.kept.shape[1]}, multiply-adds {100 * self.macs / self.dense_macs:.0f} % of dense,"
+            f" {self.milliseconds:.1f} ms</figcaption><table>{classes}</table></figure>"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the pictures, ready for JSON. Patches are listed row by row."""
@@ -156,26 +173,31 @@ class Predictor:
         self._transform = model_transform(cfg)
         self._warm = False
 
-    def __call__(self, photo: str | Path | Image.Image | np.ndarray) -> Interpretation:
+    def __call__(
+        self, photo: str | Path | Image.Image | np.ndarray, threshold: float | Sequence[float] | None = None
+    ) -> Interpretation:
         """Interpret one photo.
 
         Args:
             photo: a file, a Pillow image of any mode, or ``(H, W, 3)`` uint8 RGB. Any size; it is resized to the
                 model's input as a whole, never cropped.
+            threshold: of this call alone, one number or one for each group; the model's own if None. The model is not
+                changed, so calls from several threads do not see each other's.
 
         Raises:
-            InputError: the file is not a photo that can be read, or the array is not of that form.
+            InputError: the file is not a photo that can be read, the array is not of that form, or the thresholds are
+                not finite or not as many as there are groups.
         """
         image = _as_image(photo)
-        parameter = next(self.model.parameters())  # its device, and its precision
-        output, seconds = self._trace(self._transform(image)[None].to(parameter))
+        thresholds = self.thresholds(threshold)
+        output, seconds = self._trace(self.prepare(image), self.model.policy(thresholds))
         return Interpretation(
             photo=image,
             top5=self._top5(output.logits[0]),
             scores=output.scores[:, 0].cpu().numpy(),
             kept=output.kept[:, 0].cpu().numpy(),
             grid_size=self.model.grid_size,
-            thresholds=tuple(self.model.thresholds),
+            thresholds=tuple(thresholds),
             macs=int(output.macs[0]),
             dense_macs=self.model.dense_macs,
             milliseconds=1000 * seconds,
@@ -183,13 +205,32 @@ class Predictor:
             file=str(photo) if isinstance(photo, (str, Path)) else None,
         )
 
+    def prepare(self, photo: Image.Image) -> torch.Tensor:
+        """An RGB photo as the model's input ``(1, 3, height, width)``: resized whole, normalised, on the device."""
+        parameter = next(self.model.parameters())  # its device, and its precision
+        return self._transform(photo)[None].to(parameter)
+
+    def thresholds(self, threshold: float | Sequence[float] | None) -> list[float]:
+        """One number for each of the D groups, of one number for all, or of None for the model's own.
+
+        Raises:
+            InputError: not finite, or not as many as there are groups.
+        """
+        if threshold is None:
+            return self.model.thresholds
+        groups = self.model.num_groups
+        values = [threshold] if isinstance(threshold, (int, float)) else list(threshold)
+        if len(values) not in (1, groups) or not all(map(math.isfinite, values)):
+            raise InputError(f"threshold {threshold}: give one finite number, or {groups}, one for each group")
+        return values * (groups // len(values))
+
     @torch.inference_mode()
-    def _trace(self, images: torch.Tensor) -> tuple[Output, float]:
+    def _trace(self, images: torch.Tensor, decide: Decide) -> tuple[Output, float]:
         """One forward pass and its seconds."""
         if not self._warm:
-            self.model.trace(images)  # the first pass also pays for allocations and the choice of kernels
+            self.model.trace(images, decide)  # the first pass also pays for allocations and the choice of kernels
             self._warm = True
-        return timed(self.device, self.model.trace, images)
+        return timed(self.device, self.model.trace, images, decide)
 
     def _top5(self, logits: torch.Tensor) -> list[tuple[str, float]]:
         if not self.model.num_classes:  # the output is features, not logits
@@ -202,6 +243,14 @@ class Predictor:
             return self.model.class_names[index]
         subset = infer_imagenet_subset(self.model)  # by the number of classes: 1k, 12k, 21k, 22k
         return ImageNetInfo(subset).index_to_description(index) if subset else str(index)
+
+
+def _inline(picture: Image.Image, width: int, name: str) -> str:
+    """The picture in HTML itself, no wider than ``width`` pixels."""
+    picture.thumbnail((width, 2 * width), Image.Resampling.LANCZOS)
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return f'<img alt="{name}" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
 
 
 def _as_image(photo: str | Path | Image.Image | np.ndarray) -> Image.Image:

@@ -45,15 +45,19 @@ class Source(NamedTuple):
 Splits = dict[str, Callable[[], Source]]
 
 
-def find_splits(path: str, image_column: str, label_column: str, names: Sequence[str] = ()) -> Splits:
-    """The splits at ``path`` (see ``DataConfig``), each ready to be opened; ``names`` are more names of split folders.
+def find_splits(
+    path: str, image_column: str, label_column: str, names: Sequence[str] = (), more: Sequence[str] = ()
+) -> Splits:
+    """The splits at ``path`` (see ``DataConfig``), each ready to be opened.
+
+    ``names`` are more names of split folders, ``more`` are columns that a table's reader keeps in its ``dataset``.
 
     Raises:
         InputError: there is no data set, or (when one is opened) it is empty or wrongly labelled.
     """
     if not path:
         raise InputError("no data set; give --data PATH or --data hf:NAME")
-    columns = [image_column, label_column]
+    columns = [image_column, label_column, *more]
     if path.startswith("hf:"):
         return _hub_splits(path, columns)
     root = Path(path)
@@ -137,7 +141,7 @@ def _open_parquet(files: list[Path], columns: list[str]) -> Source:
 
 def _open_table(dataset: Any, where: str, folder: str | Path, columns: list[str]) -> Source:
     _check_columns(dataset.column_names, where, columns)
-    image_column, label_column = columns
+    image_column, label_column, *_ = columns
     dataset = dataset.select_columns(columns).cast_column(image_column, _datasets().Image(decode=False))
     values = dataset[label_column][:]
     if len(values) == 0:

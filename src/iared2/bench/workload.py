@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import keyed
 from ..errors import InputError
-from ..model.decide import Decide, at_most, by_threshold
+from ..model.decide import Decide
 from ..model.reduced import ReducedVisionTransformer
 
 SITE_COUNTS, SITE_DRAWN = 0, 1
@@ -69,7 +69,7 @@ def drawn(
 
 def by_the_policy(model: ReducedVisionTransformer, images: Tensor) -> Workload:
     """A workload decided by the model's own thresholds on real images."""
-    return _workload(model, images, at_most(model.max_tokens, by_threshold(model.thresholds)))
+    return _workload(model, images, model.policy())
 
 
 def _workload(model: ReducedVisionTransformer, images: Tensor, decide: Decide) -> Workload:

@@ -1,1 +1,1 @@
-"""Scores and decisions -> heat maps and figures. Knows arrays and photos, not models."""
+"""Why did the model say so: heat maps, ours and their rivals, pictures of them, and measures. Knows no training."""

@@ -52,7 +52,7 @@ def hierarchy_figure(photo: Image.Image, kept: np.ndarray, grid_size: tuple[int,
         grid_size: rows and columns of patches, N = rows × columns. The grid covers the whole photo.
     """
     panel = _fit(photo)
-    panels = [panel, *(_blank(panel, k.reshape(grid_size)) for k in kept)]
+    panels = [panel, *(blank(panel, k.reshape(grid_size)) for k in kept)]
     em = max(16, round(0.075 * min(panel.size)))
     gap = em // 2
     cell = max(panel.width, 4 * em), max(panel.height, 2 * em)  # room for the ratio on the thinnest of photos
@@ -74,7 +74,7 @@ def _fit(photo: Image.Image) -> Image.Image:
     return panel.resize((panel.width * factor, panel.height * factor), Image.Resampling.NEAREST)
 
 
-def _blank(panel: Image.Image, kept: np.ndarray) -> Image.Image:
+def blank(panel: Image.Image, kept: np.ndarray) -> Image.Image:
     """Blank where the patch that a pixel's centre lies in was dropped; ``kept`` is (rows, columns)."""
     rows, columns = kept.shape
     row = (2 * np.arange(panel.height) + 1) * rows // (2 * panel.height)

@@ -1,7 +1,7 @@
 """Scores of patches -> a heat map over the photo, as in the authors' tool.
 
 Deviation from the tool: it clamps at 0.48 always, just below its threshold of 0.5, because its scores crowd there. A
-model with a lower threshold would show nothing that way, so `heatmap` takes the clamp as an argument and `clamp_below`
+model with a lower threshold would show nothing that way, so `upsample` takes the clamp as an argument and `clamp_below`
 gives it for a threshold: 0.48, or 0.02 below the threshold where that is lower.
 """
 
@@ -25,7 +25,7 @@ def clamp_below(threshold: float) -> float:
     return min(CLAMP, threshold - 0.02)
 
 
-def heatmap(scores: Tensor, grid_size: tuple[int, int], size: tuple[int, int], low: float = CLAMP) -> Tensor:
+def upsample(scores: Tensor, grid_size: tuple[int, int], size: tuple[int, int], low: float = CLAMP) -> Tensor:
     """Clamp to [low, 1], min-max normalise, resize.
 
     Args:

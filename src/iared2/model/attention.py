@@ -3,11 +3,12 @@
 CUDA in half precision runs one variable-length kernel over the whole batch. Everything else works on views, once for
 each run of images of equal length (see tokens.py): ``scaled_dot_product_attention``, or two plain matrix products where
 a CPU infers in bfloat16.
+``attention_weights`` is the plain twin for those who want to see the weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +48,22 @@ def attend(q: Tensor, k: Tensor, v: Tensor, packed: PackedTokens, dropout: float
 def _plain_is_faster(v: Tensor) -> bool:
     """bfloat16 inference on a CPU: torch's fused kernel takes twice as long there as in float32 (docs/speed.md)."""
     return v.device.type == "cpu" and v.dtype == torch.bfloat16 and not torch.is_grad_enabled()
+
+
+def attention_weights(q: Tensor, k: Tensor, packed: PackedTokens) -> Iterator[Tensor]:
+    """What ``attend`` multiplies the values with, in float32 (float64 for float64): one tensor for each run of images.
+
+    Args:
+        q, k: ``(T, H, head_dim)`` in the row order of ``packed``.
+        packed: says which rows belong together.
+
+    Yields:
+        ``(images, H, length, length)``, query × key; every row sums to 1.
+    """
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    for run in zip(packed.runs(q), packed.runs(k), strict=True):
+        q_run, k_run = (rows.transpose(1, 2).to(dtype) for rows in run)
+        yield (q_run @ k_run.mT * q.shape[-1] ** -0.5).softmax(-1)
 
 
 def _has_varlen_kernel(v: Tensor) -> bool:

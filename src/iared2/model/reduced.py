@@ -128,7 +128,7 @@ class ReducedVisionTransformer(nn.Module):
         Returns:
             The surviving tokens, and for each group run its scores ``(B, N)`` and the patches it kept ``(B, N)``.
         """
-        decide = decide or at_most(self.max_tokens, by_threshold(self.thresholds))
+        decide = decide or self.policy()
         scores, kept = [], []
         for group in range(self.num_groups) if groups is None else groups:
             with torch.no_grad():  # a decision is discrete: no gradient passes through it
@@ -138,6 +138,10 @@ class ReducedVisionTransformer(nn.Module):
             packed = packed.select(kept[-1])
             packed = self.run_blocks(packed, group)
         return packed, scores, kept
+
+    def policy(self, thresholds: Sequence[float] | None = None) -> Decide:
+        """The decision that is deployed: ``threshold``, or other thresholds in its place, and ``max_tokens``."""
+        return at_most(self.max_tokens, by_threshold(self.thresholds if thresholds is None else thresholds))
 
     def score(self, packed: PackedTokens, group: int) -> Tensor:
         """``(B, N)`` informativeness of the living patches at the entrance of ``group``, 0 where a patch is gone."""

@@ -1,0 +1,144 @@
+"""Whether a prediction rests on what a heat map shows: insertion, deletion, and blanking the dropped patches.
+
+All of them change the photo and look at the model's answer; no region is needed. Data flow:
+
+    maps (B, H, W) -> order of the pixels -> images with some pixels replaced -> probabilities (B, steps + 1)
+    kept (B, N)    -> images with the other patches replaced -> the dense prediction, before and after (B,)
+
+Images are normalised, on the model's device. What replaces a pixel is a *fill* (``fills``). Tied pixels fall
+in a random order, the same for every image and map: no place is favoured, and methods are comparable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.transforms.v2.functional import gaussian_blur
+
+Model = Callable[[Tensor], Tensor]
+"""Images ``(B, 3, H, W)`` -> logits ``(B, K)``."""
+Fill = Literal["blur", "zero", "mean"]
+
+BLUR = 1 / 10
+"""Standard deviation of "blur" as a share of the image's longer side. RISE takes 5 of 224 pixels, which leaves objects
+recognisable and a 32-pixel image as it is."""
+
+
+def fills(images: Tensor, fill: Fill) -> Tensor:
+    """What replaces the pixels of ``images (B, C, H, W)``, of the same shape.
+
+    "blur": the image under a Gaussian of ``BLUR``, reflected at the border. "zero": 0 after normalisation, the mean
+    colour of the data set. "mean": the mean colour of the image itself.
+    """
+    if fill == "zero":
+        return torch.zeros_like(images)
+    if fill == "mean":
+        return images.mean((2, 3), keepdim=True).expand_as(images)
+    height, width = images.shape[-2:]
+    sigma = BLUR * max(height, width)
+    across, down = (2 * min(round(3 * sigma), side - 1) + 1 for side in (width, height))  # reflection needs a pixel
+    images = gaussian_blur(images, [across, 1], [sigma, sigma])  # one way after the other: a square kernel is slow
+    return gaussian_blur(images, [1, down], [sigma, sigma])
+
+
+@torch.no_grad()
+def curve(
+    model: Model,
+    images: Tensor,
+    maps: Tensor,
+    target: Tensor,
+    way: Literal["insertion", "deletion"],
+    fill: Fill,
+    steps: int,
+) -> Tensor:
+    """Probability of the target while pixels appear or disappear, the highest of the map first (Petsiuk et al., RISE).
+
+    Args:
+        model: images to logits.
+        images: ``(B, C, H, W)``.
+        maps: ``(B, H, W)``.
+        target: ``(B,)`` class indices.
+        way: "insertion" goes from the fill to the image, "deletion" from the image to the fill.
+        fill: see ``fills``.
+        steps: 1 or more; each moves an equal share of the pixels.
+
+    Returns:
+        ``(B, steps + 1)`` float32 probabilities; the first and the last are of the whole image and the whole fill.
+    """
+    pixels = maps[0].numel()
+    shuffle = torch.randperm(pixels, generator=torch.Generator().manual_seed(0)).to(maps.device)
+    order = shuffle[maps.flatten(1)[:, shuffle].argsort(dim=1, descending=True, stable=True)]
+    count = torch.arange(pixels, device=maps.device).expand_as(order)
+    rank = torch.empty_like(order).scatter_(1, order, count).view(len(maps), 1, *maps.shape[1:]).to(images.device)
+    other = fills(images, fill)
+    start, end = (other, images) if way == "insertion" else (images, other)
+    probabilities = []
+    for step in range(steps + 1):
+        mixed = torch.where(rank < round(pixels * step / steps), end, start)
+        probabilities.append(model(mixed).float().softmax(1).gather(1, target[:, None]))
+    return torch.cat(probabilities, 1)
+
+
+def insertion(
+    model: Model, images: Tensor, maps: Tensor, target: Tensor, *, fill: Fill = "blur", steps: int = 16
+) -> Tensor:
+    """Area under the insertion curve, ``(B,)`` in [0, 1], by trapezoids. Higher is better. See ``curve``."""
+    return torch.trapezoid(curve(model, images, maps, target, "insertion", fill, steps), dx=1 / steps)
+
+
+def deletion(
+    model: Model, images: Tensor, maps: Tensor, target: Tensor, *, fill: Fill = "zero", steps: int = 16
+) -> Tensor:
+    """Area under the deletion curve, ``(B,)`` in [0, 1], by trapezoids. Lower is better. See ``curve``."""
+    return torch.trapezoid(curve(model, images, maps, target, "deletion", fill, steps), dx=1 / steps)
+
+
+def blanked(images: Tensor, kept: Tensor, grid_size: tuple[int, int], fill: Fill = "blur") -> Tensor:
+    """``images (B, C, H, W)`` with the fill wherever a patch is not in ``kept (B, N)`` bool; N = rows × columns."""
+    shown = kept.unflatten(1, grid_size)[:, None].float()
+    shown = F.interpolate(shown, images.shape[-2:], mode="nearest-exact") > 0.5
+    return torch.where(shown, images, fills(images, fill))
+
+
+def best_patches(maps: Tensor, num_keep: Tensor, grid_size: tuple[int, int]) -> Tensor:
+    """The patches that a rival would keep: the ``num_keep (B,)`` of the highest mean of ``maps (B, H, W)``.
+
+    Returns:
+        ``(B, N)`` bool. Tied patches fall in a random order, the same for every image.
+    """
+    patches = F.adaptive_avg_pool2d(maps[:, None], grid_size).flatten(1)
+    shuffle = torch.randperm(patches.shape[1], generator=torch.Generator().manual_seed(0)).to(maps.device)
+    order = shuffle[patches[:, shuffle].argsort(dim=1, descending=True, stable=True)]
+    chosen = torch.arange(patches.shape[1], device=maps.device) < num_keep[:, None]
+    return torch.zeros_like(chosen).scatter_(1, order, chosen)
+
+
+@torch.no_grad()
+def blanking(
+    backbone: Model, images: Tensor, kept: Tensor, grid_size: tuple[int, int], *, fill: Fill = "blur"
+) -> tuple[Tensor, Tensor]:
+    """How the dense prediction changes when the patches that are not kept are blank in the photo.
+
+    With the reduced model's own ``kept`` it asks whether the map, which is also the decision, is true: were the dropped
+    patches redundant to the network that sees them all? With ``best_patches`` of the same number, it asks a rival.
+
+    Args:
+        backbone: the dense model; it looks at every patch, blank or not.
+        images: ``(B, C, H, W)``.
+        kept: ``(B, N)`` bool.
+        grid_size: rows and columns, N = rows × columns.
+        fill: see ``fills``. A grey patch says something, too: a network that never saw one loses more of its answer to
+            what is put in than to what is taken away, whichever patches these are.
+
+    Returns:
+        ``(B,)`` float32, what the probability of the dense top-1 class lost, in [-1, 1], lower is better; and ``(B,)``
+        bool, whether it is top-1 still.
+    """
+    before = backbone(images).float().softmax(1)
+    after = backbone(blanked(images, kept, grid_size, fill)).float().softmax(1)
+    top1 = before.argmax(1, keepdim=True)
+    return (before - after).gather(1, top1)[:, 0], after.argmax(1) == top1[:, 0]

@@ -1,0 +1,70 @@
+"""The forward pass one block at a time, of a reduced model or of a dense timm backbone, for those who look inside.
+
+Dense is the case that nothing is dropped. Knows tokens and blocks, not maps.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..model import backbone as vit
+from ..model.decide import Decide
+from ..model.reduced import ReducedVisionTransformer
+from ..model.tokens import PackedTokens
+
+
+def backbone_of(model: Any) -> Any:
+    """The timm vision transformer in a reduced model, or the model itself.
+
+    Raises:
+        InputError: it is neither, or a transformer that packed tokens would compute wrongly.
+    """
+    if isinstance(model, ReducedVisionTransformer):
+        return model.backbone
+    vit.check_supported(model)
+    return model
+
+
+def tokens_by_block(model: Any, images: Tensor, decide: Decide | None = None) -> Iterator[PackedTokens]:
+    """The tokens that enter each block, in order, and at last those that leave the last one: depth + 1 items.
+
+    Nothing is computed beyond what was asked for: who stops early pays for no more.
+
+    Args:
+        model: ``ReducedVisionTransformer`` or a supported timm one.
+        images: ``(B, in_chans, H, W)``, normalised.
+        decide: of a reduced model; its threshold if None.
+    """
+    backbone = backbone_of(model)
+    packed = PackedTokens.from_dense(vit.embed(backbone, images), backbone.num_prefix_tokens)
+    if isinstance(model, ReducedVisionTransformer):
+        groups = model.groups
+        decide = decide or model.policy()
+    else:
+        groups, decide = [range(len(backbone.blocks))], None
+    for group, blocks in enumerate(groups):
+        if decide:
+            with torch.no_grad():  # as in ReducedVisionTransformer.reduce, whose blocks cannot be watched one by one
+                alive, scores = packed.alive, model.score(packed, group)
+                keep = model.keep_one(decide(scores, alive, group) & alive, scores, alive)
+            packed = packed.select(keep)
+        for index in blocks:
+            yield packed
+            packed = vit.run_blocks(backbone, range(index, index + 1), packed)
+    yield packed
+
+
+def private_twin(model: Any) -> Any:
+    """The same network over the same weights, in evaluation mode, its weights without gradients.
+
+    A method that hooks layers, changes their mode or calls ``backward`` does it to the twin. The model stays as it is,
+    even while other threads use it.
+    """
+    shared: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
+    shared |= {id(buffer): buffer for buffer in model.buffers()}
+    return copy.deepcopy(model, shared).eval()

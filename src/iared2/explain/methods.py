@@ -1,0 +1,200 @@
+"""One call for every map: ours and its rivals, over a reduced model or a dense backbone.
+
+A method says one value a patch, and from there on all maps are made in one way: brought to [0, 1] and resized, so that
+they differ by what they say and not by how they are drawn. (Only Grad-CAM's package and the centre prior draw for
+themselves.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from timm.data import resolve_data_config
+from torch import Tensor
+
+from .. import keyed
+from ..errors import InputError
+from ..model.reduced import ReducedVisionTransformer
+from .attention_maps import raw_attention, rollout
+from .forward import backbone_of, private_twin
+from .gradients import KIN, grad_cam, integrated_gradients
+from .heatmap import clamp_below, upsample
+from .memorability import memorability
+
+METHODS = (
+    "interpreter",
+    "attention",
+    "rollout",
+    "gradcam",
+    "integrated-gradients",
+    "memorability",
+    "random",
+    "center",
+)
+
+SITE_RANDOM_MAP = 0  # its keys are of images' contents, and no other draw has such keys
+Group = int | Literal["all"] | None
+
+
+def heatmap(
+    model: Any,
+    images: Tensor,
+    method: str = "interpreter",
+    target: Tensor | None = None,
+    *,
+    group: Group = None,
+    block: int | None = None,
+    seed: int = 0,
+) -> Tensor:
+    """Where the model looks, by one of ``METHODS``.
+
+    - ``interpreter``: ours, see ``interpreter_map``. It runs no further than the group whose scores are asked for.
+    - ``attention``: of the class token, see ``attention_maps.raw_attention``.
+    - ``rollout``: see ``attention_maps.rollout``.
+    - ``gradcam`` and its kin ``gradcam++``, ``hirescam``, ``layercam``: see ``gradients.grad_cam``.
+    - ``integrated-gradients``: see ``gradients.integrated_gradients``.
+    - ``memorability``: of the photo, whatever the model, see ``memorability.memorability``.
+    - ``random``: a uniform draw for each patch, by the seed and the image's own pixels.
+    - ``center``: a Gaussian around the centre, σ = a quarter of each side: photographers put things there.
+
+    Args:
+        model: a ``ReducedVisionTransformer``, or a dense timm vision transformer (which has no interpreter).
+        images: ``(B, 3, H, W)``, normalised as the model's ``pretrained_cfg`` says.
+        method: as above.
+        target: ``(B,)`` int64, the classes that gradients ask about; the model's own top-1 if None.
+        group: of ``interpreter``, from 0, or "all". None: the second.
+        block: of ``attention``, from 0 (None: the second), or whose input Grad-CAM reads (None: the last).
+        seed: of ``random``.
+
+    Returns:
+        ``(B, H, W)`` float32 in [0, 1] on the images' device, without gradient. Each map is normalised by itself to a
+        minimum of 0 and a maximum of 1 before it is resized; where there is nothing to tell apart it is zeros.
+
+    Raises:
+        InputError: an unknown method, group, block or class, images of another form, or a package that is not there.
+    """
+    backbone = _check(model, images, method, target)
+    size: tuple[int, int] = images.shape[-2], images.shape[-1]
+    grid = backbone.patch_embed.dynamic_feat_size(size)
+    if model.training:
+        model = private_twin(model)
+    if target is not None:
+        target = target.to(images.device)
+    depth = len(backbone.blocks)
+    block = _index("block", block, depth, default=1 if method == "attention" else depth - 1)
+    with torch.no_grad():
+        if method == "interpreter":
+            return _interpret(model, images, group)
+        if method in KIN:
+            return _unit(grad_cam(model, images, target, method, block))
+        if method == "memorability":
+            return _unit(memorability(_photos(model, images)))
+        if method == "center":
+            return _center(images)
+        patches = {
+            "attention": lambda: raw_attention(model, images, block),
+            "rollout": lambda: rollout(model, images),
+            "integrated-gradients": lambda: integrated_gradients(model, images, target),
+            "random": lambda: _random(images, grid[0] * grid[1], seed),
+        }[method]()
+        return upsample(_unit(patches), grid, size, low=0)
+
+
+def interpreter_map(
+    model: ReducedVisionTransformer, scores: Tensor | Sequence[Tensor], size: tuple[int, int], group: Group = None
+) -> Tensor:
+    """Our map from the scores of a forward pass that is done already, at no cost but the drawing.
+
+    One group: its scores, clamped below and normalised as in the authors' tool (``heatmap.upsample``). A patch that was
+    gone is at the bottom.
+
+    All groups: how many groups a patch got through, plus its score in the last one that saw it. A group says nothing of
+    what an earlier one has dropped, so no single one ranks all patches. This does: a patch that was dropped later
+    stands above all that were dropped earlier, and the score ranks those that left, or stayed, together. Scores of
+    different groups are never compared, since each group has its own threshold.
+
+    Args:
+        model: whose scores they are; its grid and thresholds are read, nothing runs.
+        scores: ``Output.scores (D, B, N)``, or of the first groups alone if that is where ``group`` lies.
+        size: height and width of the images.
+        group: from 0, or "all". None: the second, as in the authors' tool; a model of one group has no other.
+
+    Returns:
+        ``(B, height, width)`` float32 in [0, 1].
+    """
+    grid = model.backbone.patch_embed.dynamic_feat_size(size)
+    if group != "all":
+        group = _index("group", group, len(scores), default=1)
+        return upsample(scores[group], grid, size, clamp_below(model.thresholds[group]))
+    every = torch.stack(list(scores))
+    depth = every.gt(0).sum(0) - 1  # a score is 0 where the patch was gone, and nowhere else
+    last = every.gather(0, depth.clamp_min(0)[None])[0]
+    return upsample(_unit(depth + last), grid, size, low=0)
+
+
+def _interpret(model: Any, images: Tensor, group: Group) -> Tensor:
+    if not isinstance(model, ReducedVisionTransformer):
+        raise InputError("a dense backbone has no interpreter: give a reduced model, or take another method")
+    groups = model.num_groups
+    last = groups - 1 if group == "all" else _index("group", group, groups, default=1)
+    packed, scores, _ = model.reduce(model.embed(images), range(last))  # what comes after the last score is not needed
+    return interpreter_map(model, [*scores, model.score(packed, last)], (images.shape[-2], images.shape[-1]), group)
+
+
+def _random(images: Tensor, num_patches: int, seed: int) -> Tensor:
+    """``(B, N)``. An image has the same map in any batch: its key is made from its pixels."""
+    content = images.float().flatten(1).view(torch.int32).sum(1, dtype=torch.int64)
+    return keyed.uniform(keyed.sample_keys(seed, 0, content), SITE_RANDOM_MAP, num_patches)
+
+
+def _center(images: Tensor) -> Tensor:
+    x = [(torch.arange(side, device=images.device) + 0.5) * 4 / side - 2 for side in images.shape[-2:]]  # in σ
+    down, right = (torch.exp(-(x_side**2) / 2) for x_side in x)
+    return _unit((down[:, None] * right).expand(len(images), -1, -1))
+
+
+def _photos(model: Any, images: Tensor) -> Tensor:
+    """Images as they were before they were normalised, in [0, 1]."""
+    cfg = resolve_data_config(pretrained_cfg=getattr(model, "pretrained_cfg", None) or {})
+    mean, std = (images.new_tensor(cfg[key])[:, None, None] for key in ("mean", "std"))
+    return (images * std + mean).clamp(0, 1)
+
+
+def _unit(maps: Tensor) -> Tensor:
+    """``(B, ...)`` of any range to [0, 1], each by itself; one that is constant but for rounding is zeros."""
+    flat = maps.float().flatten(1)
+    low, high = flat.amin(1, keepdim=True), flat.amax(1, keepdim=True)
+    told_apart = high - low > 1e-6 * torch.maximum(low.abs(), high.abs())
+    return torch.where(told_apart, (flat - low) / (high - low), 0).reshape(maps.shape)
+
+
+def _index(what: str, value: Any, count: int, default: int) -> int:
+    """A number from 0 to ``count`` − 1; the default if None, or the last if there are not so many."""
+    if value is None:
+        return min(default, count - 1)
+    if not isinstance(value, int) or not 0 <= value < count:
+        raise InputError(f"there is no {what} {value}: give a number from 0 to {count - 1}")
+    return value
+
+
+def _check(model: Any, images: Tensor, method: str, target: Tensor | None) -> Any:
+    """The backbone, if all that was given goes together."""
+    known = dict.fromkeys((*METHODS, *KIN))
+    if method not in known:
+        raise InputError(f"there is no method {method!r}: take one of {', '.join(known)}")
+    backbone = backbone_of(model)
+    embed = backbone.patch_embed
+    height, width = embed.img_size if embed.strict_img_size else images.shape[-2:]
+    expected = (embed.proj.in_channels, height, width)
+    if images.ndim != 4 or not len(images) or tuple(images.shape[1:]) != expected or not images.is_floating_point():
+        shape = ", ".join(map(str, expected if embed.strict_img_size else (expected[0], "H", "W")))
+        raise InputError(f"images: the model takes (B, {shape}) of floats, not {tuple(images.shape)} {images.dtype}")
+    if method in (*KIN, "integrated-gradients"):
+        if not backbone.num_classes:
+            raise InputError(f"{method} asks why a class was chosen, and this model has no classes")
+        last = backbone.num_classes - 1
+        if target is not None and (target.shape != images.shape[:1] or target.min() < 0 or target.max() > last):
+            raise InputError(f"target: give one class for each of the {len(images)} images, from 0 to {last}")
+    return backbone

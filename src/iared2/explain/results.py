@@ -1,0 +1,149 @@
+"""The table of methods × measures: what its columns are, and how images become figures with intervals.
+
+    columns {name: (n,)}, one a measure and pixel count ── estimate: resample the images ──> {measure: Estimate}
+
+The bootstrap is a few lines of its own and not scipy's, because pixel accuracy, mean accuracy and mean IoU are ratios
+of sums over images, and every method must be measured on the same resamples. Knows nothing of models, maps or data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from .measures import segmentation
+
+RESAMPLES = 2000
+LEVEL = 0.95
+MAX_COUNTS = 1 << 22
+"""Images × resamples in memory at once."""
+
+
+class Measure(NamedTuple):
+    """One column of the table."""
+
+    name: str
+    kind: str
+    """"localisation", "segmentation" or "faithfulness"."""
+    sign: int
+    """1: higher is better, -1: lower is better, 0: neither, it describes."""
+
+
+MEASURES = (
+    Measure("pointing game", "localisation", 1),
+    Measure("energy in box", "localisation", 1),
+    Measure("mass accuracy", "localisation", 1),
+    Measure("rank accuracy", "localisation", 1),
+    Measure("pixel accuracy", "segmentation", 1),
+    Measure("mean accuracy", "segmentation", 1),
+    Measure("mean IoU", "segmentation", 1),
+    Measure("mAP", "segmentation", 1),
+    Measure("sparsity", "segmentation", 0),
+    Measure("insertion", "faithfulness", 1),
+    Measure("deletion", "faithfulness", -1),
+    Measure("probability lost", "faithfulness", -1),
+    Measure("agreement", "faithfulness", 1),
+)
+COUNTS = "true negatives", "false positives", "false negatives", "true positives"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure over the images and its 95 % bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass
+class MethodResult:
+    """One row of the table."""
+
+    method: str
+    """As it was asked for, see ``read_method``."""
+    milliseconds: float
+    """An image: the median over the batches of the time of ``heatmap``, its forward pass included."""
+    measures: dict[str, Estimate]
+    """By the name of the measure."""
+
+
+@dataclass
+class Benchmark:
+    """The table, and what it was made from."""
+
+    images: int
+    skipped: dict[str, int]
+    """How many photos were left out, by reason: "unreadable" and "no region"."""
+    region: str
+    """"box" or "mask"."""
+    target: str
+    """"label" or "top-1": the class that was explained."""
+    steps: int
+    """Of insertion and deletion."""
+    fill: str
+    """Of the patches that are blanked."""
+    seed: int
+    forward_milliseconds: float
+    """An image, of the reduced model's forward pass alone, in the same batches."""
+    keep_ratio: float
+    """Share of the patches that are left after the last group: those not blanked, as many for every method."""
+    methods: list[MethodResult]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON types."""
+        return asdict(self)
+
+    @property
+    def columns(self) -> list[Measure]:
+        """The measures of the table. In a box, energy and mass are the same number, which is shown once."""
+        return [m for m in MEASURES if self.region != "box" or m.name != "mass accuracy"]
+
+    def leaders(self, measure: Measure) -> set[str]:
+        """The first method, and those that lie within its interval; none of a measure that only describes."""
+        if not measure.sign:
+            return set()
+        figures = {row.method: row.measures[measure.name] for row in self.methods}
+        first = max(figures.values(), key=lambda figure: measure.sign * figure.value)
+        return {name for name, figure in figures.items() if first.low <= figure.value <= first.high}
+
+
+def estimate(columns: dict[str, np.ndarray], seed: int = 0) -> dict[str, Estimate]:
+    """Figures over the images and their intervals, by the percentile bootstrap over images (Efron 1979).
+
+    Args:
+        columns: ``(n,)`` each: what every image has, by the name of the measure, and its four pixel counts.
+        seed: of the resamples. The same seed and number of images give the same resamples, so methods are paired.
+
+    Returns:
+        One estimate a measure, in the order of ``MEASURES``.
+    """
+    values = np.stack(list(columns.values()), 1)
+    images = len(values)
+    generator = np.random.default_rng(seed)
+    share = np.full(images, 1 / images)
+    chunk = max(1, MAX_COUNTS // images)
+    resampled = np.concatenate(
+        [
+            generator.multinomial(images, share, min(chunk, RESAMPLES - start)) @ values / images
+            for start in range(0, RESAMPLES, chunk)
+        ]
+    )
+    point = _figures(columns, values.mean(0))
+    low, high = np.quantile(_figures(columns, resampled), [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
+    return {
+        measure.name: Estimate(*map(float, ends))
+        for measure, ends in zip(MEASURES, np.stack([point, low, high], 1), strict=True)
+    }
+
+
+def _figures(names: Iterable[str], means: np.ndarray) -> np.ndarray:
+    """Means over images ``(..., columns)`` -> the measures ``(..., len(MEASURES))``."""
+    column = dict(zip(names, np.moveaxis(means, -1, 0), strict=True))
+    counts = torch.from_numpy(np.stack([column[name] for name in COUNTS], -1)).unflatten(-1, (2, 2))
+    column |= {name: value.numpy() for name, value in segmentation(counts).items()}
+    return np.stack([column[measure.name] for measure in MEASURES], -1)
