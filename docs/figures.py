@@ -18,14 +18,20 @@ from iared2.explain_bench import ARROWS, headline
 
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES = ROOT / "docs" / "figures"
-PAGES = (ROOT / "README.md", ROOT / "src" / "iared2" / "box" / "README.md", ROOT / "docs" / "results.md")
+PAGES = (
+    ROOT / "README.md",
+    ROOT / "src" / "iared2" / "box" / "README.md",
+    ROOT / "docs" / "results.md",
+    ROOT / "docs" / "speed.md",
+)
 BLOCK = re.compile(r"(<!-- figures ([\w-]+) -->\n).*?(?=<!-- /figures -->)", re.DOTALL)
 
 
 def table(name: str) -> str:
-    """The Markdown of a file of figures: of `evaluate`, or of `explain-bench`."""
+    """The Markdown of a file of figures: of `evaluate`, `explain-bench` or `bench`."""
     result = json.loads((FIGURES / f"{name}.json").read_text(encoding="utf-8"))
-    return evaluation(result) if "variants" in result else explanations(result)
+    kinds = {"variants": evaluation, "methods": explanations, "speed": speed, "training": training}
+    return next(write for key, write in kinds.items() if key in result)(result)
 
 
 def evaluation(result: dict[str, Any]) -> str:
@@ -79,6 +85,72 @@ def explanations(result: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def speed(result: dict[str, Any]) -> str:
+    """Ours beside each rival, one line a batch size."""
+    lines = [
+        f"{result['title']}. `{bench_command(result)}`",
+        "",
+        "| batch | dense, eager | dense, compiled | ours | ours, compiled | masked | padded | merging | MACs ÷ dense "
+        "| speed-up | efficiency | within | compiled | interpreters |",
+        "|" + "---|" * 14,
+    ]
+    for one in result["speed"]:
+        rows = {row["name"].split(", r =")[0]: row for row in one["rows"]}
+        names = (
+            "dense, timm",
+            "dense, timm, compiled",
+            "ours",
+            "ours, compiled",
+            "masked",
+            "padded to the longest",
+            "merging",
+        )
+        ours, dense, compiled = rows["ours"], rows["dense, timm"], rows.get("ours, compiled")
+        against = f"{compiled['efficiency'] * compiled_dense(rows):.2f}" if compiled else "–"
+        cells = [f"{rows[name]['images_per_second']:.1f}" if name in rows else "–" for name in names]
+        cells += [f"{ours['gmacs'] / dense['gmacs']:.2f}", f"{ours['speed_up']:.2f}×", f"**{ours['efficiency']:.2f}**"]
+        cells += [f"{one['efficiency_within']:.2f}", against, f"{100 * one['interpreters']:.1f} %"]
+        lines.append(f"| {ours['batch_size']} | {' | '.join(cells)} |")
+    return "\n".join(
+        [*lines, "", "Images/s at the median; *compiled*: efficiency of ours compiled against dense compiled.", ""]
+    )
+
+
+def compiled_dense(rows: dict[str, Any]) -> float:
+    """Efficiency is against the faster dense model: what turns it into one against the compiled model."""
+    return 1 / rows["dense, timm, compiled"]["speed_up"]
+
+
+def bench_command(result: dict[str, Any]) -> str:
+    """The command that measured it, as far as it differs from the defaults."""
+    given = result["arguments"]
+    merging = any(row["name"].startswith("merging") for one in result.get("speed", ()) for row in one["rows"])
+    words = ["python benchmarks/speed.py" if merging else "iared2 bench"]
+    words += ["--train"] * given["train"] + [f"--precision {given['precision']}"] * (given["precision"] != "fp32")
+    words += [f"--keep {','.join(map(str, given['keep']))}"] * (given["keep"] != [0.85, 0.6, 0.35])
+    words += [f"--img-size {' '.join(map(str, given['img_size'] or ()))}"] * bool(given.get("img_size"))
+    words += [f"--batch-size {' '.join(map(str, given['batch_size']))}", f"--seconds {given['seconds']:g}"]
+    return " ".join(words + ["--no-compile"] * given["no_compile"])
+
+
+def training(result: dict[str, Any]) -> str:
+    """A step of each stage."""
+    lines = [
+        f"{result['machine']['threads']} threads, {result['arguments']['precision']}, group 1, DeiT-S. `{bench_command(result)}`",
+        "",
+        "| batch | kept | dense forward | policy step | ÷ forward | dense step | fine-tuning step | MACs ÷ dense (r) "
+        "| ÷ dense step | ÷ r |",
+        "|" + "---|" * 10,
+    ]
+    for row in result["training"]:
+        ratio = row["finetune_step_ms"] / row["dense_step_ms"]
+        cells = [f"{row['keep_ratio']:.2f}", f"{row['dense_forward_ms']:.0f} ms", f"{row['policy_step_ms']:.0f} ms"]
+        cells += [f"**{row['policy_over_forward']:.2f}**", f"{row['dense_step_ms']:.0f} ms"]
+        cells += [f"{row['finetune_step_ms']:.0f} ms", f"{row['macs_ratio']:.2f}", f"{ratio:.2f}"]
+        lines.append(f"| {row['batch_size']} | {' | '.join(cells)} | **{row['finetune_over_dense']:.2f}** |")
+    return "\n".join([*lines, ""])
 
 
 def filled(page: Path) -> str:

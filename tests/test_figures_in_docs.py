@@ -22,4 +22,4 @@ def test_every_file_of_figures_is_shown():
     shown = {name for page in docs_figures.PAGES for _, name in docs_figures.BLOCK.findall(page.read_text())}
     assert shown == {file.stem for file in docs_figures.FIGURES.glob("*.json")}
     for name in shown:
-        assert "| reduced |" in docs_figures.table(name) or "| `interpreter` |" in docs_figures.table(name)
+        assert docs_figures.table(name).count("\n|") >= 3
