@@ -24,6 +24,7 @@ PAGES = (
     ROOT / "docs" / "results.md",
     ROOT / "docs" / "speed.md",
 )
+RIVALS = "masked", "padded to the longest", "merging"
 BLOCK = re.compile(r"(<!-- figures ([\w-]+) -->\n).*?(?=<!-- /figures -->)", re.DOTALL)
 
 
@@ -98,24 +99,15 @@ def speed(result: dict[str, Any]) -> str:
     ]
     for one in result["speed"]:
         rows = {row["name"].split(", r =")[0]: row for row in one["rows"]}
-        names = (
-            "dense, timm",
-            "dense, timm, compiled",
-            "ours",
-            "ours, compiled",
-            "masked",
-            "padded to the longest",
-            "merging",
-        )
+        names = "dense, timm", "dense, timm, compiled", "ours", "ours, compiled", *RIVALS
         ours, dense, compiled = rows["ours"], rows["dense, timm"], rows.get("ours, compiled")
         against = f"{compiled['efficiency'] * compiled_dense(rows):.2f}" if compiled else "–"
         cells = [f"{rows[name]['images_per_second']:.1f}" if name in rows else "–" for name in names]
         cells += [f"{ours['gmacs'] / dense['gmacs']:.2f}", f"{ours['speed_up']:.2f}×", f"**{ours['efficiency']:.2f}**"]
         cells += [f"{one['efficiency_within']:.2f}", against, f"{100 * one['interpreters']:.1f} %"]
         lines.append(f"| {ours['batch_size']} | {' | '.join(cells)} |")
-    return "\n".join(
-        [*lines, "", "Images/s at the median; *compiled*: efficiency of ours compiled against dense compiled.", ""]
-    )
+    what = "Images/s at the median; *compiled*: efficiency of ours compiled against dense compiled."
+    return "\n".join([*lines, "", what, ""])
 
 
 def compiled_dense(rows: dict[str, Any]) -> float:
@@ -138,7 +130,7 @@ def bench_command(result: dict[str, Any]) -> str:
 def training(result: dict[str, Any]) -> str:
     """A step of each stage."""
     lines = [
-        f"{result['machine']['threads']} threads, {result['arguments']['precision']}, group 1, DeiT-S. `{bench_command(result)}`",
+        f"{result['title'].split(';')[0]}, group 1. `{bench_command(result)}`",
         "",
         "| batch | kept | dense forward | policy step | ÷ forward | dense step | fine-tuning step | MACs ÷ dense (r) "
         "| ÷ dense step | ÷ r |",
