@@ -112,6 +112,13 @@ def test_adaptive_survives_an_image_that_loses_everything(tmp_path):
     assert len(ids) == 0
 
 
+def test_the_model_stays_as_it_is(tmp_path):
+    model = make().to(torch.bfloat16).train()
+    export(FixedCount(model, COUNTS), tmp_path / "m.pt2")
+    assert model.training
+    assert all(p.requires_grad and p.dtype == torch.bfloat16 for p in model.parameters())
+
+
 def test_command(tmp_path, capsys):
     model = make()
     model.class_names = tuple("abcde")

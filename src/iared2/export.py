@@ -10,6 +10,7 @@ Both run timm's own blocks on dense tensors: with equal lengths, or a single ima
 from __future__ import annotations
 
 import argparse
+import copy
 import inspect
 import json
 import os
@@ -28,10 +29,11 @@ from .model.reduced import ReducedVisionTransformer
 
 
 class _Dense(nn.Module):
-    """What both forms share: the model, and its scores on dense tokens."""
+    """What both forms share: a copy of the model, in float32 on the CPU, and its scores on dense tokens."""
 
     def __init__(self, model: ReducedVisionTransformer) -> None:
         super().__init__()
+        model = copy.deepcopy(model).eval().requires_grad_(False).float().cpu()
         self.backbone: Any = model.backbone
         self.interpreters: Any = model.interpreters
         self.groups = model.groups
@@ -40,7 +42,7 @@ class _Dense(nn.Module):
         self.input_size = tuple(cfg["input_size"])
         self.about = {name: cfg.get(name) for name in ("input_size", "mean", "std", "interpolation")}
         self.about["class_names"] = model.class_names
-        self.eval().requires_grad_(False)
+        self.eval()
 
     def score(self, x: Tensor, group: int) -> Tensor:
         """``x (B, S, C) -> (B, S − P)`` informativeness of the patches."""
@@ -67,7 +69,7 @@ class FixedCount(_Dense):
     """A reduced model that keeps exactly ``num_keep[g]`` patches of every image in group g.
 
     Args:
-        model: shares its weights.
+        model: is copied.
         num_keep: D numbers that do not rise, from 1 to N.
 
     Raises:
@@ -103,7 +105,7 @@ class Adaptive(_Dense):
     """A reduced model of one image, with its thresholds as they are now.
 
     Args:
-        model: shares its weights. Its head must not pool patches: an image may lose all of them.
+        model: is copied. Its head must not pool patches: an image may lose all of them.
 
     Raises:
         InputError: the head pools patches.
