@@ -1,4 +1,4 @@
-"""`iared2 demo`: the page to play with. What it owns: the page's words and layout, and how it is served.
+"""`iared2 demo`: the page to play with. What it owns: the layout, what follows what, and how it is served.
 
 A thin client of `compare`. One queue runs one request at a time, so the milliseconds are of an undisturbed pass, and
 hooks that a method puts into the model meet no other visitor. Groups are counted from 1 here, as in the paper.
@@ -10,7 +10,10 @@ import html
 import importlib.resources
 import importlib.util
 import math
+import signal
+import socket
 import tempfile
+import threading
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -20,6 +23,7 @@ import gradio as gr
 import torch
 
 from .compare import Choice, Comparison, compare, write_archive
+from .demo_words import CSS, HELP, INTRO, LABELS, caption, classes, facts
 from .errors import InputError
 from .explain.methods import METHODS
 from .predictor import Predictor
@@ -32,53 +36,9 @@ MAX_SESSIONS = 64
 KEEP_SECONDS = 3600
 """After it, uploads and pictures are deleted from the disk."""
 
-LABELS = {
-    "interpreter": "IA-RED²: the model's own scores",
-    "attention": "Raw attention",
-    "rollout": "Attention rollout",
-    "gradcam": "Grad-CAM",
-    "integrated-gradients": "Integrated gradients",
-    "memorability": "Memorability (ResMem)",
-    "random": "Random numbers (a control)",
-    "center": "Centre of the photo (a control)",
-}
 NEEDS = {"gradcam": "pytorch_grad_cam", "integrated-gradients": "captum", "memorability": "resmem"}
 """Packages without which a method is not offered."""
 EXAMPLES = "chelsea.jpg", "coffee.jpg", "astronaut.jpg"
-
-INTRO = """
-# What does a vision transformer look at, and what can it do without?
-
-The model cuts a photo into patches. At the entrance of each of its {groups} groups of layers a small *interpreter*
-scores every patch, and the patches below the threshold **leave**: later layers never see them. What stays is the
-explanation, what left is the saving. Drop a photo, then move the slider. The method is
-[IA-RED²](https://arxiv.org/abs/2106.12620). {classes}
-"""
-HELP = """
-- **Heat map**: red is high, blue is low. With *IA-RED²* it shows the scores by which a group decides. The first group
-  decides before the class token has seen any patch, so it is nearly blind; the second is the paper's choice. The other
-  methods explain the same model, with the same patches dropped, from outside.
-- **What each group kept**: the number in the corner is the share of patches still there.
-- **Threshold**: patches that score above it stay. At 0 all stay and the answer is the plain transformer's; at 1 none
-  stays.
-- **Budget**: your photos together cost at most this share. Rich photos may keep more than plain ones.
-- **Multiply-adds** are counted from the patches that stayed and include the interpreters; *saved* is against the plain
-  transformer. **Milliseconds** are of one pass with one photo: small models gain little, there is little to save.
-- The model sees the whole photo, squeezed to {height} × {width} pixels (height × width). Photos are shown at up to 1024
-  pixels. Uploads are deleted after about an hour.
-"""
-CSS = """
-.gradio-container { max-width: 1280px !important; margin: 0 auto !important; }
-.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(140px, 1fr)); gap: 12px; }
-#figures .html-container { padding: 0; }
-#problems p { border-left: 4px solid #c2410c; padding: 6px 12px; font-weight: 600; color: var(--body-text-color); }
-#gallery .grid-wrap { height: auto; min-height: 0; }
-#figures h3 { margin: 0 0 10px; }
-.fact { border: 1px solid var(--border-color-primary); border-radius: 10px; padding: 10px 14px;
-        background: var(--block-background-fill); }
-.fact b { overflow-wrap: anywhere; display: block; font-size: 1.3em; line-height: 1.3; color: var(--body-text-color); }
-.fact span { color: var(--body-text-color-subdued); font-size: .9em; }
-"""
 
 
 def methods() -> list[str]:
@@ -119,7 +79,8 @@ def explain(
         gr.Warning(problems, title="That did not work")
     gallery = [(one.overlay(), caption(one)) for one in found]
     several = gr.Column(visible=len(found) > 1)
-    return [found, problems, gallery, several, gr.Button(interactive=bool(found)), *detail(found, selected)]
+    alert = gr.HTML(problems, visible=bool(problems))
+    return [found, alert, gallery, several, gr.Button(interactive=bool(found)), *detail(found, selected)]
 
 
 def detail(found: Sequence[Comparison], selected: int) -> list[Any]:
@@ -129,37 +90,6 @@ def detail(found: Sequence[Comparison], selected: int) -> list[Any]:
     one = found[min(selected, len(found) - 1)]
     top5 = [dict(result.top5) or None for result in (one.before, one.after)]
     return [facts(one), one.overlay(), one.after.hierarchy(), *top5]
-
-
-def caption(one: Comparison) -> str:
-    """What stands below a photo in the gallery."""
-    return f"{one.name}: {one.after.top5[0][0] if one.after.top5 else 'no classes'}, {one.saved:.0%} saved"
-
-
-def facts(one: Comparison) -> str:
-    """What dropping changed, as HTML."""
-    before, after = one.before, one.after
-    unit, letter = (1e9, "G") if after.dense_macs >= 1e9 else (1e6, "M")
-    ratios = " → ".join(f"{100 * ratio:.0f}" for ratio in after.keep_ratio) + " %"
-    thresholds = " · ".join(dict.fromkeys(f"{t:.3g}" for t in after.thresholds))
-    cells = [
-        (
-            "Multiply-adds",
-            f"{one.saved:.0%} saved",
-            f"{after.macs / unit:.2f} of {after.dense_macs / unit:.2f} {letter}, threshold {thresholds}",
-        ),
-        ("Patches kept", ratios, f"of {after.kept.shape[1]}, after each group"),
-        ("Forward pass", f"{after.milliseconds:.1f} ms", f"{before.milliseconds:.1f} ms with every patch"),
-    ]
-    if after.top5:
-        (now, sure), (then, _) = after.top5[0], before.top5[0]
-        same = "the same answer" if now == then else f"it was {then}"
-        cells.append(("Answer", now, f"{sure:.0%} sure; {same} with every patch"))
-    text = "".join(
-        "<div class='fact'><span>{}</span><b>{}</b><span>{}</span></div>".format(*map(html.escape, cell))
-        for cell in cells
-    )
-    return f"<h3>{html.escape(one.name)}</h3><div class='facts'>{text}</div>"
 
 
 def select(found: Sequence[Comparison], event: gr.SelectData) -> list[Any]:
@@ -191,7 +121,7 @@ def build(predictor: Predictor) -> gr.Blocks:
     with gr.Blocks(title="IA-RED²", analytics_enabled=False, delete_cache=(600, KEEP_SECONDS)) as page:
         found = gr.State([], time_to_live=KEEP_SECONDS)
         selected = gr.State(0)
-        gr.Markdown(INTRO.format(groups=model.num_groups, classes=_classes(model.class_names)))
+        gr.Markdown(INTRO.format(groups=model.num_groups, classes=classes(model.class_names)))
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
                 label = f"Photos (up to {MAX_PHOTOS})"
@@ -209,14 +139,8 @@ def build(predictor: Predictor) -> gr.Blocks:
                 info = "Whose scores are shown. The deeper, the more it has seen."
                 default = min(1, model.num_groups - 1)
                 group = gr.Radio(groups, value=default, label="Group", info=info, elem_id="group")
-                by = rules[0][1]
-                rule = gr.Radio(
-                    rules,
-                    value=by,
-                    label="Drop patches by",
-                    info="A score to exceed, or a cost to keep to.",
-                    elem_id="rule",
-                )
+                by, info = rules[0][1], "A score to exceed, or a cost to keep to."
+                rule = gr.Radio(rules, value=by, label="Drop patches by", info=info, elem_id="rule")
                 info = "Patches that score above it stay. 0 keeps all."
                 threshold = gr.Slider(
                     0,
@@ -229,11 +153,10 @@ def build(predictor: Predictor) -> gr.Blocks:
                     elem_id="threshold",
                 )
                 info = "At most this share of what the plain transformer spends."
-                budget = gr.Slider(
-                    least, 100, 50, step=1, label="Budget in %", info=info, visible=False, elem_id="budget"
-                )
+                label = "Budget in %"
+                budget = gr.Slider(least, 100, 50, step=1, label=label, info=info, visible=False, elem_id="budget")
             with gr.Column(scale=5, min_width=320):
-                problems = gr.HTML(elem_id="problems")
+                problems = gr.HTML(visible=False, elem_id="problems")
                 with gr.Column(visible=False) as several:
                     gr.Markdown("### Your photos: choose one")
                     gallery = gr.Gallery(
@@ -287,11 +210,6 @@ def build(predictor: Predictor) -> gr.Blocks:
     return page.queue(max_size=MAX_WAITING, default_concurrency_limit=2, api_open=False)
 
 
-def _classes(names: Sequence[str] | None) -> str:
-    """A model of few classes calls everything one of them: say so."""
-    return f"This model knows only {len(names)} classes: {', '.join(names)}." if names and len(names) <= 20 else ""
-
-
 def serve(
     page: gr.Blocks,
     host: str | None = None,
@@ -299,51 +217,54 @@ def serve(
     *,
     root_path: str | None = None,
     max_file_size: int = 20,
-    wait: bool = True,
-) -> str:
-    """Serve the page, until Ctrl-C if ``wait``, and return its address.
+) -> None:
+    """Serve the page until it is interrupted (Ctrl-C), then delete what visitors brought.
 
     Args:
         page: of `build`.
-        host, port: where to listen. None: what gradio's environment variables say, as on a Hugging Face Space, or
-            else 127.0.0.1 and 7860 or the next free port.
+        host, port: where to listen. None: what gradio's environment variables say, as on a Hugging Face Space.
         root_path: the path under which a reverse proxy shows the page, such as ``/iared2``.
         max_file_size: of an upload, in megabytes.
-        wait: False returns at once; ``page.close()`` ends it.
 
     Raises:
         InputError: the port is taken, the address is not of this machine, or a number makes no sense.
     """
     if max_file_size < 1 or (port is not None and not 0 < port < 65536):
         raise InputError(f"port {port}, uploads of {max_file_size} MB: give a port from 1 to 65535, and 1 MB or more")
-    try:
-        _, address, _ = page.launch(
-            server_name=host,
-            server_port=port,
-            root_path=root_path,
-            max_file_size=f"{max_file_size}mb",
-            share=False,
-            quiet=True,
-            prevent_thread_lock=True,
-            allowed_paths=examples(),
-            footer_links=[],
-            run_history=False,
-            enable_monitoring=False,
-            mcp_server=False,
-            ssr_mode=False,
-            pwa=False,
-            state_session_capacity=MAX_SESSIONS,
-            css=CSS,
-            theme=_theme(),
-        )
-    except OSError:
-        raise InputError(
-            f"cannot listen on {host}, port {port}: it is in use or not ours; choose another --port"
-        ) from None
+    if host is not None and port is not None:
+        try:
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            socket.create_server((host, port), family=family).close()
+        except OSError as error:
+            reason = str(error.strerror).partition(" (while")[0]
+            raise InputError(
+                f"cannot listen on {host}, port {port} ({reason}); choose another --port or --host"
+            ) from None
+    _, address, _ = page.launch(
+        server_name=host,
+        server_port=port,
+        root_path=root_path,
+        max_file_size=f"{max_file_size}mb",
+        share=False,
+        quiet=True,
+        prevent_thread_lock=True,
+        allowed_paths=examples(),
+        footer_links=[],
+        run_history=False,
+        enable_monitoring=False,
+        mcp_server=False,
+        ssr_mode=False,
+        pwa=False,
+        state_session_capacity=MAX_SESSIONS,
+        css=CSS,
+        theme=_theme(),
+    )
     print(f"the page is at {address}", flush=True)
-    if wait:
-        page.block_thread()
-    return address
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a container that is stopped cleans up as well
+    try:
+        threading.Event().wait()
+    finally:
+        page.close(verbose=False)
 
 
 def _theme() -> gr.themes.Default:
