@@ -12,26 +12,50 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from timm.layers import Mlp
+from torch import Tensor, nn
 
+from iared2.errors import InputError
 from iared2.model import backbone as vit
 from iared2.model import onednn
+from iared2.model.attention import plain_is_faster
 
 
-@torch.inference_mode()
 def merging(model: Any, images: Tensor, r: int) -> Tensor:
-    """``(B, K)`` logits of ``model.backbone`` with ``r`` tokens merged in every block."""
-    x = vit.embed(model.backbone, images)
-    size = torch.ones_like(x[..., :1])
-    for block in model.backbone.blocks:
+    """``(B, K)`` logits of ``model.backbone`` with ``r`` tokens merged in every block.
+
+    Raises:
+        InputError: not a plain ViT with a class token, for which this is written.
+    """
+    backbone = model.backbone
+    block = backbone.blocks[0]
+    plain = backbone.has_class_token and backbone.num_prefix_tokens == 1 and type(block.mlp) is Mlp
+    if not plain or type(block.attn.q_norm) is not nn.Identity or getattr(block.attn, "gate", None) is not None:
+        raise InputError("token merging is written for plain vision transformers with a class token alone")
+    row = torch.empty(1, backbone.embed_dim, dtype=images.dtype)
+    at_once = max(1, onednn.rows_at_once(block, row) // (backbone.patch_embed.num_patches + 1))
+    pieces = images.split(at_once if images.device.type == "cpu" else len(images))  # in pieces, as ours
+    return torch.cat([_merging(backbone, piece, r) for piece in pieces])
+
+
+def _merging(backbone: Any, images: Tensor, r: int) -> Tensor:
+    x = vit.embed(backbone, images)
+    size, bias = torch.ones_like(x[..., :1]), None
+    for block in backbone.blocks:
         attn = block.attn
         q, k, v = onednn._linear(attn.qkv, block.norm1(x)).unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=size.log().transpose(1, 2)[:, None])
+        if plain_is_faster(v):
+            scores = q * q.shape[-1] ** -0.5 @ k.transpose(2, 3)
+            y = (scores if bias is None else scores + bias).softmax(-1) @ v
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         x = onednn._linear_add(attn.proj, y.transpose(1, 2).flatten(2), block.ls1, x)
-        x, size = merge(x, size, k.mean(1), min(r, (x.shape[1] - 1) // 2))
+        if fewer := min(r, (x.shape[1] - 1) // 2):
+            x, size = merge(x, size, k.mean(1), fewer)
+            bias = size.log().transpose(1, 2)[:, None]
         hidden = onednn._linear(block.mlp.fc1, block.norm2(x), block.mlp.act)
         x = onednn._linear_add(block.mlp.fc2, hidden, block.ls2, x)
-    return model.backbone.forward_head(model.backbone.norm(x))
+    return backbone.forward_head(backbone.norm(x))
 
 
 def merge(x: Tensor, size: Tensor, key: Tensor, r: int) -> tuple[Tensor, Tensor]:

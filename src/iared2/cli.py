@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -135,6 +136,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         if len(arguments.threshold) not in (1, model.num_groups):
             raise InputError(f"--threshold: give one number, or {model.num_groups}, one for each group")
         model.threshold = arguments.threshold
+    if not all(0 < share <= 1 for share in arguments.budget or ()):
+        raise InputError("--budget: give shares of the dense multiply-adds, above 0 and up to 1")
     if min(arguments.batch_size, arguments.limit or 1) < 1:
         raise InputError("--batch-size and --limit must be 1 or more")
     # a model that knows its classes by name gets them in its own order, whatever the order of the folders
@@ -152,12 +155,18 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     budgets = {}
     if arguments.budget:
         try:
-            sample = open_samples(data, "train")
-        except InputError:  # no training split: calibrated on the images themselves, whose labels are not looked at
-            sample = samples
+            sample, calibrated_on = open_samples(data, "train"), "training images"
+        except InputError as error:
+            if "no split" not in str(error):
+                raise
+            sample, calibrated_on = (
+                samples,
+                "the evaluated images (there is no training split); their labels are unused",
+            )
         chosen = permutation(0, 0, len(sample))[:CALIBRATION_IMAGES].numpy()
         sample = replace(sample, rows=sample.rows[chosen], labels=sample.labels[chosen])
         read = next(iter(eval_batches(sample, transform, batch_size=len(sample), workers=0)))
+        print(f"budgets are calibrated on {len(sample)} of {calibrated_on}", file=sys.stderr)
         for share in arguments.budget:
             gmacs = share * model.dense_macs / 1e9
             budgets[f"budget {share:g}"] = thresholds_for(model, read.images.to(device), gmacs=gmacs)
@@ -165,14 +174,15 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     result = evaluate(model, progress, device, budgets=budgets)
     Console().print(result.table())
     text = json.dumps(result.to_dict())
-    try:
-        if arguments.plot:
-            result.figure().savefig(arguments.plot, dpi=200)
-        if arguments.json:
-            Path(arguments.json).write_text(text + "\n")
-    except (OSError, ValueError) as error:  # ValueError: matplotlib does not know the suffix
-        raise InputError(f"cannot write {arguments.plot or arguments.json}: {error}") from None
     print(text)
+    path = arguments.json
+    try:
+        if arguments.json:
+            Path(path).write_text(text + "\n")
+        if path := arguments.plot:
+            result.figure().savefig(path, dpi=200)
+    except (OSError, ValueError) as error:  # ValueError: matplotlib does not know the suffix
+        raise InputError(f"cannot write {path}: {error}") from None
     return 0
 
 
@@ -187,13 +197,18 @@ def _demo(arguments: argparse.Namespace) -> int:
     checkpoint = arguments.checkpoint and Path(arguments.checkpoint)
     # visitors need not know where the server keeps its files
     predictor = Predictor(load(checkpoint), arguments.device, checkpoint and checkpoint.name)
-    serve(
-        build(predictor),
-        arguments.host,
-        arguments.port,
-        root_path=arguments.root_path,
-        max_file_size=arguments.max_file_size,
-    )
+    predictor.model.pack_weights()
+    try:
+        serve(
+            build(predictor),
+            arguments.host,
+            arguments.port,
+            root_path=arguments.root_path,
+            max_file_size=arguments.max_file_size,
+        )
+    except KeyboardInterrupt:  # all is cleaned up, but threads of the server may still be in torch: Python would abort
+        print("stopped", file=sys.stderr, flush=True)
+        os._exit(130)
     return 0
 
 

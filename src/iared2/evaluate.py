@@ -141,7 +141,7 @@ def evaluate(
         with torch.inference_mode():
             output, seconds = timed(device, run, *args)
         right = (output.logits.argmax(1) == labels).sum()
-        found = torch.stack([t.double().cpu() for t in (right, output.macs.sum(), *output.keep_ratio.sum(1))])
+        found = torch.stack([t.cpu().double() for t in (right, output.macs.sum(), *output.keep_ratio.sum(1))])
         sums[name] = sums.get(name, torch.zeros(len(found) + 1)) + torch.cat([found, torch.tensor([seconds])])
 
     def dense(x: Tensor) -> Output:

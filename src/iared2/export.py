@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib.util
 import inspect
 import json
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -108,13 +110,15 @@ class Adaptive(_Dense):
         model: is copied. Its head must not pool patches: an image may lose all of them.
 
     Raises:
-        InputError: the head pools patches.
+        InputError: the head pools patches, or the model has ``max_tokens``.
     """
 
     def __init__(self, model: ReducedVisionTransformer) -> None:
         super().__init__(model)
         if vit.pools_patches(model.backbone):
             raise InputError("the adaptive form needs a model whose head reads the class token; export fixed counts")
+        if model.max_tokens is not None:
+            raise InputError("the adaptive form has no max_tokens: set it to None, or export fixed counts")
         self.thresholds = model.thresholds
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
@@ -152,34 +156,31 @@ def export(form: FixedCount | Adaptive, path: Path | str, batch_size: int | None
         raise InputError("the adaptive form takes one image at a time: the number of patches left depends on the image")
     if not path.parent.is_dir():
         raise InputError(f"cannot write {path}: there is no folder {path.parent}")
+    if batch_size is not None and batch_size < 1:
+        raise InputError(f"batch_size={batch_size}: give 1 or more, or None for any")
+    onnx = path.suffix == ".onnx"
+    if onnx and importlib.util.find_spec("onnxscript") is None:
+        raise InputError("ONNX needs the package onnxscript: pip install 'iared2[export]'")
     images = torch.zeros(batch_size or 2, *form.input_size)
     name = next(iter(inspect.signature(form.forward).parameters))
     shapes = None if batch_size else {name: {0: torch.export.Dim.DYNAMIC}}
     program = torch.export.export(form, (images,), dynamic_shapes=shapes)
     about = json.dumps(form.about)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")  # the suffix stays: torch and onnx look at it
+    if onnx:
+        names: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits", "patch_ids"]}
+        onnx_program: Any = torch.onnx.export(program, dynamo=True, verbose=False, **names)
+        onnx_program.model.metadata_props["iared2"] = about
     try:
-        if path.suffix == ".pt2":
-            torch.export.save(program, temporary, extra_files={"iared2": about})
-        else:
-            onnx_program = _to_onnx(program)
-            onnx_program.model.metadata_props["iared2"] = about
-            onnx_program.save(temporary)
-        os.replace(temporary, path)
+        with tempfile.TemporaryDirectory(prefix=".iared2-", dir=path.parent) as folder:
+            if onnx:
+                onnx_program.save(Path(folder, path.name))
+            else:
+                torch.export.save(program, Path(folder, path.name), extra_files={"iared2": about})
+            # of more than 1.5 GB, an ONNX model keeps its weights in a second file, which must be there before it
+            for file in sorted(Path(folder).iterdir(), key=lambda file: file.name == path.name):
+                os.replace(file, path.parent / file.name)
     except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError where a file cannot be written
         raise InputError(f"cannot write {path}: {error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _to_onnx(program: torch.export.ExportedProgram) -> Any:
-    try:
-        import onnxscript  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise InputError(f"ONNX needs the package {error.name}: pip install 'iared2[export]'") from None
-    return torch.onnx.export(
-        program, dynamo=True, input_names=["images"], output_names=["logits", "patch_ids"], verbose=False
-    )
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:

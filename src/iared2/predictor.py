@@ -164,7 +164,6 @@ class Predictor:
             raise InputError(f"the model takes images of {channels} channels, and photos have 3")
         self.device = usable_device(device)
         self.model = model.eval().to(self.device)
-        self.model.pack_weights()
         self._about = {
             "architecture": cfg.get("architecture") or type(model.backbone).__name__,
             "input_size": [height, width],

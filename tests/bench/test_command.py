@@ -108,6 +108,10 @@ def test_the_timed_stages_keep_the_stated_share(checkpoint):
     [
         (["--keep", "0.5,0.6,0.4"], "give 3 shares"),
         (["--batch-size", "0"], "must be 1 or more"),
+        (["--threads", "-1"], "must be 1 or more"),
+        (["--spread", "nan"], "--spread is a number"),
+        (["--train", "--keep", "5"], "group 1 keeps"),
+        (["--train", "--data", "x"], "leave --data out"),
         (["--device", "cuda:9"], "device cuda:9"),
         (["--img-size", "64", "64"], "a checkpoint has its own size"),
         (["--json", "/no/such/folder/x.json"], "cannot write"),

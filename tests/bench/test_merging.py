@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import iared2
+from iared2.errors import InputError
 from iared2.model import onednn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
@@ -30,6 +31,11 @@ def test_merging_nothing_is_the_dense_model(model):
     x = torch.randn(3, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(merging(model, x, 0), model.backbone(x), atol=1e-5, rtol=1e-4)
+    other = iared2.from_timm(
+        "vit_medium_patch16_gap_256", img_size=64, patch_size=8, embed_dim=48, num_heads=3, depth=3
+    )
+    with pytest.raises(InputError, match="class token"):
+        merging(other, x, 0)
 
 
 def test_the_two_most_similar_tokens_become_their_weighted_mean():
@@ -43,7 +49,9 @@ def test_the_two_most_similar_tokens_become_their_weighted_mean():
 
 def test_multiply_adds(model):
     x = torch.randn(2, 3, 64, 64)
-    with FlopCounterMode(display=False) as counter:
+    if torch.ops.aten._scaled_dot_product_flash_attention_for_cpu not in flop_registry:
+        pytest.skip("this torch does not count attention on a CPU")
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
         merging(model, x, 5)
     counted = counter.get_total_flops() / 2 / 2 / 1e9
     assert merging_gmacs(model, 5) == pytest.approx(counted, rel=0.01)

@@ -118,7 +118,7 @@ def test_a_policy_that_drops_nothing_can_be_given_a_budget(model, images):
         ({"keep": 0.5, "gmacs": 1.0}, "one budget"),
         ({"keep": 1.5}, "from 0 to 1"),
         ({"keep": (0.5, 0.6, 0.4)}, "do not rise"),
-        ({"keep": (0.5, 0.4)}, "give 3 shares"),
+        ({"keep": (0.5, 0.4)}, "or 3 that do not rise"),
         ({"gmacs": 1000.0}, r"gmacs=1000 cannot be met: this model takes 0\.\d+ to 0\.\d+ GMACs"),
     ],
 )
@@ -146,6 +146,36 @@ def test_max_tokens_bounds_every_image_and_keeps_the_best(model, images):
     assert torch.equal(capped.kept[0], free.kept[0] & (free.scores[0] >= best))
 
 
+def test_a_budget_counts_max_tokens(model, images):
+    model.max_tokens = 40
+    try:
+        model_keep = thresholds_for(model, images, keep=0.5)
+        with torch.inference_mode():
+            kept_now = model.trace(images, model.policy(model_keep)).keep_ratio.mean()
+        with pytest.raises(InputError, match=r"max_tokens=40 allows no more than 0\.6"):
+            thresholds_for(model, images, keep=(0.9, 0.9, 0.9))
+    finally:
+        model.max_tokens = None
+    assert kept_now == pytest.approx(0.5, abs=0.02)
+
+
+def test_equal_scores_do_not_all_go():
+    from iared2.model.budget import _quantile
+
+    scores = torch.tensor([0.5] * 8 + [0.2] * 2)
+    assert (scores > _quantile(scores, 7)).sum() == 8
+    assert (scores > _quantile(scores, 3)).sum() == 0
+    assert (torch.ones(5) > _quantile(torch.ones(5), 4)).all()
+
+
+def test_what_is_no_number_is_said(model, images):
+    with pytest.raises(InputError, match="not numbers"):
+        thresholds_for(model, torch.full_like(images[:2], torch.nan), keep=0.5)
+    with pytest.raises(InputError, match=r"model.eval\(\)"):
+        thresholds_for(model.train(), images[:2], keep=0.5)
+    model.eval()
+
+
 def test_max_tokens_is_saved(model, tmp_path):
     model.max_tokens = 7
     try:
@@ -155,7 +185,7 @@ def test_max_tokens_is_saved(model, tmp_path):
     assert iared2.load(tmp_path / "m.safetensors").max_tokens == 7
 
 
-@pytest.mark.parametrize("max_tokens", [-1, 2.5])
+@pytest.mark.parametrize("max_tokens", [-1, 2.5, True])
 def test_a_senseless_limit_is_refused(model, images, max_tokens):
     model.max_tokens = max_tokens
     try:

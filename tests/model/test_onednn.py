@@ -92,12 +92,18 @@ def logits(model, x):
     return model.trace(x, by_threshold(0)).logits
 
 
-@pytest.mark.parametrize("change", ["in place", "load_state_dict", "double and back", "new parameter"])
+@pytest.mark.parametrize(
+    "change", ["in place", "load_state_dict", "double and back", "new parameter", "transposed", "fused optimiser"]
+)
 def test_packed_weights_follow_a_change_of_the_weights(change):
     model, x = tiny(), torch.randn(2, 3, 32, 32)
     model.pack_weights()
     before = logits(model, x)
-    layer = model.backbone.blocks[1].mlp.fc1
+    layer = model.backbone.blocks[1].attn.proj
+    if change == "fused optimiser":  # it leaves no trace on the weight
+        optimizer = torch.optim.AdamW([layer.weight], lr=0.1, fused=True)
+        model(x).sum().backward()
+        optimizer.step()
     with torch.no_grad():
         if change == "in place":
             layer.weight.mul_(3)
@@ -107,12 +113,34 @@ def test_packed_weights_follow_a_change_of_the_weights(change):
             model.double()
             layer.weight.mul_(3)
             model.float()
-        else:
+        elif change == "transposed":
+            layer.weight = nn.Parameter(layer.weight.t())
+        elif change == "new parameter":
             layer.weight = nn.Parameter(3 * layer.weight)
         with plain_blocks():
             want = logits(model, x)
     assert (before - want).abs().max() > 1e-3
     torch.testing.assert_close(logits(model, x), want, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("where", ["mlp", "mlp.act", "mlp.drop1", "attn.proj_drop", "ls1"])
+def test_what_is_fused_away_can_still_be_watched(where, calls):
+    model, x, seen = tiny(), torch.randn(2, 3, 32, 32), []
+    model.backbone.blocks[0].get_submodule(where).register_forward_hook(lambda *_: seen.append(1))
+    logits(model, x)
+    assert seen
+    assert len(calls) < 3
+
+
+def test_dropout_that_is_left_on_alone_drops():
+    """Monte Carlo dropout: the model in evaluation mode, its dropout not."""
+    torch.manual_seed(0)
+    model = iared2.from_timm(
+        "deit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=48, num_heads=3, depth=3, proj_drop_rate=0.5
+    ).eval()
+    model.backbone.blocks[1].mlp.drop1.train()
+    x = torch.randn(2, 3, 32, 32)
+    assert not torch.equal(logits(model, x), logits(model, x))
 
 
 def test_hooks_and_adapters_on_a_layer_are_honoured():

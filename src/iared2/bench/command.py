@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from ..checkpoint import load
 from ..data import DataConfig, open_samples
 from ..device import usable_device
 from ..errors import InputError
+from ..keyed import permutation
 from ..model.reduced import ReducedVisionTransformer, from_timm
 from . import speed
 from .workload import Workload, by_the_policy, drawn
@@ -50,15 +53,16 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, more: Callable[[ReducedVisionTransformer, Workload], Any] | None = None) -> int:
     """Run the benchmark; see `add_arguments`. ``more`` adds rivals (`speed.measure`) for each workload."""
+    _check(arguments)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    if min(arguments.batch_size) < 1:
-        raise InputError("--batch-size must be 1 or more")
     device = usable_device(arguments.device)
     model = _model(arguments).to(device, PRECISIONS[arguments.precision])
     console = Console(stderr=True)
     title = f"{arguments.model}, {device}, {arguments.precision}, {torch.get_num_threads()} threads"
-    if not arguments.data:
+    if arguments.train:
+        title += f"; group 1 keeps {arguments.keep[0]:g}"
+    elif not arguments.data:
         shares = " ".join(f"{share:g}" for share in arguments.keep)
         title += f"; scores drawn, not a trained policy's: keep {shares} ± {arguments.spread:g}"
     given = {name: value for name, value in vars(arguments).items() if name != "run"}
@@ -89,25 +93,41 @@ def run(arguments: argparse.Namespace, more: Callable[[ReducedVisionTransformer,
             )
         result["speed"] = [measured.to_dict() for measured in speeds]
     text = json.dumps(result)
+    print(text)
     if arguments.json:
         try:
             Path(arguments.json).write_text(text + "\n")
         except OSError as error:
             raise InputError(f"cannot write {arguments.json}: {error.strerror}") from None
-    print(text)
     return 0
 
 
 def machine(device: torch.device) -> dict[str, Any]:
     """What the figures were measured on."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    cpu = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
     return {
-        "device": name,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "cpu": cpu[1] if cpu else platform.processor(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
         **{package: version(package) for package in ("iared2", "torch", "timm")},
     }
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    if not all(1 <= size <= 1 << 16 for size in arguments.batch_size):
+        raise InputError("--batch-size must be 1 or more, and not more than 65536")
+    if arguments.threads is not None and arguments.threads < 1:
+        raise InputError("--threads must be 1 or more")
+    if not 0 <= arguments.spread <= 1 or not 0 <= arguments.seconds < 1e6:
+        raise InputError("--spread is a number from 0 to 1, and --seconds 0 or more")
+    if arguments.train and arguments.data:
+        raise InputError("--train runs on drawn images: leave --data out")
+    if arguments.train and not 0 < arguments.keep[0] <= 1:
+        raise InputError("--keep: group 1 keeps a share above 0, up to 1")
 
 
 def _numbers(text: str) -> list[float]:
@@ -135,9 +155,11 @@ def _workload(model: ReducedVisionTransformer, size: int, arguments: argparse.Na
 
 def _read(model: ReducedVisionTransformer, data: str, size: int) -> Tensor:
     samples = open_samples(DataConfig(path=data), "eval", whole=True)
+    chosen = permutation(0, 0, len(samples))[:size].numpy()  # folders lie class by class
+    samples = replace(samples, rows=samples.rows[chosen], labels=samples.labels[chosen])
     batch = next(iter(eval_batches(samples, model_transform(model.pretrained_cfg), batch_size=size)))
     if len(batch.images) < size:
-        raise InputError(f"{data} has fewer than {size} images that can be read in its first batch")
+        raise InputError(f"{data} has fewer than {size} images that can be read among those chosen")
     return batch.images
 
 

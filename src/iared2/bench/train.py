@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from .. import keyed
+from ..model.decide import keep_all
 from ..model.reduced import ReducedVisionTransformer
 from ..model.tokens import PackedTokens
 from ..train.finetune import FinetuneStage
@@ -32,6 +33,8 @@ class TrainingSpeed:
     """Share of the patches that the group keeps, sampled and greedy alike."""
     dense_forward_ms: float
     """timm's model, without a graph."""
+    own_forward_ms: float
+    """The same on our engine, nothing dropped."""
     policy_step_ms: float
     """Sampled and greedy decision, backward pass and optimiser."""
     dense_step_ms: float
@@ -51,14 +54,18 @@ class TrainingSpeed:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types."""
-        ratios = {"policy_over_forward": self.policy_over_forward, "finetune_over_dense": self.finetune_over_dense}
+        ratios = {
+            "policy_over_forward": self.policy_over_forward,
+            "policy_over_own_forward": self.policy_step_ms / self.own_forward_ms,
+            "finetune_over_dense": self.finetune_over_dense,
+        }
         return asdict(self) | ratios
 
 
 def measure(
     model: ReducedVisionTransformer, images: Tensor, keep_ratio: float, *, group: int = 0, seconds: float = 60.0
 ) -> TrainingSpeed:
-    """Time one step of every kind, taking turns. The model's weights change.
+    """Time one step of every kind, taking turns.
 
     Args:
         model: any; each stage works on a copy of it.
@@ -98,14 +105,19 @@ def measure(
         with torch.inference_mode():
             return forward_model(images)
 
+    def own_forward() -> Tensor:
+        with torch.inference_mode():
+            return whole.head(whole.reduce(whole.embed(images), decide=keep_all)[0])
+
+    whole = deepcopy(model).eval()
     forward_model = deepcopy(model).eval().backbone
-    runs = {"f": dense_forward, "p": step(policy), "d": dense_step, "t": step(finetune)}
+    runs = {"f": dense_forward, "o": own_forward, "p": step(policy), "d": dense_step, "t": step(finetune)}
     times = take_turns(runs, images.device, seconds)
     ms = {name: 1000 * statistics.median(t) for name, t in times.items()}
     kept = torch.full((model.num_groups, 1), num_keep)
     kept[:group] = model.grid_size[0] * model.grid_size[1]
     ratio = model.count_macs(kept).item() / model.dense_macs
-    return TrainingSpeed(len(images), group, keep_ratio, ms["f"], ms["p"], ms["d"], ms["t"], ratio)
+    return TrainingSpeed(len(images), group, keep_ratio, ms["f"], ms["o"], ms["p"], ms["d"], ms["t"], ratio)
 
 
 def _keeping(model: ReducedVisionTransformer, keep_ratio: float) -> ReducedVisionTransformer:

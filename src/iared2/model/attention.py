@@ -37,7 +37,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, packed: PackedTokens, dropout: float
     out = []
     for run in zip(packed.runs(q), packed.runs(k), packed.runs(v), strict=True):
         q_run, k_run, v_run = (rows.transpose(1, 2) for rows in run)  # (images, H, length, head_dim)
-        if _plain_is_faster(v):
+        if dropout == 0 and plain_is_faster(v_run):
             y = (q_run * q.shape[-1] ** -0.5 @ k_run.transpose(2, 3)).softmax(-1) @ v_run
         else:
             y = F.scaled_dot_product_attention(q_run, k_run, v_run, dropout_p=dropout)
@@ -45,9 +45,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, packed: PackedTokens, dropout: float
     return out[0] if len(out) == 1 else torch.cat(out)
 
 
-def _plain_is_faster(v: Tensor) -> bool:
-    """bfloat16 inference on a CPU: torch's fused kernel takes twice as long there as in float32 (docs/speed.md)."""
-    return v.device.type == "cpu" and v.dtype == torch.bfloat16 and not torch.is_grad_enabled()
+def plain_is_faster(v: Tensor) -> bool:
+    """Inference in bfloat16 on a CPU, of images of up to 512 tokens ``v (images, H, length, head_dim)``.
+
+    There torch's fused kernel takes twice as long as two plain matrix products (docs/speed.md); beyond, as long.
+    """
+    half = v.device.type == "cpu" and v.dtype == torch.bfloat16
+    return half and v.shape[2] <= 512 and not torch.is_grad_enabled()
 
 
 def attention_weights(q: Tensor, k: Tensor, packed: PackedTokens) -> Iterator[Tensor]:

@@ -7,6 +7,7 @@ scaled norms and dropout come along.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -75,11 +76,13 @@ def run_blocks(
     ``compiled`` compiles what lies between one attention and the next, once for all blocks and any number of tokens.
     timm's flag of activation checkpointing is honoured.
     """
-    blocks = [(index, backbone.blocks[index]) for index in indices]
-    if not compiled and all(onednn.can_run(block, packed.x) for _, block in blocks):
-        return packed.with_x(onednn.run_blocks([block for _, block in blocks], packed))
+    blocks = [backbone.blocks[index] for index in indices]
+    if not compiled and all(onednn.can_run(block, packed.x) for block in blocks):
+        return packed.with_x(onednn.run_blocks(blocks, packed))
+    if torch.is_grad_enabled():
+        onednn.forget(blocks)
     x = packed.x
-    for index, block in blocks:
+    for index, block in zip(indices, blocks, strict=True):
         if backbone.grad_checkpointing and torch.is_grad_enabled():
             x = checkpoint(run_block, block, x, packed, index, compiled, use_reentrant=False)
         else:
@@ -94,7 +97,9 @@ def run_block(
 
     ``index`` names the block's draws of stochastic depth.
     """
-    before, after = (_compiled_before, _compiled_after) if compiled else (before_attention, after_attention)
+    before, after = before_attention, after_attention
+    if compiled:
+        before, after = _compiled(before), _compiled(after)
     q, k, v, y = before(block, x)
     y_attn = attend(q, k, v, packed, block.attn.attn_drop.p if block.attn.training else 0.0)
     scales = (drop_path_scale(d, packed, 2 * index + i, x) for i, d in enumerate((block.drop_path1, block.drop_path2)))
@@ -130,8 +135,10 @@ def after_attention(
     return x + (branch if scale2 is None else branch * scale2)
 
 
-_compiled_before = torch.compile(before_attention, dynamic=True)  # compiled at the first call, not here
-_compiled_after = torch.compile(after_attention, dynamic=True)
+@cache
+def _compiled(half: Any) -> Any:
+    """Not made when this module is imported: the compiler takes a second to import, and starts threads."""
+    return torch.compile(half, dynamic=True)
 
 
 def drop_path_scale(drop_path: nn.Module, packed: PackedTokens, site: int, x: Tensor) -> Tensor | None:

@@ -2,18 +2,20 @@
 
 Scores crowd around one value, and each group has its own crowd, so a number such as 0.51 says little about cost. Here
 each group's threshold is a quantile of the scores that living patches really have, taken group by group in one pass:
-the share kept over the whole sample is exactly what was asked for, while each image still keeps more or less than that.
+the share kept over the whole sample is what was asked for, to a patch, and each image keeps more or less than that.
 
 How a budget is spread over the groups follows from what the policy itself does: if it keeps the shares ``a_g`` at its
 own thresholds, the budgets are ``a_g ** alpha``, from everything (0) over its own (1) to ever less. A group that drops
-nothing keeps dropping nothing. A policy that drops nothing at all gives no shape; then each group keeps half of what
-the one before it kept, to the power of alpha.
+nothing keeps dropping nothing. Where a budget cannot be met that way, or the policy drops nothing at all, each group
+keeps the same part of what the one before it kept.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from torch import Tensor
 
 from ..device import timed
 from ..errors import InputError
-from .decide import by_threshold
+from .decide import at_most, by_threshold
 from .tokens import PackedTokens
 
 BATCH_SIZE = 64
@@ -30,7 +32,6 @@ MAX_ALPHA = 64.0  # a share of 0.9 to the power of 64 is 0.001
 TOLERANCE = 1e-3  # of the budget; the shares themselves are exact to one patch of the sample
 
 
-@torch.no_grad()
 def thresholds_for(
     model: Any,
     images: Tensor,
@@ -42,7 +43,7 @@ def thresholds_for(
     """The thresholds, one for each group, that meet one budget on ``images``. The model is not changed.
 
     Args:
-        model: a `ReducedVisionTransformer` in evaluation mode.
+        model: a `ReducedVisionTransformer` in evaluation mode. Its ``max_tokens`` holds.
         images: ``(B, in_chans, height, width)``, a sample of what the model will see; a few hundred are plenty.
         keep: share of the patches that the blocks run on, 0…1, mean over blocks and images. Or D shares, one a group.
         gmacs: mean multiply-adds of an image in 10⁹, interpreters included.
@@ -50,39 +51,74 @@ def thresholds_for(
             the device where the model is. Measured, so it is as steady as the machine.
 
     Raises:
-        InputError: not exactly one budget, no images, or a budget that this model cannot meet (says what it can).
+        InputError: not exactly one budget, no images, a model in training mode, scores that are not numbers, or a
+            budget that this model cannot meet (says what it can).
     """
     if sum(budget is not None for budget in (keep, gmacs, latency_ms)) != 1:
         raise InputError("give one budget: keep=, gmacs= or latency_ms=")
     if not len(images):
         raise InputError("a budget needs at least one image to calibrate on")
+    if model.training:
+        raise InputError("a budget is met in evaluation mode: call model.eval() first")
     with torch.inference_mode():
+        images = images.to(next(model.parameters()))
         sample = [model.embed(chunk) for chunk in images.split(BATCH_SIZE)]
-        if isinstance(keep, Sequence):
-            return _at_shares(model, sample, _checked(keep, model.num_groups))[0]
-        own = _own_shares(model, sample)
         if keep is not None:
-            return _at_shares(model, sample, _shares_of_mean(model, own, keep))[0]
+            return _for_shares(model, sample, _numbers(keep))
         if gmacs is not None:
-            return _for_gmacs(model, sample, own, gmacs)
+            return _for_gmacs(model, sample, gmacs)
         assert latency_ms is not None
-        return _for_latency(model, sample, own, images[:TIMED_IMAGES], latency_ms)
+        return _for_latency(model, sample, images[:TIMED_IMAGES], latency_ms)
 
 
-def _checked(shares: Sequence[float], num_groups: int) -> list[float]:
-    falling = all(a >= b for a, b in zip([1.0, *shares], [*shares, 0.0], strict=True))
-    if len(shares) != num_groups or not falling:
-        raise InputError(f"keep={list(shares)}: give {num_groups} shares that do not rise, each from 0 to 1")
-    return list(shares)
-
-
-def _own_shares(model: Any, sample: list[PackedTokens]) -> list[float]:
-    """Share of the patches alive after each group at the model's own thresholds; a geometric fall if it drops none."""
-    kept = torch.cat([torch.stack(model.reduce(packed)[2]).sum(-1) for packed in sample], 1)  # (D, B)
-    shares = (kept.double().mean(1) / sample[0].num_patches).clamp_min(1e-3).tolist()
-    if shares[-1] == 1:
-        return [2.0 ** -(g + 1) for g in range(model.num_groups)]
+def _numbers(keep: Any) -> list[float]:
+    try:
+        shares = torch.as_tensor(keep, dtype=torch.float64).flatten().tolist()
+    except (TypeError, ValueError, RuntimeError):
+        shares = []
+    if not shares or not all(0 <= share <= 1 for share in shares):
+        raise InputError(f"keep={keep}: a share of the patches is a number from 0 to 1")
     return shares
+
+
+def _for_shares(model: Any, sample: list[PackedTokens], keep: list[float]) -> list[float]:
+    weights = torch.tensor([len(group) / sum(map(len, model.groups)) for group in model.groups], dtype=torch.float64)
+
+    def mean(shares: list[float]) -> float:
+        return float(weights @ torch.tensor(shares, dtype=torch.float64))
+
+    if len(keep) == 1:
+        family = _family(model, sample, lambda shares: mean(shares) <= keep[0])
+        wanted, target = keep[0], keep[0]
+        for _ in range(6):  # max_tokens may take from some groups what the others then have to keep
+            shares = family(_solve(lambda alpha: mean(family(alpha)), target))
+            thresholds, kept = _at_shares(model, sample, shares)
+            found = mean((kept.double().mean(1) / sample[0].num_patches).tolist())
+            if model.max_tokens is None or abs(found - wanted) < TOLERANCE:
+                break
+            target += wanted - found
+    else:
+        if len(keep) != model.num_groups or any(b > a for a, b in pairwise(keep)):
+            raise InputError(f"keep={keep}: give one share, or {model.num_groups} that do not rise, one for each group")
+        thresholds, kept = _at_shares(model, sample, keep)
+        wanted, found = mean(keep), mean((kept.double().mean(1) / sample[0].num_patches).tolist())
+    if model.max_tokens is not None and found < wanted - 0.02:
+        raise InputError(f"keep={keep} cannot be met: max_tokens={model.max_tokens} allows no more than {found:.2f}")
+    return thresholds
+
+
+def _family(
+    model: Any, sample: list[PackedTokens], meets: Callable[[list[float]], bool]
+) -> Callable[[float], list[float]]:
+    """alpha -> the shares of each group: the policy's own to the power of alpha, if their end meets the budget.
+
+    If it does not, since groups that drop nothing hold it up, each group keeps the same part of what it is given.
+    """
+    kept = torch.cat([torch.stack(model.reduce(packed)[2]).sum(-1) for packed in sample], 1)  # (D, B)
+    own = (kept.cpu().double().mean(1) / sample[0].num_patches).clamp_min(1e-3).tolist()
+    if own[-1] > 0.99 or not meets([share**MAX_ALPHA for share in own]):
+        own = [2.0 ** -(group + 1) for group in range(model.num_groups)]
+    return lambda alpha: [share**alpha for share in own]
 
 
 def _at_shares(model: Any, sample: list[PackedTokens], shares: Sequence[float]) -> tuple[list[float], Tensor]:
@@ -91,20 +127,30 @@ def _at_shares(model: Any, sample: list[PackedTokens], shares: Sequence[float]) 
     for group, share in enumerate(shares):
         scores = [model.score(packed, group) for packed in sample]
         living = torch.cat([s[packed.alive] for s, packed in zip(scores, sample, strict=True)])
-        num_keep = round(share * sum(s.numel() for s in scores))
-        if num_keep >= len(living):
-            threshold = 0.0
-        else:  # the best score that has to go: `>` keeps exactly those above
-            threshold = living.sort(descending=True).values[num_keep].item() if num_keep else 1.0
-        decide = by_threshold(threshold)
-        keep = [model.keep_one(decide(s, p.alive, 0), s, p.alive) for s, p in zip(scores, sample, strict=True)]
+        if living.isnan().any():
+            raise InputError("the scores of some images are not numbers: look for nan or inf in the images")
+        thresholds.append(_quantile(living, round(share * sum(s.numel() for s in scores))))
+        decide = at_most(model.max_tokens, by_threshold(thresholds[-1]))
+        keep = [model.keep_one(decide(s, p.alive, group), s, p.alive) for s, p in zip(scores, sample, strict=True)]
         sample = [
             model.run_blocks(packed.select(k), group) if group + 1 < len(shares) else packed
             for packed, k in zip(sample, keep, strict=True)
         ]
-        thresholds.append(threshold)
         kept.append(torch.cat([k.sum(1) for k in keep]))
-    return thresholds, torch.stack(kept)
+    return thresholds, torch.stack(kept).cpu()
+
+
+def _quantile(scores: Tensor, num_keep: int) -> float:
+    """The threshold that keeps ``num_keep`` of the scores; where equal scores straddle it, all or none of them."""
+    if num_keep >= len(scores):
+        return 0.0
+    if num_keep == 0:
+        return 1.0
+    first_to_go = scores.sort(descending=True).values[num_keep]
+    above, from_there = int((scores > first_to_go).sum()), int((scores >= first_to_go).sum())
+    if num_keep - above <= from_there - num_keep:
+        return first_to_go.item()
+    return torch.nextafter(first_to_go, first_to_go.new_zeros(())).item()
 
 
 def _solve(falls: Callable[[float], float], target: float) -> float:
@@ -116,68 +162,55 @@ def _solve(falls: Callable[[float], float], target: float) -> float:
     return (low + high) / 2
 
 
-def _shares_of_mean(model: Any, own: list[float], keep: float) -> list[float]:
-    if not 0 <= keep <= 1:
-        raise InputError(f"keep={keep}: a share of the patches is a number from 0 to 1")
-    blocks = [len(group) for group in model.groups]
-
-    def mean(alpha: float) -> float:
-        return sum(n * a**alpha for n, a in zip(blocks, own, strict=True)) / sum(blocks)
-
-    if mean(MAX_ALPHA) > keep:  # groups that drop nothing hold it up: let every group take its part
-        return [keep] * len(own)
-    alpha = _solve(mean, keep)
-    return [a**alpha for a in own]
-
-
-def _for_gmacs(model: Any, sample: list[PackedTokens], own: list[float], gmacs: float) -> list[float]:
+def _for_gmacs(model: Any, sample: list[PackedTokens], gmacs: float) -> list[float]:
     num_patches = sample[0].num_patches
-
     dither = (torch.arange(64) + 0.5) / 64  # whole patches, whose mean over 64 images is the share to 1/64 of a patch
 
-    def estimate(alpha: float) -> float:  # as if each image kept the mean
-        counts = torch.stack([(num_patches * a**alpha + dither).floor().long() for a in own])
+    def estimate(shares: list[float]) -> float:  # as if each image kept the mean
+        counts = torch.stack([(num_patches * share + dither).floor().long() for share in shares])
         return model.count_macs(counts, num_patches).double().mean().item() / 1e9
 
-    if not estimate(MAX_ALPHA) <= gmacs <= estimate(0):
-        least, most = estimate(MAX_ALPHA), estimate(0)
+    family = _family(model, sample, lambda shares: estimate(shares) <= gmacs)
+
+    least, most = estimate(family(MAX_ALPHA)), estimate(family(0))
+    if not least <= gmacs <= most:
         raise InputError(f"gmacs={gmacs:g} cannot be met: this model takes {least:.3g} to {most:.3g} GMACs an image")
     target = gmacs
     for _ in range(6):  # images differ and cost is convex, so the mean image costs a little less than the mean cost
-        alpha = _solve(estimate, target)
-        thresholds, kept = _at_shares(model, sample, [a**alpha for a in own])
-        found = model.count_macs(kept.cpu(), num_patches).double().mean().item() / 1e9
+        thresholds, kept = _at_shares(model, sample, family(_solve(lambda alpha: estimate(family(alpha)), target)))
+        found = model.count_macs(kept, num_patches).double().mean().item() / 1e9
         if abs(found / gmacs - 1) < TOLERANCE:
             break
         target *= gmacs / found
+    if model.max_tokens is not None and found < 0.98 * gmacs:
+        raise InputError(f"gmacs={gmacs:g} cannot be met: max_tokens={model.max_tokens} allows {found:.3g} at most")
     return thresholds
 
 
-def _for_latency(
-    model: Any, sample: list[PackedTokens], own: list[float], images: Tensor, latency_ms: float
-) -> list[float]:
+def _for_latency(model: Any, sample: list[PackedTokens], images: Tensor, latency_ms: float) -> list[float]:
     def median_ms(thresholds: list[float]) -> float:
         def forward(image: Tensor) -> Tensor:
-            return model.head(model.reduce(model.embed(image), decide=by_threshold(thresholds))[0])
+            return model.head(model.reduce(model.embed(image), decide=model.policy(thresholds))[0])
 
         seconds = [timed(images.device, forward, image)[1] for _ in range(3) for image in images.split(1)]
         return 1000 * statistics.median(seconds[len(images) :])  # the first round warms up
 
     def at(alpha: float) -> tuple[list[float], float]:
-        thresholds = _at_shares(model, sample, [a**alpha for a in own])[0]
+        thresholds = _at_shares(model, sample, family(alpha))[0]
         return thresholds, median_ms(thresholds)
 
+    family = _family(model, sample, lambda shares: median_ms(_at_shares(model, sample, shares)[0]) <= latency_ms)
     whole, slowest = at(0.0)
     if slowest <= latency_ms:
         return whole
     best, fastest = at(MAX_ALPHA)
-    if fastest > latency_ms:
+    if not fastest <= latency_ms:
         raise InputError(
             f"latency_ms={latency_ms:g} cannot be met: here the model takes {fastest:.3g} to {slowest:.3g} ms an image"
         )
-    low, high = 0.0, 8.0
-    for _ in range(7):
-        middle = (low + high) / 2
+    low, high = 1 / MAX_ALPHA, MAX_ALPHA
+    for _ in range(9):  # as many steps below the policy's own shares as above
+        middle = math.sqrt(low * high)
         thresholds, ms = at(middle)
         if ms <= latency_ms:
             best, high = thresholds, middle

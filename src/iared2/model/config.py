@@ -43,7 +43,7 @@ def config_of(model: Any) -> dict[str, Any]:
         "model_args": args,
         "groups": model.num_groups,
         "threshold": model.thresholds,
-        "max_tokens": model.max_tokens,
+        "max_tokens": None if model.max_tokens is None else int(model.max_tokens),
         "class_names": model.class_names,
         "pretrained_cfg": {key: cfg.get(key) for key in ("input_size", "mean", "std", "interpolation", "crop_pct")},
     }

@@ -7,6 +7,7 @@ know which one it runs. Every decision here keeps a subset of ``alive``: a dropp
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -50,12 +51,12 @@ def at_most(max_tokens: int | None, decide: Decide) -> Decide:
     """
     if max_tokens is None:
         return decide
-    if not isinstance(max_tokens, int) or max_tokens < 0:
+    if not isinstance(max_tokens, Integral) or isinstance(max_tokens, bool) or max_tokens < 0:
         raise InputError(f"max_tokens={max_tokens}: give a number of patches, 0 or more, or None for no limit")
 
     def capped(scores: Tensor, alive: Tensor, group: int) -> Tensor:
         keep = decide(scores, alive, group)
-        return top_k(scores, keep, torch.full_like(keep[:, 0], max_tokens, dtype=torch.int64))
+        return top_k(scores, keep, keep.new_full((len(keep),), min(max_tokens, keep.shape[1]), dtype=torch.int64))
 
     return capped
 

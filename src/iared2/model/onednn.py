@@ -10,7 +10,7 @@ where they are missing, or an argument does not fit, the plain block runs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -25,6 +25,9 @@ from .tokens import PackedTokens
 _packed: WeakKeyDictionary[nn.Linear, tuple[Tensor, int, Tensor]] = WeakKeyDictionary()
 """Layer -> its weight, the version of the weight, and the same numbers in oneDNN's own layout."""
 
+CHUNK_BYTES = 16 << 20
+"""Of the hidden layer of as many images as run at once, see `run_blocks`."""
+
 
 def _is_available() -> bool:
     ops = torch.ops.mkldnn
@@ -34,7 +37,6 @@ def _is_available() -> bool:
 
 
 AVAILABLE = _is_available()
-CHUNK_BYTES = 16 << 20
 BF16 = AVAILABLE and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 if AVAILABLE:  # else torch's counter would take these layers for free
@@ -48,14 +50,29 @@ def _has_kernel(x: Tensor) -> bool:
     return AVAILABLE and x.device.type == "cpu" and (x.dtype == torch.float32 or (BF16 and x.dtype == torch.bfloat16))
 
 
-def can_run(block: nn.Module, x: Tensor) -> bool:
-    """Whether `run_block` computes what the plain block would: inference, eager, CPU, float32 or bfloat16."""
+def can_run(block: Any, x: Tensor) -> bool:
+    """Whether `run_block` computes what the plain block would.
+
+    That is inference, eager, on a CPU, in float32 or bfloat16, and nobody watches or has changed a layer that is fused
+    away.
+    """
+    mlp = block.mlp
+    fused = [block.attn.proj_drop, block.ls1, block.ls2, mlp]
+    if type(mlp) is Mlp:
+        fused += [mlp.act, mlp.drop1, mlp.norm, mlp.drop2]
     return (
         _has_kernel(x)
         and not (torch.is_grad_enabled() or block.training or torch.is_autocast_enabled("cpu"))
         and bool(torch.backends.mkldnn.enabled)
         and not torch.compiler.is_compiling()
+        and not any(map(_is_touched, fused))
     )
+
+
+def _is_touched(module: nn.Module) -> bool:
+    """Hooked, with a ``forward`` of its own, or in training mode on its own (Monte Carlo dropout)."""
+    watched = module._forward_hooks or module._forward_pre_hooks
+    return bool(watched) or module.training or "forward" in module.__dict__
 
 
 def run_blocks(blocks: Sequence[Any], packed: PackedTokens) -> Tensor:
@@ -65,12 +82,18 @@ def run_blocks(blocks: Sequence[Any], packed: PackedTokens) -> Tensor:
     pages; and the hidden layer of a few images stays in the cache (docs/speed.md).
     """
     parts = []
-    for part in packed.split(CHUNK_BYTES // (4 * packed.x[0].nbytes)):  # the hidden layer is four times as wide
+    for part in packed.split(rows_at_once(blocks[0], packed.x)):
         x = part.x
         for block in blocks:
             x = run_block(block, x, part)
         parts.append(x)
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def rows_at_once(block: Any, x: Tensor) -> int:
+    """Rows of ``x (T, C)`` whose hidden layer takes `CHUNK_BYTES`."""
+    hidden = block.mlp.fc1.out_features if hasattr(block.mlp, "fc1") else 4 * x.shape[1]
+    return CHUNK_BYTES // (hidden * x.element_size())
 
 
 def run_block(block: Any, x: Tensor, packed: PackedTokens, attend: Attend = attend) -> Tensor:
@@ -88,32 +111,56 @@ def run_block(block: Any, x: Tensor, packed: PackedTokens, attend: Attend = atte
     return x + block.ls2(mlp(y))
 
 
-def pack_weights(module: nn.Module) -> None:
-    """Lay the weights of all linear layers out as oneDNN wants them: 10 to 15 % faster, a second copy in memory.
+def pack_weights(blocks: Iterable[Any]) -> None:
+    """Lay the weights of the blocks out as oneDNN wants them: 10 to 15 % faster, a second copy in memory.
 
-    A layer whose weight is changed, moved or loaded anew afterwards goes back to the weight itself. The exception is a
-    change behind autograd's back (``weight.data.copy_()``), which cannot be seen: call this again.
+    A layer whose weight is replaced, changed, moved or loaded anew goes back to the weight itself, and so do all when a
+    block runs with a graph (`forget`): it is being trained. Two changes cannot be seen: ``weight.data.copy_()``, and a
+    fused optimiser that trains the timm model by itself. Pack again after those.
     """
-    for layer in module.modules():
+    for layer in _layers(blocks):
         if type(layer) is nn.Linear and _has_kernel(layer.weight) and not layer.weight.is_inference():
             weight = layer.weight.detach()
             _packed[layer] = weight, weight._version, torch.ops.mkldnn._reorder_linear_weight(weight, None)
 
 
+def forget(blocks: Iterable[Any]) -> None:
+    """Undo `pack_weights`: fused optimisers change weights without a trace."""
+    if _packed:
+        for layer in _layers(blocks):
+            _packed.pop(layer, None)
+
+
+def _layers(blocks: Iterable[Any]) -> Iterator[Any]:
+    """What `run_block` runs by oneDNN."""
+    for block in blocks:
+        yield from (block.attn.qkv, block.attn.proj)
+        if type(block.mlp) is Mlp:
+            yield from (block.mlp.fc1, block.mlp.fc2)
+
+
 def _weight(layer: nn.Linear) -> Tensor:
     """The packed weight if there is one and the weight is still the same."""
     entry = _packed.get(layer)
-    if entry is not None:
-        weight, version, packed = entry
-        if layer.weight.data_ptr() == weight.data_ptr() and layer.weight._version == version:
-            return packed
-    return layer.weight
+    if entry is None:
+        return layer.weight
+    now, (weight, version, packed) = layer.weight, entry
+    same_place = now.data_ptr() == weight.data_ptr() and (now.shape, now.stride()) == (weight.shape, weight.stride())
+    if same_place and now._version == version:
+        return packed
+    del _packed[layer]
+    return now
 
 
 def _fits(layer: Any, x: Tensor) -> bool:
-    """Of a kind and precision that oneDNN has, not replaced by an adapter, not hooked."""
-    hooked = layer._forward_hooks or layer._forward_pre_hooks
-    return _has_kernel(x) and type(layer) is nn.Linear and layer.weight.dtype == x.dtype and not hooked
+    """Of a kind and precision that oneDNN has; no adapter in its place, no hook, no quantised weight."""
+    return (
+        type(layer) is nn.Linear
+        and _has_kernel(x)
+        and type(layer.weight) in (nn.Parameter, Tensor)
+        and layer.weight.dtype == x.dtype
+        and not _is_touched(layer)
+    )
 
 
 def _linear(layer: Any, x: Tensor, gelu: nn.GELU | None = None) -> Tensor:

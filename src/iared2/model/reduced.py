@@ -222,7 +222,7 @@ class ReducedVisionTransformer(nn.Module):
 
     def pack_weights(self) -> None:
         """Prepare for inference on a CPU: lay the weights out once (`onednn.pack_weights`). Does nothing elsewhere."""
-        onednn.pack_weights(self.backbone)
+        onednn.pack_weights(self.backbone.blocks)
 
     # ---- a timm model where people rely on it -------------------------------------------------------------------
 
