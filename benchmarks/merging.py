@@ -43,18 +43,18 @@ def _merging(backbone: Any, images: Tensor, r: int) -> Tensor:
     size, bias = torch.ones_like(x[..., :1]), None
     for block in backbone.blocks:
         attn = block.attn
-        q, k, v = onednn._linear(attn.qkv, block.norm1(x)).unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = onednn.linear(attn.qkv, block.norm1(x)).unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
         if plain_is_faster(v):
             scores = q * q.shape[-1] ** -0.5 @ k.transpose(2, 3)
             y = (scores if bias is None else scores + bias).softmax(-1) @ v
         else:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        x = onednn._linear_add(attn.proj, y.transpose(1, 2).flatten(2), block.ls1, x)
+        x = onednn.linear_add(attn.proj, y.transpose(1, 2).flatten(2), block.ls1, x)
         if fewer := min(r, (x.shape[1] - 1) // 2):
             x, size = merge(x, size, k.mean(1), fewer)
             bias = size.log().transpose(1, 2)[:, None]
-        hidden = onednn._linear(block.mlp.fc1, block.norm2(x), block.mlp.act)
-        x = onednn._linear_add(block.mlp.fc2, hidden, block.ls2, x)
+        hidden = onednn.linear(block.mlp.fc1, block.norm2(x), block.mlp.act)
+        x = onednn.linear_add(block.mlp.fc2, hidden, block.ls2, x)
     return backbone.forward_head(backbone.norm(x))
 
 

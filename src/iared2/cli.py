@@ -13,7 +13,7 @@ from pathlib import Path
 
 from . import explain_bench, export, interpret, paper_figures
 from .bench import command as bench
-from .errors import InputError
+from .errors import InputError, NoSplit
 
 CALIBRATION_IMAGES = 512
 
@@ -156,13 +156,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     if arguments.budget:
         try:
             sample, calibrated_on = open_samples(data, "train"), "training images"
-        except InputError as error:
-            if "no split" not in str(error):
-                raise
-            sample, calibrated_on = (
-                samples,
-                "the evaluated images (there is no training split); their labels are unused",
-            )
+        except NoSplit:
+            sample, calibrated_on = samples, "the evaluated images, without their labels: there is no training split"
         chosen = permutation(0, 0, len(sample))[:CALIBRATION_IMAGES].numpy()
         sample = replace(sample, rows=sample.rows[chosen], labels=sample.labels[chosen])
         read = next(iter(eval_batches(sample, transform, batch_size=len(sample), workers=0)))

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from . import keyed
-from .errors import InputError
+from .errors import InputError, NoSplit
 from .photo import MAX_PIXELS, to_rgb
 from .sources import ALL, EVAL_NAMES, TRAIN_NAMES, Source, Splits, find_splits
 
@@ -106,7 +106,7 @@ def open_samples(config: DataConfig, split: Literal["train", "holdout", "eval"],
     if (chosen := evaluation if split == "eval" else train) is None:
         setting, hint = ("eval_split", " or data.holdout") if split == "eval" else ("train_split", "")
         name = getattr(config, setting)
-        raise InputError(f"{config.path}: no split {name!r}, there is {', '.join(splits)}; set data.{setting}{hint}")
+        raise NoSplit(f"{config.path}: no split {name!r}, there is {', '.join(splits)}; set data.{setting}{hint}")
     source = chosen()
     if split == "eval" and train is not None and train is not chosen and not source.complete:
         source = _renumbered(source, train().names, config.path)

@@ -1,4 +1,4 @@
-"""The one exception that is meant for people."""
+"""The exceptions that are meant for people."""
 
 from __future__ import annotations
 
@@ -9,3 +9,7 @@ class InputError(Exception):
     The message is one line that says what is wrong, where, and what to do about it. The command line prints it without
     a traceback and exits with status 1; library users may catch it.
     """
+
+
+class NoSplit(InputError):
+    """The data set is there, but has no such split."""

@@ -137,12 +137,13 @@ def evaluate(
     images = 0
     skipped: list[str] = []
 
-    def add(name: str, run: Callable[..., Output], *args: Any) -> None:
+    def add(name: str, run: Callable[..., Output], *args: Any) -> Output:
         with torch.inference_mode():
             output, seconds = timed(device, run, *args)
         right = (output.logits.argmax(1) == labels).sum()
         found = torch.stack([t.cpu().double() for t in (right, output.macs.sum(), *output.keep_ratio.sum(1))])
         sums[name] = sums.get(name, torch.zeros(len(found) + 1)) + torch.cat([found, torch.tensor([seconds])])
+        return output
 
     def dense(x: Tensor) -> Output:
         everything = torch.ones(model.num_groups, len(x), 1, dtype=torch.bool, device=x.device)
@@ -155,22 +156,16 @@ def evaluate(
             continue
         x, labels = batch.images.to(device), batch.labels.to(device)
         keys = keyed.sample_keys(seed, RANDOM_EPOCH, batch.samples).to(device)
-        runs: dict[str, tuple[Any, ...]] = {}
-        for name, thresholds in settings.items():
-            decide = model.policy(thresholds)
-            with torch.inference_mode():
-                kept = model.trace(x, decide).kept.sum(-1)
-            runs[REDUCED + name] = (model.trace, x, decide)
-            if not name:
-                runs[DENSE] = (dense, x)
-            runs[RANDOM + name] = (model.trace, x, at_random(kept, keys))
+        reduced = [(name, model.trace, x, model.policy(thresholds)) for name, thresholds in settings.items()]
+        runs: list[tuple[Any, ...]] = [(REDUCED + name, *run) for name, *run in reduced] + [(DENSE, dense, x)]
         if not images:  # warm-up: the first pass pays for allocations and the choice of kernels
             with torch.inference_mode():
-                for run, *args in runs.values():
+                for _, run, *args in runs:
                     run(*args)
-        for turn in range(len(runs)):  # in another order for each batch: the first shares the cores with the reader
-            name = list(runs)[(number + turn) % len(runs)]
-            add(name, *runs[name])
+        start = number % len(runs)  # in another order for each batch: the first shares the cores with the reader
+        outputs = {name: add(name, *run) for name, *run in runs[start:] + runs[:start]}
+        for name in settings:
+            add(RANDOM + name, model.trace, x, at_random(outputs[REDUCED + name].kept.sum(-1), keys))
         images += len(labels)
 
     variants = []

@@ -63,11 +63,11 @@ def test_latency_lies_between_the_extremes(model, images, monkeypatch):
     """A clock that counts multiply-adds: the search is tested, not this machine."""
     from iared2.model import budget
 
-    def clock(device, run, image):
+    def clock(device, run, image, decide):
         seen = []
         original = model.head
         monkeypatch.setattr(model, "head", lambda packed: seen.append(packed.lengths[0]) or original(packed))
-        result = run(image)
+        result = run(image, decide)
         monkeypatch.setattr(model, "head", original)
         return result, seen[0] / 1000  # a millisecond for each token of the last group
 

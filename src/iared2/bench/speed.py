@@ -19,6 +19,7 @@ from .. import keyed
 from ..device import timed
 from ..model.decide import Decide, at_random, top_k
 from ..model.reduced import ReducedVisionTransformer
+from ..model.tokens import PackedTokens
 from .rivals import masked, padded
 from .workload import Workload
 
@@ -88,9 +89,6 @@ def measure(
     keys = keyed.sample_keys(0, 0, torch.arange(len(images))).to(images.device)
     dense, gmacs = model.dense_macs / 1e9, workload.gmacs
 
-    def ours(x: Tensor, decide: Decide = decide) -> Tensor:
-        return model.head(model.reduce(model.embed(x), decide=decide)[0])
-
     def whole(x: Tensor) -> Tensor:
         packed = model.embed(x)
         for group in range(model.num_groups):  # no interpreter either
@@ -100,16 +98,16 @@ def measure(
     def ours_compiled(x: Tensor) -> Tensor:
         model.compiled = True
         try:
-            return ours(x)
+            return model(x, decide)
         finally:
             model.compiled = False
 
     rivals: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
         DENSE: (model.backbone, dense),
-        OURS: (ours, gmacs),
+        OURS: (lambda x: model(x, decide), gmacs),
         WHOLE: (whole, dense),
-        RANDOM: (lambda x: ours(x, at_random(num_keep, keys)), gmacs),
-        TOP_K: (lambda x: ours(x, lambda scores, alive, group: top_k(scores, alive, num_keep[group])), gmacs),
+        RANDOM: (lambda x: model(x, at_random(num_keep, keys)), gmacs),
+        TOP_K: (lambda x: model(x, lambda scores, alive, group: top_k(scores, alive, num_keep[group])), gmacs),
         MASKED: (lambda x: masked(model, x, decide), dense),
         PADDED: (lambda x: padded(model, x, decide), _padded_gmacs(model, num_keep)),
         **(more or {}),
@@ -170,23 +168,24 @@ def _padded_gmacs(model: ReducedVisionTransformer, num_keep: Tensor) -> float:
 
 def _interpreters(model: ReducedVisionTransformer, images: Tensor, decide: Decide) -> float:
     """The interpreters' share of a forward pass, median of ten."""
+    score, spent = model.score, 0.0
+
+    def timed_score(packed: PackedTokens, group: int) -> Tensor:
+        nonlocal spent
+        scores, seconds = timed(images.device, score, packed, group)
+        spent += seconds
+        return scores
+
     shares = []
-    for _ in range(12):
-        spent = 0.0
-
-        def forward() -> None:
-            nonlocal spent
-            packed = model.embed(images)
-            for group in range(model.num_groups):
-                scores, seconds = timed(images.device, model.score, packed, group)
-                spent += seconds
-                keep = model.keep_one(decide(scores, packed.alive, group), scores, packed.alive)
-                packed = model.run_blocks(packed.select(keep), group)
-            model.head(packed)
-
-        total = timed(images.device, forward)[1]
-        shares.append(spent / total)
-    return statistics.median(shares[2:])
+    model.score = timed_score  # type: ignore[method-assign]
+    try:
+        for _ in range(WARM_UP + 10):
+            spent = 0.0
+            total = timed(images.device, model, images, decide)[1]
+            shares.append(spent / total)
+    finally:
+        del model.score
+    return statistics.median(shares[WARM_UP:])
 
 
 def table(speeds: list[Speed], title: str) -> Table:

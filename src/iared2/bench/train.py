@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -81,43 +82,41 @@ def measure(
     policy = PolicyGradientStage(_keeping(model, keep_ratio), group, RewardConfig()).train()
     finetune = FinetuneStage(_keeping(model, keep_ratio), group).train()
     dense = FinetuneStage(deepcopy(model), group).train()  # for its choice of what learns
-    backbone = dense.model.backbone
+    whole = deepcopy(model).eval()
 
-    def step(stage: nn.Module) -> Callable[[], None]:
-        optimizer = AdamW([p for p in stage.parameters() if p.requires_grad], lr=0.0)
+    def step(module: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:
+        optimizer = AdamW([p for p in module.parameters() if p.requires_grad], lr=0.0)
 
         def run() -> None:
             optimizer.zero_grad()
-            loss, _ = stage(images, labels, keys)
-            loss.backward()
+            loss().backward()
             optimizer.step()
 
         return run
 
-    dense_optimizer = AdamW([p for p in backbone.parameters() if p.requires_grad], lr=0.0)
-
-    def dense_step() -> None:
-        dense_optimizer.zero_grad()
-        F.cross_entropy(backbone(images), labels).backward()
-        dense_optimizer.step()
-
-    def dense_forward() -> Tensor:
-        with torch.inference_mode():
-            return forward_model(images)
-
-    def own_forward() -> Tensor:
-        with torch.inference_mode():
-            return whole.head(whole.reduce(whole.embed(images), decide=keep_all)[0])
-
-    whole = deepcopy(model).eval()
-    forward_model = deepcopy(model).eval().backbone
-    runs = {"f": dense_forward, "o": own_forward, "p": step(policy), "d": dense_step, "t": step(finetune)}
+    runs: dict[str, Callable[[], Any]] = {
+        "dense": torch.inference_mode()(partial(whole.backbone, images)),
+        "own": torch.inference_mode()(partial(whole, images, keep_all)),
+        "policy": step(policy, lambda: policy(images, labels, keys)[0]),
+        "dense step": step(dense, lambda: F.cross_entropy(dense.model.backbone(images), labels)),
+        "finetune": step(finetune, lambda: finetune(images, labels, keys)[0]),
+    }
     times = take_turns(runs, images.device, seconds)
     ms = {name: 1000 * statistics.median(t) for name, t in times.items()}
     kept = torch.full((model.num_groups, 1), num_keep)
     kept[:group] = model.grid_size[0] * model.grid_size[1]
     ratio = model.count_macs(kept).item() / model.dense_macs
-    return TrainingSpeed(len(images), group, keep_ratio, ms["f"], ms["o"], ms["p"], ms["d"], ms["t"], ratio)
+    return TrainingSpeed(
+        batch_size=len(images),
+        group=group,
+        keep_ratio=keep_ratio,
+        dense_forward_ms=ms["dense"],
+        own_forward_ms=ms["own"],
+        policy_step_ms=ms["policy"],
+        dense_step_ms=ms["dense step"],
+        finetune_step_ms=ms["finetune"],
+        macs_ratio=ratio,
+    )
 
 
 def _keeping(model: ReducedVisionTransformer, keep_ratio: float) -> ReducedVisionTransformer:

@@ -189,10 +189,8 @@ def _for_gmacs(model: Any, sample: list[PackedTokens], gmacs: float) -> list[flo
 
 def _for_latency(model: Any, sample: list[PackedTokens], images: Tensor, latency_ms: float) -> list[float]:
     def median_ms(thresholds: list[float]) -> float:
-        def forward(image: Tensor) -> Tensor:
-            return model.head(model.reduce(model.embed(image), decide=model.policy(thresholds))[0])
-
-        seconds = [timed(images.device, forward, image)[1] for _ in range(3) for image in images.split(1)]
+        decide = model.policy(thresholds)
+        seconds = [timed(images.device, model, image, decide)[1] for _ in range(3) for image in images.split(1)]
         return 1000 * statistics.median(seconds[len(images) :])  # the first round warms up
 
     def at(alpha: float) -> tuple[list[float], float]:

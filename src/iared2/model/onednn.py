@@ -100,14 +100,14 @@ def run_block(block: Any, x: Tensor, packed: PackedTokens, attend: Attend = atte
     """``x (T, C) -> (T, C)``: one MSA-FFN block in evaluation mode, without a graph."""
     attn, mlp = block.attn, block.mlp
     y = block.norm1(x)
-    q, k, v = _linear(attn.qkv, y).unflatten(1, (3, attn.num_heads, attn.head_dim)).unbind(1)
+    q, k, v = linear(attn.qkv, y).unflatten(1, (3, attn.num_heads, attn.head_dim)).unbind(1)
     y_attn = attn.norm(attend(attn.q_norm(q), attn.k_norm(k), v, packed, 0.0).flatten(1))
     if getattr(attn, "gate", None) is not None:
-        y_attn = y_attn * _linear(attn.gate, y).sigmoid()
-    x = _linear_add(attn.proj, y_attn, block.ls1, x)
+        y_attn = y_attn * linear(attn.gate, y).sigmoid()
+    x = linear_add(attn.proj, y_attn, block.ls1, x)
     y = block.norm2(x)
     if type(mlp) is Mlp and type(mlp.act) is nn.GELU and type(mlp.norm) is nn.Identity:
-        return _linear_add(mlp.fc2, _linear(mlp.fc1, y, mlp.act), block.ls2, x)
+        return linear_add(mlp.fc2, linear(mlp.fc1, y, mlp.act), block.ls2, x)
     return x + block.ls2(mlp(y))
 
 
@@ -163,7 +163,7 @@ def _fits(layer: Any, x: Tensor) -> bool:
     )
 
 
-def _linear(layer: Any, x: Tensor, gelu: nn.GELU | None = None) -> Tensor:
+def linear(layer: Any, x: Tensor, gelu: nn.GELU | None = None) -> Tensor:
     """``layer(x)``, or ``gelu(layer(x))``."""
     if not _fits(layer, x):
         return layer(x) if gelu is None else gelu(layer(x))
@@ -171,8 +171,8 @@ def _linear(layer: Any, x: Tensor, gelu: nn.GELU | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, _weight(layer), layer.bias, activation, [], algorithm)
 
 
-def _linear_add(layer: Any, x: Tensor, layer_scale: nn.Module, residual: Tensor) -> Tensor:
+def linear_add(layer: Any, x: Tensor, layer_scale: nn.Module, residual: Tensor) -> Tensor:
     """``residual + layer_scale(layer(x))``."""
     if type(layer_scale) is nn.Identity and _fits(layer, x):
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual, _weight(layer), layer.bias, "add")
-    return residual + layer_scale(_linear(layer, x))
+    return residual + layer_scale(linear(layer, x))

@@ -97,9 +97,14 @@ class ReducedVisionTransformer(nn.Module):
 
     # torch.compile(model) would compile anew for every mix of lengths; model.compile() compiles what they do not touch
     @torch.compiler.disable
-    def forward(self, images: Tensor) -> Tensor:
-        """``(B, in_chans, height, width) -> logits (B, K)``, or pooled features with ``num_classes=0``."""
-        packed, _, _ = self.reduce(self.embed(images))
+    def forward(self, images: Tensor, decide: Decide | None = None) -> Tensor:
+        """``(B, in_chans, height, width) -> logits (B, K)``, or pooled features with ``num_classes=0``.
+
+        Args:
+            images: normalised as ``pretrained_cfg`` says.
+            decide: the decision; by default ``model.threshold`` and ``model.max_tokens``.
+        """
+        packed, _, _ = self.reduce(self.embed(images), decide=decide)
         return self.head(packed)
 
     @torch.compiler.disable
@@ -108,7 +113,7 @@ class ReducedVisionTransformer(nn.Module):
 
         Args:
             images: ``(B, in_chans, height, width)``, normalised as ``pretrained_cfg`` says.
-            decide: the decision; by default ``model.threshold``.
+            decide: the decision; by default ``model.threshold`` and ``model.max_tokens``.
         """
         packed, scores, kept = self.reduce(self.embed(images), decide=decide)
         all_kept = torch.stack(kept)
