@@ -137,13 +137,12 @@ def evaluate(
     images = 0
     skipped: list[str] = []
 
-    def add(name: str, run: Callable[..., Output], *args: Any) -> Output:
+    def add(name: str, run: Callable[..., Output], *args: Any) -> None:
         with torch.inference_mode():
             output, seconds = timed(device, run, *args)
         right = (output.logits.argmax(1) == labels).sum()
         found = torch.stack([t.cpu().double() for t in (right, output.macs.sum(), *output.keep_ratio.sum(1))])
         sums[name] = sums.get(name, torch.zeros(len(found) + 1)) + torch.cat([found, torch.tensor([seconds])])
-        return output
 
     def dense(x: Tensor) -> Output:
         everything = torch.ones(model.num_groups, len(x), 1, dtype=torch.bool, device=x.device)
@@ -156,16 +155,22 @@ def evaluate(
             continue
         x, labels = batch.images.to(device), batch.labels.to(device)
         keys = keyed.sample_keys(seed, RANDOM_EPOCH, batch.samples).to(device)
-        reduced = [(name, model.trace, x, model.policy(thresholds)) for name, thresholds in settings.items()]
-        runs: list[tuple[Any, ...]] = [(REDUCED + name, *run) for name, *run in reduced] + [(DENSE, dense, x)]
+        runs: list[tuple[Any, ...]] = [(DENSE, dense, x)]
+        for name, thresholds in settings.items():
+            decide = model.policy(thresholds)
+            with torch.inference_mode():  # a pass for the counts alone: random may have its turn before the timed one
+                num_keep = model.trace(x, decide).kept.sum(-1)
+            runs += [
+                (REDUCED + name, model.trace, x, decide),
+                (RANDOM + name, model.trace, x, at_random(num_keep, keys)),
+            ]
         if not images:  # warm-up: the first pass pays for allocations and the choice of kernels
             with torch.inference_mode():
                 for _, run, *args in runs:
                     run(*args)
         start = number % len(runs)  # in another order for each batch: the first shares the cores with the reader
-        outputs = {name: add(name, *run) for name, *run in runs[start:] + runs[:start]}
-        for name in settings:
-            add(RANDOM + name, model.trace, x, at_random(outputs[REDUCED + name].kept.sum(-1), keys))
+        for name, *timed_run in runs[start:] + runs[:start]:
+            add(name, *timed_run)
         images += len(labels)
 
     variants = []
