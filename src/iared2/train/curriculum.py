@@ -138,6 +138,8 @@ def train(recipe: Recipe, output: Path) -> Path:
         config_of(model)  # a model that could not be saved is refused now, not at the end
     if recipe.policy.decisions == "gumbel" and pools_patches(model.backbone):
         raise InputError('recipe: policy.decisions = "gumbel" needs a head that reads the class token alone')
+    if recipe.data.clutter and tuple(model.pretrained_cfg["input_size"][1:]) != (recipe.data.clutter,) * 2:
+        raise InputError(f"recipe: data.clutter = {recipe.data.clutter} is the side of the canvas; set img_size to it")
     stages = stages_of(recipe, model, teacher)
     for stage in stages:  # and so is a batch that cannot be filled
         steps_per_epoch(samples, stage.config.batch_size, accelerator.num_processes)
@@ -213,9 +215,6 @@ def check(recipe: Recipe) -> None:
             "recipe: Algorithm 1 needs a trained backbone; set model.pretrained, model.checkpoint or backbone.epochs"
         )
     _check_policy(recipe)
-    size = model.timm.get("img_size", recipe.data.clutter)
-    if recipe.data.clutter and size != recipe.data.clutter:
-        raise InputError(f"recipe: data.clutter = {recipe.data.clutter} is the side of the canvas; set img_size to it")
     for name in ("backbone", "policy_gradient", "finetune"):
         stage = getattr(recipe, name)
         if stage.epochs < 0 or stage.lr < 0:
