@@ -44,12 +44,18 @@ def planted_model() -> ReducedVisionTransformer:
     return model.eval().requires_grad_(True)
 
 
-def untrained_model() -> ReducedVisionTransformer:
-    """One group of two blocks, whose interpreter knows nothing yet."""
+def untrained_model(misled: bool = False) -> ReducedVisionTransformer:
+    """One group of two blocks, whose interpreter is as it was born: by chance, it scores the planted patches highest.
+
+    ``misled``: lowest.
+    """
     torch.manual_seed(0)
     size = {"img_size": GRID * PATCH, "patch_size": PATCH, "embed_dim": WIDTH, "depth": 2, "num_heads": 1}
     model = iared2.from_timm("deit_tiny_patch16_224", groups=1, num_classes=2, **size)
     _plant(model.backbone)
+    if misled:
+        for parameter in model.interpreters[0].query.parameters():
+            parameter.data.neg_()
     return model
 
 

@@ -18,9 +18,16 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import iared2
+from iared2.batches import model_transform, train_batches
 from iared2.cli import main
+from iared2.data import DataConfig, open_samples
 from iared2.errors import InputError
+from iared2.train.curriculum import check
+from iared2.train.log import RunLog
+from iared2.train.loop import Run
+from iared2.train.policy_gradient import PolicyGradientStage
 from iared2.train.recipe import Recipe, read_recipe
+from iared2.train.state import load_state
 
 RECIPE = """
 seed = 3
@@ -240,3 +247,195 @@ def test_every_shipped_recipe_can_be_read():
     for path in recipes:
         assert read_recipe(path).model.groups == 3
         assert path.read_text().startswith("#"), "a recipe's header says cost, data and expected result"
+
+
+# ---- budgets, rivals, canvases: in this process, a few steps ---------------------------------------------------------
+
+BUDGET = """
+seed = 3
+[model]
+backbone = "deit_tiny_patch16_224"
+groups = 4
+timm = { img_size = 16, patch_size = 4, embed_dim = 32, depth = 4, num_heads = 2 }
+[data]
+workers = 0
+resident = true
+[reward]
+label = "dense"
+graded = true
+[policy]
+keep = [1.0, 0.75, 0.75, 0.5]
+samples = 2
+leave_one_out = true
+temperature = 0.3
+[backbone]
+epochs = 1
+batch_size = 12
+optimizer = "muon"
+patch_drop = 0.4
+[policy_gradient]
+epochs = 1
+batch_size = 12
+optimizer = "muon"
+[finetune]
+epochs = 1
+batch_size = 12
+optimizer = "muon"
+distill = 0.5
+ema_decay = 0.5
+"""
+KEEP = (1.0, 0.75, 0.75, 0.5)
+
+
+class Killed(Exception):
+    """In place of SIGKILL: nothing between here and the caller knows what to do with it."""
+
+
+@pytest.fixture(scope="module")
+def budget(tmp_path_factory):
+    path = tmp_path_factory.mktemp("recipe") / "budget.toml"
+    path.write_text(BUDGET)
+    return path
+
+
+def settings(*pairs: str) -> list[str]:
+    return [x for pair in pairs for x in ("--set", pair)]
+
+
+def stages(output: Path) -> list[str]:
+    return [r["stage"] for r in records(output) if r["kind"] == "step"]
+
+
+def timeless(output: Path) -> list[dict]:
+    return [{k: v for k, v in r.items() if k != "images_per_second"} for r in records(output)]
+
+
+def test_a_run_with_a_budget_resumes_exactly_and_meets_it(tmp_path, folder, budget, monkeypatch):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert main(command(budget, folder, whole)) == 0
+    names = ["backbone", "policy_gradient 2", "finetune 2", "policy_gradient 4", "finetune 4"]
+    assert stages(whole) == [name for name in names for _ in range(2)], "groups that keep all they get have no stages"
+
+    log_step, stop = RunLog.step, 0
+
+    def step(self, stage, epoch, number, total_steps, metrics):
+        log_step(self, stage, epoch, number, total_steps, metrics)
+        if total_steps == stop:
+            raise Killed
+
+    monkeypatch.setattr(RunLog, "step", step)
+    for stop in (2, 4, 6, 7, 10, 0):  # the step is done and logged, but not saved: it has to be done again
+        arguments = command(budget, folder, broken, *settings("checkpoint_minutes=0"))
+        if stop:
+            with pytest.raises(Killed):
+                main(arguments)
+            assert not (broken / "model.safetensors").exists()
+        else:
+            assert main(arguments) == 0
+    one, two = (load_file(o / "model.safetensors") for o in (whole, broken))
+    assert all(torch.equal(two[name], tensor) for name, tensor in one.items())
+    assert timeless(whole) == timeless(broken)
+    model = iared2.load(whole)
+    assert iared2.load(broken).threshold == model.threshold
+    assert model.thresholds[0] == 0
+
+    # the images on which the thresholds were found, the long way round
+    samples = open_samples(DataConfig(str(folder), workers=0), "train")
+    (batch,) = train_batches(samples, model_transform(model.pretrained_cfg), seed=0, epoch=0, batch_size=24)
+    with torch.no_grad():
+        found = model.trace(batch.images).keep_ratio.mean(1)
+    torch.testing.assert_close(found, torch.tensor(KEEP), rtol=0, atol=2 / (24 * 16))
+
+
+def test_what_is_calibrated_before_each_stage(tmp_path, folder, budget, monkeypatch):
+    """Before a policy stage the groups before it, before a fine-tuning stage its own as well, at the end all."""
+    seen = []
+    calibrate = Run.calibrate
+    monkeypatch.setattr(Run, "calibrate", lambda run, keep: (seen.append(keep), calibrate(run, keep)))
+    teachers, train = [], PolicyGradientStage.train
+    monkeypatch.setattr(
+        PolicyGradientStage, "train", lambda stage, mode=True: teachers.append(stage) or train(stage, mode)
+    )
+    assert main(command(budget, folder, tmp_path / "run", *settings("data.resident=false"))) == 0
+    last = (1.0, 0.75, 0.75)
+    assert seen == [(1.0,) * 4, (*last, 0.75), (*last, 0.75), KEEP, KEEP]
+    first, second = dict.fromkeys(teachers)
+    assert first.teacher is second.teacher
+    assert not any(p.requires_grad for p in first.teacher.parameters())
+    steps = [r for r in records(tmp_path / "run") if r["kind"] == "step" and r["stage"] == "policy_gradient 4"]
+    assert all(r["keep_ratio_sampled"] == pytest.approx(0.5, abs=0.15) for r in steps)
+    dense = load_state(tmp_path / "run" / "state.safetensors")[2]["teacher"]
+    moved = (dense["blocks.3.mlp.fc1.weight"] - load_file(tmp_path / "run" / "model.safetensors")[
+        "backbone.blocks.3.mlp.fc1.weight"]).abs().max()  # fmt: skip
+    assert moved > 0
+    assert all(torch.equal(tensor, first.teacher.state_dict()[name].cpu()) for name, tensor in dense.items())
+
+
+@pytest.mark.parametrize("decisions", ["random", "attention", "centre", "gumbel"])
+def test_rivals_run_the_same_stages(tmp_path, folder, budget, decisions):
+    output = tmp_path / "run"
+    more = settings(f"policy.decisions={decisions}", "reward.label='true'", "finetune.distill=0.0")
+    assert main(command(budget, folder, output, *more)) == 0
+    learns = decisions == "gumbel"
+    names = ["backbone", "policy_gradient 2", "finetune 2", "policy_gradient 4", "finetune 4"]
+    assert stages(output) == [n for n in names if learns or "policy" not in n for _ in range(2)]
+    assert (output / "state.safetensors").exists()
+    assert (output / "model.safetensors").exists() == learns
+    ratios = [r["keep_ratio_greedy"] for r in records(output) if r["kind"] == "step" and "finetune" in r["stage"]]
+    if learns:
+        assert len(iared2.load(output).threshold) == 4
+    else:
+        assert ratios == pytest.approx([0.75, 0.75, 0.5, 0.5])
+        assert main(command(budget, folder, output, *more)) == 0, "a run that is done is done again at once"
+        assert len(stages(output)) == 6
+
+
+def test_canvases(tmp_path, folder, budget):
+    output = tmp_path / "run"
+    size = settings("data.clutter=32", "model.timm.img_size=32", "model.timm.patch_size=8", "data.resident=false")
+    assert main(command(budget, folder, output, *size, *settings("policy_gradient.epochs=0"))) == 0
+    assert stages(output) == ["backbone"] * 2 + ["finetune 2"] * 2 + ["finetune 4"] * 2
+    assert all(np.isfinite(r["loss"]) for r in records(output) if r["kind"] == "step")
+    assert any(r["kind"] == "evaluation" and r["images"] == 6 for r in records(output))
+    assert iared2.load(output).grid_size == (4, 4)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        (["policy.decisions=greedy"], "policy.decisions = 'greedy' should be one of learned, gumbel, random"),
+        (["reward.label=soft"], 'reward.label = \'soft\' should be "true" or "dense"'),
+        (["policy.keep=[0.5, 0.5]"], "policy.keep = [0.5, 0.5] should be 4 shares in (0, 1] that do not rise"),
+        (["policy.keep=[0.5, 0.5, 0.6, 0.5]"], "that do not rise"),
+        (["policy.keep=[1.1, 0.5, 0.5, 0.5]"], "that do not rise"),
+        (["policy.keep=[0.5, 0.5, 0.5, 0.0]"], "that do not rise"),
+        (["policy.decisions=gumbel", "policy.keep=[]"], "policy.decisions = 'gumbel' needs policy.keep, 4 shares"),
+        (["policy.decisions=centre", "policy.keep=[]"], "policy.decisions = 'centre' needs policy.keep, 4 shares"),
+        (["policy.samples=0", "policy.leave_one_out=false"], "policy.samples = 0 should be at least 1"),
+        (["policy.samples=1"], "policy.samples = 1 should be at least 1, and 2 to leave one out"),
+        (["policy.temperature=0"], "policy.temperature = 0.0 should be in (0, 1]"),
+        (["policy.temperature=1.5"], "policy.temperature = 1.5 should be in (0, 1]"),
+        (["finetune.distill=1.5"], "finetune.distill should be in [0, 1]"),
+        (["backbone.patch_drop=1"], "backbone.patch_drop in [0, 1)"),
+    ],
+)
+def test_policies_that_cannot_be_meant(budget, pairs, message):
+    with pytest.raises(InputError) as error:
+        check(read_recipe(budget, pairs))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    check(read_recipe(budget))
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        (["data.clutter=32", "data.resident=false"], "data.clutter = 32 is the side of the canvas; set img_size to it"),
+        (["policy.decisions=gumbel", "model.timm.global_pool=avg"], "needs a head that reads the class token alone"),
+        (["finetune.augment.auto_augment=rand-m9"], "set data.resident = false"),
+    ],
+)
+def test_policies_that_do_not_fit_the_model(tmp_path, folder, budget, capsys, pairs, message):
+    assert main(command(budget, folder, tmp_path / "run", *settings(*pairs))) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

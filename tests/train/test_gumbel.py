@@ -54,7 +54,7 @@ def test_the_gradient_reaches_the_interpreter_and_nothing_else():
 
 
 def test_it_learns_the_budget_and_what_matters():
-    model = untrained_model()
+    model = untrained_model(misled=True)
     policy = PolicyConfig(decisions="gumbel", keep=(0.25,), gumbel_weight=10.0)
     metrics = learn(GumbelStage(model, 0, RewardConfig(), policy), 80, 64)
     ratios = torch.stack([m["keep_ratio_sampled"] for m in metrics])

@@ -11,6 +11,7 @@ import os
 import shutil
 import socket
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,8 @@ def cut_down(recipe: Recipe, backbone: Path, batch_size: int) -> list[str]:
             settings += [f"{stage}.epochs=1", f"{stage}.batch_size={batch_size}"]
     if recipe.model.pretrained or not recipe.backbone.epochs:  # the second: --set model.checkpoint, says the header
         settings += ["model.pretrained=false", f"model.checkpoint={json.dumps(str(backbone))}"]
+    if recipe.compile:  # takes minutes on a CPU; tests/model/test_compile.py does it
+        settings.append("compile=false")
     return [word for setting in settings for word in ("--set", setting)]
 
 
@@ -84,10 +87,10 @@ def test_it_runs(path: Path, tmp_path: Path, backbone: Path):
 
     records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     steps = [r for r in records if r["kind"] == "step"]
-    expected = ["backbone"] * bool(recipe.backbone.epochs)
-    for group in range(1, recipe.model.groups + 1):
-        expected += [f"{stage} {group}" for stage in STAGES[1:] if getattr(recipe, stage).epochs]
-    assert [r["stage"] for r in steps] == [stage for stage in expected for _ in range(STEPS)]
+    stages = Counter(r["stage"] for r in steps)
+    last = [f"{stage} {recipe.model.groups}" for stage in STAGES[1:] if getattr(recipe, stage).epochs]
+    assert stages.keys() >= {*last, *["backbone"] * bool(recipe.backbone.epochs)}
+    assert set(stages.values()) == {STEPS}
     assert all(math.isfinite(r["loss"]) and math.isfinite(r["grad_norm"]) for r in steps)
     model = iared2.load(output)
     assert model.class_names == (recipe.data.classes or classes)

@@ -149,8 +149,9 @@ def train(recipe: Recipe, output: Path) -> Path:
     def read(opened: Samples, split: Literal["train", "eval"]) -> Images:
         height, width = model.pretrained_cfg["input_size"][1:]
         if recipe.data.clutter:
-            images: Images = open_cluttered(recipe.data, split, recipe.data.clutter, device=accelerator.device)
-            skipped = images.photos.skipped
+            cluttered = open_cluttered(recipe.data, split, recipe.data.clutter, device=accelerator.device)
+            images: Images = cluttered
+            skipped = cluttered.photos.skipped
         elif recipe.data.resident:
             images = ResidentImages.read(opened, (height, width), accelerator.device, recipe.data.workers)
             skipped = images.skipped
