@@ -29,10 +29,17 @@ BLOCK = re.compile(r"(<!-- figures ([\w-]+) -->\n).*?(?=<!-- /figures -->)", re.
 
 
 def table(name: str) -> str:
-    """The Markdown of a file of figures: of `evaluate`, `explain-bench` or `bench`."""
+    """The Markdown of a file of figures: of `evaluate`, `explain-bench`, `bench` or an experiment."""
     result = json.loads((FIGURES / f"{name}.json").read_text(encoding="utf-8"))
-    kinds = {"variants": evaluation, "methods": explanations, "speed": speed, "training": training}
+    kinds = {"experiment": experiment, "variants": evaluation, "methods": explanations, "speed": speed, "training": training}
     return next(write for key, write in kinds.items() if key in result)(result)
+
+
+def experiment(result: dict[str, Any]) -> str:
+    """A table of experiments/tables.py as it was written."""
+    lines = [f"{result['title']} `{result['command']}`", "", f"| {' | '.join(result['columns'])} |"]
+    lines += ["|---" * len(result["columns"]) + "|", *(f"| {' | '.join(row)} |" for row in result["rows"]), ""]
+    return "\n".join([*lines, *(f"- {note}" for note in result["notes"]), ""])
 
 
 def evaluation(result: dict[str, Any]) -> str:

@@ -36,7 +36,7 @@ iared2 train RECIPE --data PATH -o RUN --set finetune.epochs=2 --set model.group
 An unknown setting or a value of the wrong type is an error before anything runs. To go on with a run that was killed,
 give the same command again. The recipe must then be the same, but for `checkpoint_minutes`, `data.path` and
 `data.workers`. On several processes the same command runs under `torchrun --nproc-per-node N -m iared2.cli train ...`;
-`batch_size` is then of each process.
+`batch_size` is then of each process. One GPU, eight, several machines, and the forms of data: [scale.md](scale.md).
 """
 
 Fields = list[tuple[str, str, ast.expr | None, str]]

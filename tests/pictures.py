@@ -1,10 +1,11 @@
-"""Small data sets of noise for the tests of data and sources: images as files in folders, and as rows of parquet."""
+"""Small data sets of noise for the tests of data and sources: in folders, as rows of parquet, in tar shards."""
 
 from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
+import tarfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -50,3 +51,24 @@ def write_parquet(
     file.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table, file)
     return file
+
+
+def write_shard(file: Path, members: Mapping[str, bytes]) -> Path:
+    """A tar of these files."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(file, "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return file
+
+
+def samples_of(labels: Sequence[int], images: Sequence[bytes] = ()) -> dict[str, bytes]:
+    """The files of WebDataset samples as in timm/imagenet-1k-wds; image i is noise i unless ``images`` are given."""
+    members: dict[str, bytes] = {}
+    for i, label in enumerate(labels):
+        members[f"n{i:02}_7.cls"] = str(label).encode()
+        members[f"n{i:02}_7.jpg"] = images[i] if images else jpeg(i)
+        members[f"n{i:02}_7.json"] = json.dumps({"label": label, "filename": f"{i}.JPEG"}).encode()
+    return members

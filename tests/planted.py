@@ -39,19 +39,34 @@ def patch_means(maps: Tensor) -> Tensor:
 @lru_cache(maxsize=1)
 def planted_model() -> ReducedVisionTransformer:
     """One group of two blocks, trained for about two seconds; in evaluation mode."""
+    model = untrained_model()
+    learn(PolicyGradientStage(model, 0, RewardConfig(tau=1.0)), 200, 128)
+    return model.eval().requires_grad_(True)
+
+
+def untrained_model() -> ReducedVisionTransformer:
+    """One group of two blocks, whose interpreter knows nothing yet."""
     torch.manual_seed(0)
     size = {"img_size": GRID * PATCH, "patch_size": PATCH, "embed_dim": WIDTH, "depth": 2, "num_heads": 1}
     model = iared2.from_timm("deit_tiny_patch16_224", groups=1, num_classes=2, **size)
     _plant(model.backbone)
-    stage = PolicyGradientStage(model, 0, RewardConfig(tau=1.0)).train()
-    optimizer = torch.optim.Adam(model.interpreters.parameters(), 5e-3)
-    for step in range(200):
-        images, labels = planted_images(128, seed=step + 1)
-        loss, _ = stage(images, labels, keyed.sample_keys(0, step, torch.arange(128)))
+    return model
+
+
+def learn(stage: PolicyGradientStage, steps: int, batch_size: int) -> list[dict[str, Tensor]]:
+    """Train the interpreter of the one group; the metrics of every step."""
+    stage.train()
+    optimizer = torch.optim.Adam(stage.model.interpreters.parameters(), 5e-3)
+    metrics = []
+    for step in range(steps):
+        images, labels = planted_images(batch_size, seed=step + 1)
+        stage.progress = step / steps
+        loss, found = stage(images, labels, keyed.sample_keys(0, step, torch.arange(batch_size)))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return model.eval().requires_grad_(True)
+        metrics.append(found)
+    return metrics
 
 
 @torch.no_grad()

@@ -192,6 +192,44 @@ def test_backbone_weights_of_other_classes_leave_the_head_fresh(model, tmp_path)
     assert torch.equal(model.backbone.head.weight, head)
 
 
+def test_the_backbone_of_a_model_of_ours(model, images, tmp_path):
+    model.save(tmp_path / "model.safetensors")
+    torch.manual_seed(1)
+    other = timm.create_model("deit_tiny_patch16_224", **SMALL).eval()
+    load_backbone_weights(other, tmp_path / "model.safetensors")
+    model.threshold = 0.0
+    torch.testing.assert_close(other(images), model(images))
+
+
+@pytest.mark.parametrize(
+    "name", ["deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "vit_small_patch14_reg4_dinov2"]
+)
+def test_position_embeddings_of_another_grid_are_resampled(name, tmp_path):
+    """As timm does it when a model of another size is made; the head, which is of other classes, stays fresh."""
+    one, two = (timm.create_model(name, **{**SMALL, "img_size": size, "num_classes": k}).eval()
+                for size, k in ((16, 5), ((24, 16), 3)))  # fmt: skip
+    with torch.no_grad():
+        one.pos_embed.normal_()
+    torch.save(one.state_dict(), tmp_path / "w.pth")
+    head = {n: p.clone() for n, p in two.state_dict().items() if n.startswith("head")}
+    load_backbone_weights(two, tmp_path / "w.pth")
+    assert two.pos_embed.shape == (1, two.pos_embed.shape[1], 32)
+    assert all(torch.equal(two.state_dict()[n], p) for n, p in head.items())
+    assert torch.equal(two.blocks[2].mlp.fc1.weight, one.blocks[2].mlp.fc1.weight)
+    want = timm.models.vision_transformer.checkpoint_filter_fn(dict(one.state_dict()), two)["pos_embed"]
+    assert torch.equal(two.pos_embed, want)
+    prefix = two.pos_embed.shape[1] - 24
+    assert torch.equal(two.pos_embed[:, :prefix], one.pos_embed[:, :prefix])
+    assert iared2.from_timm(two)(torch.randn(1, 3, 24, 16)).shape == (1, 3)
+
+
+def test_position_embeddings_that_cannot_be_resampled_are_one_clear_line(tmp_path):
+    oblong = timm.create_model("deit_tiny_patch16_224", **{**SMALL, "img_size": (24, 16)})
+    torch.save(oblong.state_dict(), tmp_path / "w.pth")
+    with pytest.raises(InputError, match=r"pos_embed has shape \(1, 25, 32\), expected \(1, 17, 32\)"):
+        load_backbone_weights(timm.create_model("deit_tiny_patch16_224", **SMALL), tmp_path / "w.pth")
+
+
 def test_model_in_the_box_loads():
     model = iared2.load()
     assert len(model.class_names) == model.num_classes

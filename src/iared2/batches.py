@@ -7,7 +7,7 @@ number of processes. Transforms are timm's. Knows nothing of models.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -43,9 +43,11 @@ class Batch:
     """``(B,)`` int64, positions in the data set, which key the draws, even where another image had to step in."""
     skipped: list[tuple[str, str]]
     """File name and reason of each image that could not be read."""
+    boxes: Tensor | None = None
+    """``(B, 4)`` float32 x0, y0, x1, y1 in pixels, where the labelled photo lies, if that is known."""
 
 
-def steps_per_epoch(samples: Samples, batch_size: int, world_size: int = 1) -> int:
+def steps_per_epoch(samples: Sized, batch_size: int, world_size: int = 1) -> int:
     """Whole batches of ``batch_size`` images for each of ``world_size`` processes in one pass.
 
     Raises:

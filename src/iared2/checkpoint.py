@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.resources
+import math
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
+from timm.layers import resample_abs_pos_embed
 from timm.models import load_state_dict as read_state_dict
 from torch import Tensor, nn
 
@@ -75,13 +77,29 @@ def load_strictly(model: nn.Module, tensors: dict[str, Tensor], path: Path | str
 
 
 def load_backbone_weights(backbone: Any, path: Path | str) -> None:
-    """Load foreign weights (``.pth``, ``.safetensors``) into a timm backbone; a head of other classes is left fresh.
+    """Load foreign weights, or the backbone of a model of ours (``.pth``, ``.safetensors``), into a timm backbone.
+
+    A head of other classes is left fresh; position embeddings of another grid, a square one, are resampled, as timm
+    does it.
 
     Raises:
         InputError: no such file, or the weights do not fit.
     """
     tensors = read_foreign(Path(path))
+    if any(name.startswith("backbone.") for name in tensors):
+        tensors = {n.removeprefix("backbone."): t for n, t in tensors.items() if n.startswith("backbone.")}
     own = backbone.state_dict()
+    positions = tensors.get("pos_embed")
+    if (
+        positions is not None
+        and "pos_embed" in own
+        and positions.ndim == 3
+        and positions.shape != own["pos_embed"].shape
+    ):
+        prefix = 0 if backbone.no_embed_class else backbone.num_prefix_tokens
+        grid, patches = list(backbone.patch_embed.grid_size), positions.shape[1] - prefix
+        if patches > 0 and math.isqrt(patches) ** 2 == patches:  # timm takes the old grid for a square
+            tensors["pos_embed"] = resample_abs_pos_embed(positions, grid, num_prefix_tokens=prefix)
     heads = [name for name in own if name.split(".")[0] in ("head", "head_dist")]
     if any(name not in tensors or own[name].shape != tensors[name].shape for name in heads):
         body = {name: tensor for name, tensor in tensors.items() if name.split(".")[0] not in ("head", "head_dist")}

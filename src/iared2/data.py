@@ -32,8 +32,9 @@ class DataConfig:
     """A labelled image data set and the part of it to use."""
 
     path: str = ""
-    """A folder of images per class (directly, or in train/ and val/), a folder of parquet files, one parquet file, or
-    hf:NAME or hf:OWNER/NAME/CONFIG for a Hugging Face data set. --data sets it."""
+    """A folder of images per class (directly, or in train/ and val/), a folder of parquet files or of WebDataset shards
+    (tar files with KEY.jpg and KEY.cls), one such file, or hf:NAME or hf:OWNER/NAME/CONFIG for a Hugging Face data set.
+    --data sets it."""
     train_split: str = "train"
     """Split to train on."""
     eval_split: str = "validation"
@@ -41,13 +42,19 @@ class DataConfig:
     image_column: str = "image"
     """Column of the images, in parquet files and Hugging Face data sets."""
     label_column: str = "label"
-    """Column of the integer labels, in parquet files and Hugging Face data sets."""
+    """Column of the integer labels, in parquet files and Hugging Face data sets; the field in KEY.json of shards."""
     classes: tuple[str, ...] = ()
     """Use only these classes, numbered in this order, given by name, WordNet id or synonym; empty: all."""
     holdout: float = 0.0
     """Share of every class of the training split that is put aside to choose settings on, in [0, 1)."""
     workers: int = 2
     """Processes that read images; 0: the main process does."""
+    clutter: int = 0
+    """Put every image, small and whole, somewhere on a canvas of so many pixels a side that is filled with pieces of
+    others: a set where it is known which patches matter (cluttered.py). 0: do not."""
+    resident: bool = False
+    """Training decodes every image once, keeps all on the device at the model's input size, and changes them there in
+    whole batches. For data sets of small images: 100,000 of 64×64 take 1.2 GB."""
 
 
 @dataclass(frozen=True, eq=False)

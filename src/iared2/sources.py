@@ -1,7 +1,8 @@
-"""Where labelled images lie: folders of classes, parquet files, Hugging Face data sets. Decodes no image.
+"""Where labelled images lie: folders of classes, parquet files, WebDataset shards, Hugging Face data sets.
 
 timm's readers find and read the files, with Hugging Face `datasets` for tables. What is ours: the search for splits,
-the names of the classes, and errors that say what is wrong before training begins.
+shards at random access (shards.py), the names of the classes, and errors that say what is wrong before training begins.
+Decodes no image.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy as np
 from timm.data.readers import create_reader
 
 from .errors import InputError
+from .shards import read_shards
 
 ALL = "all"
 """The split of a folder or file that has no splits."""
@@ -31,7 +33,7 @@ class Source(NamedTuple):
     """One split as it lies there."""
 
     reader: Any
-    """timm's reader: ``reader[i]`` is an open file and a label."""
+    """timm's reader, or one like it: ``reader[i]`` is an open file and a label."""
     labels: np.ndarray
     """``(n,)`` int64."""
     names: tuple[str, ...]
@@ -65,14 +67,25 @@ def find_splits(
         if not root.is_dir():
             if not root.exists():
                 raise InputError(f"{root}: no such file or folder; give the path of a data set")
-            if root.suffix != ".parquet":
-                raise InputError(f"{root}: not a data set; give a folder of images per class, or parquet files")
-            return {ALL: partial(_open_parquet, [root], columns)}
+            if root.suffix not in (".parquet", ".tar"):
+                raise InputError(f"{root}: not a data set; give a folder of images per class, parquet files or shards")
+            return {ALL: partial(_open_shards if root.suffix == ".tar" else _open_parquet, [root], columns)}
         if files := sorted(root.glob("*.parquet")) or sorted(root.glob("data/*.parquet")):
             shards: dict[str, list[Path]] = {}
             for file in files:  # Hugging Face's layout: train-00000-of-00005.parquet
                 shards.setdefault(re.sub(r"-\d+-of-\d+.*", "", file.stem), []).append(file)
             return {split: partial(_open_parquet, files, columns) for split, files in shards.items()}
+        folders = _folders(root)
+        # beside folders of classes lies the archive that they came from, at times
+        inside = not folders or [folder.name for folder in folders] == ["data"]
+        if inside and (files := sorted(root.glob("*.tar")) or sorted(root.glob("data/*.tar"))):
+            shards = {}
+            for file in files:  # train-000000.tar, imagenet1k-train-0000.tar, or a mere number
+                stem = re.sub(r"[-_.]?\d+(-of-\d+)?$", "", file.stem)
+                word = re.split("[-_.]", stem)[-1]
+                split = word if stem not in names and word in (*TRAIN_NAMES, *EVAL_NAMES, *names) else stem
+                shards.setdefault(split or ALL, []).append(file)
+            return {split: partial(_open_shards, files, columns) for split, files in shards.items()}
         return folder_splits(root, open_folder, names)
 
 
@@ -168,20 +181,28 @@ def _open_table(dataset: Any, where: str, folder: str | Path, columns: list[str]
         raise InputError(f"{where}: no rows; give a data set with images")
     if odd := next((repr(value) for value in values if type(value) is not int), None):
         raise InputError(f"{where}: the column {label_column!r} has {odd}; labels must be integers from 0")
-    labels = np.array(values)
-    names, aliases = _class_names(dataset.features[label_column], Path(folder) / "classes.json")
-    complete = bool(names)
-    names = names or tuple(map(str, range(labels.max() + 1)))
-    if len(wrong := np.flatnonzero((labels < 0) | (labels >= len(names)))):
-        row = wrong[0]
-        raise InputError(f"{where}: row {row} has the label {labels[row]}; labels must be in 0…{len(names) - 1}")
-
     # timm's reader, given a data set that is open: by itself it opens neither a single file nor a configuration
     from timm.data.readers.reader_hfds import ReaderHfds
 
     reader: Any = ReaderHfds.__new__(ReaderHfds)
     reader.dataset, reader.image_key, reader.label_key = dataset, image_column, label_column
     reader.target_keys, reader.remap_class, reader.additional_features = None, False, None
+    return _named(reader, np.array(values), dataset.features[label_column], Path(folder), lambda i: f"{where}: row {i}")
+
+
+def _open_shards(files: list[Path], columns: list[str]) -> Source:
+    reader = read_shards(files, columns[1])
+    labels = np.ascontiguousarray(reader.members["label"])
+    return _named(reader, labels, None, files[0].parent, lambda i: reader.filename(i, absolute=True))
+
+
+def _named(reader: Any, labels: np.ndarray, feature: Any, folder: Path, where: Callable[[int], str]) -> Source:
+    names, aliases = _class_names(feature, folder / "classes.json")
+    complete = bool(names)
+    names = names or tuple(map(str, range(labels.max() + 1)))
+    if len(wrong := np.flatnonzero((labels < 0) | (labels >= len(names)))):
+        row = wrong[0]
+        raise InputError(f"{where(row)} has the label {labels[row]}; labels must be in 0…{len(names) - 1}")
     return Source(reader, labels, names, aliases, complete)
 
 

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
 from iared2 import keyed
-from iared2.model.decide import at_random, by_sampling, by_threshold, keep_all, top_k
+from iared2.model.decide import at_random, by_sampling, by_share, by_threshold, keep_all, sample, top_k
 
 SCORES = torch.tensor([[0.1, 0.5, 0.6, 0.9], [0.8, 0.0, 1.0, 0.4]])
 ALIVE = torch.tensor([[True, True, True, False], [True, True, True, True]])
@@ -57,3 +58,32 @@ def test_random_dropping_is_uniform():
     decide = at_random(torch.full((1, n), keep), keyed.sample_keys(0, 0, torch.arange(n)))
     rate = decide(torch.zeros(n, 8), torch.ones(n, 8, dtype=torch.bool), 0).float().mean(0)
     assert (rate - keep / 8).abs().max() < 4 * 0.44 / n**0.5
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 1.0])
+def test_a_share_is_of_all_patches_and_the_same_for_each_image(share):
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.rand(6, 15, generator=generator)
+    decide, alive = by_share((share, 0.4)), torch.ones(6, 15, dtype=torch.bool)
+    keep = decide(scores, alive, 0)
+    assert keep.sum(1).tolist() == [round(share * 15)] * 6
+    assert torch.equal(keep, top_k(scores, alive, keep.sum(1)))
+    again = decide(torch.rand(6, 15, generator=generator), keep, 1)
+    assert not (again & ~keep).any()
+    assert again.sum(1).tolist() == [min(6, round(share * 15))] * 6
+
+
+def test_several_draws_of_an_image():
+    """The first ones do not depend on how many there are; all differ, and each patch is drawn as often as it should."""
+    images = 2000
+    probability, alive = SCORES.repeat(images, 1), ALIVE.repeat(images, 1)
+    keys = keyed.sample_keys(0, 0, torch.arange(2 * images))
+    four = sample(probability, alive, keys, 1, samples=4)
+    draws = four.unflatten(0, (4, 2 * images))
+    assert torch.equal(draws[0], by_sampling(keys)(probability, alive, 1))
+    assert torch.equal(draws[:3].flatten(0, 1), sample(probability, alive, keys, 1, samples=3))
+    assert torch.equal(sample(probability[7:9], alive[7:9], keys[7:9], 1, samples=4), draws[:, 7:9].flatten(0, 1))
+    rates = draws.unflatten(1, (images, 2)).float().mean(1)
+    assert (rates - SCORES * ALIVE).abs().max() < 4 * 0.5 / images**0.5
+    undecided = draws[:, ::2, 1].float()  # probability 0.5
+    assert (torch.corrcoef(undecided) - torch.eye(4)).abs().max() < 4 / images**0.5

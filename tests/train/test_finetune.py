@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from oracle import masked_forward
 
 import iared2
 from iared2 import keyed
+from iared2.model.decide import by_share
 from iared2.train.finetune import FinetuneStage, decide_up_to
 
 SMALL = {"img_size": (16, 24), "patch_size": 4, "embed_dim": 32, "depth": 6, "num_heads": 2, "num_classes": 3}
@@ -83,3 +86,60 @@ def test_stochastic_depth_is_keyed_by_the_image(batch):
     losses = [stage(images, labels, keys)[0], stage(images[order], labels[order], keys[order])[0]]
     assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-6)
     assert stage(images, labels, keys + 1)[0].item() != pytest.approx(losses[0].item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(("progress", "kept"), [(0.0, 12), (0.5, 18), (0.9, 23), (1.0, 24)])
+def test_fewer_and_fewer_patches_are_left_out_at_random(batch, progress, kept):
+    images, labels, keys = batch
+    stage = FinetuneStage(make(), None, patch_drop=0.5).train()
+    stage.progress = progress
+    lengths = set()
+    run_blocks = stage.model.run_blocks
+
+    def spy(packed, group):
+        lengths.update(packed.lengths)
+        return run_blocks(packed, group)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage.model, "run_blocks", spy)
+        loss, metrics = stage(images, labels, keys)
+    assert lengths == {1 + kept}
+    assert metrics["keep_ratio_greedy"] == pytest.approx(kept / 24)
+    order = torch.tensor([3, 1, 5, 0, 2, 4])
+    assert stage(images[order], labels[order], keys[order])[0].item() == pytest.approx(loss.item(), rel=1e-9)
+    assert (stage(images, labels, keys + 1)[0].item() == pytest.approx(loss.item(), rel=1e-9)) == (kept == 24)
+
+
+def test_a_teacher_that_says_what_the_model_says_teaches_nothing(batch):
+    images, labels, keys = batch
+    model = make()
+    teacher = copy.deepcopy(model.backbone).eval()
+    head = model.backbone.head.weight
+    stage = FinetuneStage(model, None, teacher=teacher, distill=1.0).train()
+    loss, _ = stage(images, labels, keys)
+    with torch.no_grad():
+        entropy = torch.distributions.Categorical(logits=teacher(images)).entropy().mean()
+    assert loss.item() == pytest.approx(entropy.item(), rel=1e-9)
+    (soft,) = torch.autograd.grad(loss, head)
+    assert soft.abs().max() < 1e-12
+
+    with torch.no_grad():
+        teacher.head.bias += torch.tensor([3.0, 0.0, -3.0])
+    losses = []
+    for distill in (0.0, 0.25, 1.0):
+        stage.distill = distill
+        losses.append(stage(images, labels, keys)[0].item())
+    assert losses[1] == pytest.approx(0.75 * losses[0] + 0.25 * losses[2], rel=1e-9)
+    assert losses[2] > entropy + 0.1
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_another_decision_takes_the_place_of_the_models_own(batch):
+    images, labels, keys = batch
+    shares = (0.75, 0.5, 0.25)
+    for group, kept in ((0, 18), (1, 12)):
+        model = make()
+        _, metrics = FinetuneStage(model, group, decide=by_share(shares)).train()(images, labels, keys)
+        assert metrics["keep_ratio_greedy"] == pytest.approx(kept / 24)
+        out = model.eval().trace(images, decide_up_to(model, group, by_share(shares)))
+        assert out.kept.sum(-1).eq(kept).all(1).tolist() == [g >= group for g in range(3)]

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from iared2.train.reward import RewardConfig, reward
+from iared2.train.reward import RewardConfig, correctness, reward
 
 
 @pytest.mark.parametrize(
@@ -16,3 +16,20 @@ from iared2.train.reward import RewardConfig, reward
 def test_equation_2(config, expected):
     correct = torch.tensor([True, True, True, False])
     assert reward(torch.tensor([0, 4, 8, 0]), 8, correct, config).tolist() == expected
+
+
+def test_right_or_wrong_or_how_right():
+    logits, labels = torch.tensor([[0.0, 2.0], [1.0, 0.0], [0.0, 0.0]]).log1p(), torch.tensor([1, 1, 0])
+    found = correctness(logits, labels, RewardConfig())
+    assert found.dtype == torch.float64
+    assert found.tolist() == [1, 0, 1]
+    graded = correctness(logits, labels, RewardConfig(graded=True))
+    torch.testing.assert_close(graded, torch.tensor([3 / 4, 1 / 3, 1 / 2], dtype=torch.float64), rtol=0, atol=1e-6)
+
+
+def test_a_graded_reward_lies_between_right_and_wrong():
+    config = RewardConfig(tau=1.5, graded=True)
+    found = reward(torch.full((3,), 4), 8, torch.tensor([0.0, 0.5, 1.0]), config)
+    assert found.tolist() == [-1.5, (0.75 - 1.5) / 2, 0.75]
+    several = reward(torch.full((2, 3), 4), 8, torch.tensor([0.0, 0.5, 1.0]).expand(2, 3), config)
+    assert torch.equal(several, found.expand(2, 3))

@@ -61,18 +61,29 @@ def at_most(max_tokens: int | None, decide: Decide) -> Decide:
     return capped
 
 
+def by_share(keep: Sequence[float]) -> Decide:
+    """Keep the best-scored share of each image's patches: one number a group, of all N patches."""
+
+    def decide(scores: Tensor, alive: Tensor, group: int) -> Tensor:
+        return top_k(scores, alive, alive.new_full((1,), round(keep[group] * alive.shape[1]), dtype=torch.int64))
+
+    return decide
+
+
 def by_sampling(keys: Tensor) -> Decide:
     """Draw ``u ~ Bernoulli(score)`` for every patch: the policy while it is trained.
 
     Args:
         keys: ``(B,)`` int64, the images' keys (keyed.py).
     """
+    return lambda scores, alive, group: sample(scores, alive, keys, group)
 
-    def decide(scores: Tensor, alive: Tensor, group: int) -> Tensor:
-        draws = keyed.uniform(keys, SITE_SAMPLE + group, scores.shape[1])
-        return alive & (draws < scores)
 
-    return decide
+def sample(probability: Tensor, alive: Tensor, keys: Tensor, group: int, samples: int = 1) -> Tensor:
+    """Draw which living patches stay, k times: ``(B, N)`` -> ``(k·B, N)``; row ``j·B + b`` is draw j of image b."""
+    images, patches = probability.shape
+    draws = keyed.uniform(keys, SITE_SAMPLE + group, samples * patches).view(images, samples, patches)
+    return (alive[:, None] & (draws < probability[:, None])).transpose(0, 1).flatten(0, 1)
 
 
 def at_random(num_keep: Tensor, keys: Tensor) -> Decide:

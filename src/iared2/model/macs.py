@@ -36,7 +36,9 @@ def blocks_macs(blocks: Iterable[Any], num_tokens: Tensor) -> Tensor:
 
 
 def interpreter_macs(interpreter: Any, num_tokens: Tensor) -> Tensor:
-    """Multiply-adds of the cheap interpreter: query, ``Wᵀ q`` and ``b·q``, then H·C a token."""
+    """Multiply-adds of the cheap interpreter: query, ``Wᵀ q`` and ``b·q``, then H·C a token; a rival's do not count."""
+    if not hasattr(interpreter, "query"):
+        return torch.zeros_like(num_tokens, dtype=torch.int64)
     width = interpreter.query.in_features
     return 2 * width * width + width + num_tokens.to(torch.int64) * interpreter.num_heads * width
 

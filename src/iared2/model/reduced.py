@@ -295,13 +295,20 @@ class ReducedVisionTransformer(nn.Module):
 
     # ---- saving -------------------------------------------------------------------------------------------------
 
-    def save(self, path: Path | str) -> None:
+    def save(self, path: Path | str, half: bool = False) -> None:
         """Write weights and configuration to one file, atomically; ``iared2.load`` reads it.
+
+        Args:
+            path: of the file.
+            half: in float16, half the size. Loaded, they are float32 again, rounded: measure the file, not the model.
 
         Raises:
             InputError: the file cannot be written, or the backbone cannot be rebuilt from its timm name.
         """
-        saved.write(path, self.state_dict(), config_of(self))
+        tensors = self.state_dict()
+        if half:
+            tensors = {name: t.half() if t.is_floating_point() else t for name, t in tensors.items()}
+        saved.write(path, tensors, config_of(self))
 
 
 def from_timm(

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..batches import Transform
 from ..errors import InputError
 from ..model.reduced import ReducedVisionTransformer
+from ..resident import BatchAugment
 from ..video.data import train_transform
 
 
@@ -28,6 +29,19 @@ class AugmentConfig:
     """timm's policy string, such as "rand-m9-mstd0.5-inc1"; empty: none."""
     random_erasing: float = 0.0
     """Probability of erasing a random box."""
+
+    def on_device(self, model: ReducedVisionTransformer) -> BatchAugment:
+        """The same changes for whole batches of resident images.
+
+        Raises:
+            InputError: ``auto_augment`` is set, which changes images one by one.
+        """
+        if self.auto_augment:
+            raise InputError(
+                f"recipe: auto_augment = {self.auto_augment!r} changes images one by one; set data.resident = false"
+            )
+        cfg = model.pretrained_cfg
+        return BatchAugment(self.min_scale, self.hflip, self.color_jitter, self.random_erasing, cfg["mean"], cfg["std"])
 
     def transform(self, model: ReducedVisionTransformer) -> Transform:
         """The training transform for the model's input.

@@ -10,40 +10,66 @@ Deviations from the paper (all of them are listed in docs/method.md):
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..batches import steps_per_epoch
 from ..checkpoint import load_backbone_weights, load_strictly
-from ..data import open_samples
+from ..cluttered import open_cluttered
+from ..data import Samples
 from ..errors import InputError
+from ..model.backbone import pools_patches
 from ..model.config import config_of
+from ..model.decide import by_share
 from ..model.reduced import ReducedVisionTransformer, from_timm
+from ..model.rivals import KINDS as RIVALS
+from ..model.rivals import rival_scores
+from ..resident import ResidentImages
+from ..video.data import open_for
 from .finetune import FinetuneStage
+from .gumbel import GumbelStage
 from .log import RunLog
-from .loop import Run, Stage
+from .loop import Images, Run, Stage
 from .policy_gradient import PolicyGradientStage
 from .recipe import Recipe
 from .state import Position, load_state
 
+SPLITS: tuple[Literal["train", "eval"], ...] = ("train", "eval")
 
-def stages_of(recipe: Recipe, model: ReducedVisionTransformer) -> list[Stage]:
-    """The stages in the order in which they run; those of 0 epochs are left out."""
-    dense = partial(FinetuneStage, model, None)
+
+def stages_of(recipe: Recipe, model: ReducedVisionTransformer, teacher: nn.Module | None = None) -> list[Stage]:
+    """The stages in the order in which they run; those of 0 epochs, and of groups that drop nothing, are left out."""
+    policy, learns = recipe.policy, recipe.policy.decisions not in RIVALS
+    dense = partial(FinetuneStage, model, None, patch_drop=recipe.backbone.patch_drop)
     stages = [Stage("backbone", None, recipe.backbone, dense, model.backbone, policy=False)]
+    decide = None if learns else by_share(policy.keep)
+    learn: type[PolicyGradientStage] = GumbelStage if policy.decisions == "gumbel" else PolicyGradientStage
     for i, interpreter in enumerate(model.interpreters):
-        policy, finetune = partial(PolicyGradientStage, model, i, recipe.reward), partial(FinetuneStage, model, i)
-        stages += [
-            Stage(f"policy_gradient {i + 1}", i, recipe.policy_gradient, policy, interpreter, policy=True),
-            Stage(f"finetune {i + 1}", i, recipe.finetune, finetune, model.backbone, policy=False),
-        ]
+        if policy.keep and policy.keep[i] == (1, *policy.keep)[i]:
+            continue
+        if learns:
+            step = partial(learn, model, i, recipe.reward, policy, teacher)
+            budget = _budget(policy.keep, i - 1)
+            stages.append(
+                Stage(f"policy_gradient {i + 1}", i, recipe.policy_gradient, step, interpreter, True, budget=budget)
+            )
+        tune = partial(FinetuneStage, model, i, decide=decide, teacher=teacher, distill=recipe.finetune.distill)
+        budget = _budget(policy.keep, i) if learns else ()
+        stages.append(Stage(f"finetune {i + 1}", i, recipe.finetune, tune, model.backbone, False, decide, budget))
     return [stage for stage in stages if stage.config.epochs > 0]
+
+
+def _budget(keep: tuple[float, ...], last: int) -> tuple[float, ...]:
+    """The shares up to group ``last``; the groups after it, which have not learned yet, drop nothing more."""
+    return tuple(keep[min(i, last)] if last >= 0 else 1.0 for i in range(len(keep)))
 
 
 def build_model(recipe: Recipe, num_classes: int, weights: bool = True) -> ReducedVisionTransformer:
@@ -60,6 +86,9 @@ def build_model(recipe: Recipe, num_classes: int, weights: bool = True) -> Reduc
     )
     if config.checkpoint and weights:
         load_backbone_weights(model.backbone, config.checkpoint)
+    if recipe.policy.decisions in RIVALS:
+        for group in range(model.num_groups):
+            model.interpreters[group] = rival_scores(recipe.policy.decisions, model, group)
     if config.mean or config.std:
         model.backbone.pretrained_cfg = {**model.pretrained_cfg, "mean": config.mean, "std": config.std}
     return model
@@ -81,7 +110,13 @@ def train(recipe: Recipe, output: Path) -> Path:
     """
     check(recipe)
     accelerator = Accelerator(mixed_precision=recipe.precision)
-    samples, held_out = open_samples(recipe.data, "train"), open_samples(recipe.data, "eval")
+    with torch.device("meta"):  # is it a model of images or of videos?
+        size = from_timm(recipe.model.backbone, groups=recipe.model.groups, **recipe.model.timm).pretrained_cfg[
+            "input_size"
+        ]
+    if len(size) == 4 and (recipe.data.resident or recipe.data.clutter):
+        raise InputError("recipe: data.resident and data.clutter are for images; set them to false and 0")
+    samples, held_out = (open_for(size, recipe.data, split, recipe.clips) for split in SPLITS)
     identity = {
         **_comparable(recipe),
         "number of processes": accelerator.num_processes,
@@ -99,11 +134,41 @@ def train(recipe: Recipe, output: Path) -> Path:
     model.class_names = samples.class_names
     if parts:
         load_strictly(model, parts["model"], state)
-    config_of(model)  # a model that could not be saved is refused now, not at the end
-    stages = stages_of(recipe, model)
+        model.threshold = parts["decision"]["threshold"].tolist()
+    teacher = None
+    if recipe.reward.label == "dense" or recipe.finetune.distill:
+        teacher = copy.deepcopy(model.backbone).eval().requires_grad_(False)
+        if parts:
+            load_strictly(teacher, parts["teacher"], state)
+        teacher.to(accelerator.device)
+    if recipe.compile:
+        model.compile()
+    if recipe.policy.decisions not in RIVALS:
+        config_of(model)  # a model that could not be saved is refused now, not at the end
+    if recipe.policy.decisions == "gumbel" and pools_patches(model.backbone):
+        raise InputError('recipe: policy.decisions = "gumbel" needs a head that reads the class token alone')
+    if recipe.data.clutter and tuple(model.pretrained_cfg["input_size"][1:]) != (recipe.data.clutter,) * 2:
+        raise InputError(f"recipe: data.clutter = {recipe.data.clutter} is the side of the canvas; set img_size to it")
+    stages = stages_of(recipe, model, teacher)
     for stage in stages:  # and so is a batch that cannot be filled
         steps_per_epoch(samples, stage.config.batch_size, accelerator.num_processes)
-        stage.config.augment.transform(model)
+        on_device = recipe.data.resident or recipe.data.clutter
+        (stage.config.augment.on_device if on_device else stage.config.augment.transform)(model)
+
+    def read(opened: Samples, split: Literal["train", "eval"]) -> Images:
+        height, width = model.pretrained_cfg["input_size"][-2:]
+        if recipe.data.clutter:
+            cluttered = open_cluttered(recipe.data, split, recipe.data.clutter, device=accelerator.device)
+            images: Images = cluttered
+            skipped = cluttered.photos.skipped
+        elif recipe.data.resident:
+            images = resident = ResidentImages.read(opened, (height, width), accelerator.device, recipe.data.workers)
+            skipped = resident.skipped
+        else:
+            return opened
+        for name, reason in skipped:
+            log.warn(f"skipped {name}: {reason}")
+        return images
 
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -116,8 +181,9 @@ def train(recipe: Recipe, output: Path) -> Path:
             identity=identity,
             accelerator=accelerator,
             model=model,
-            samples=samples,
-            held_out=held_out,
+            samples=read(samples, "train"),
+            held_out=read(held_out, "eval"),
+            teacher=teacher,
             log=log,
             seed=recipe.seed,
             workers=recipe.data.workers,
@@ -127,8 +193,11 @@ def train(recipe: Recipe, output: Path) -> Path:
         for index in range(position.stage, len(stages)):
             position = run.stage(index, stages[index], position, parts)
             parts = {}
-        path = output / "model.safetensors"
-        if accelerator.is_main_process:
+        rival = recipe.policy.decisions in RIVALS
+        if recipe.policy.keep and not rival:
+            run.calibrate(recipe.policy.keep)
+        path = output / ("state.safetensors" if rival else "model.safetensors")
+        if accelerator.is_main_process and not rival:  # a rival's scores are no weights; its state has all there is
             model.eval().requires_grad_(True)
             model.save(path)
         log.say(f"done: {path}" + (f"  ({position.skipped} times an image could not be read)" * (position.skipped > 0)))
@@ -155,6 +224,7 @@ def check(recipe: Recipe) -> None:
         raise InputError(
             "recipe: Algorithm 1 needs a trained backbone; set model.pretrained, model.checkpoint or backbone.epochs"
         )
+    _check_policy(recipe)
     for name in ("backbone", "policy_gradient", "finetune"):
         stage = getattr(recipe, name)
         if stage.epochs < 0 or stage.lr < 0:
@@ -163,6 +233,29 @@ def check(recipe: Recipe) -> None:
             raise InputError(f"recipe: [{name}] accumulate must be in 1…batch_size")
         if (stage.mixup or stage.cutmix) and stage.batch_size % 2:
             raise InputError(f"recipe: [{name}] mixes pairs of images; give an even batch_size")
+
+
+def _check_policy(recipe: Recipe) -> None:
+    policy, groups = recipe.policy, recipe.model.groups
+    decisions = ("learned", "gumbel", *RIVALS)
+    if policy.decisions not in decisions:
+        raise InputError(f"recipe: policy.decisions = {policy.decisions!r} should be one of {', '.join(decisions)}")
+    if recipe.reward.label not in ("true", "dense"):
+        raise InputError(f'recipe: reward.label = {recipe.reward.label!r} should be "true" or "dense"')
+    shares = (1.0, *policy.keep)
+    falls = all(0 < b <= a for a, b in pairwise(shares))
+    if not falls or len(policy.keep) not in (0, groups):
+        raise InputError(
+            f"recipe: policy.keep = {list(policy.keep)} should be {groups} shares in (0, 1] that do not rise"
+        )
+    if policy.decisions != "learned" and not policy.keep:
+        raise InputError(f"recipe: policy.decisions = {policy.decisions!r} needs policy.keep, {groups} shares")
+    if policy.samples < 1 + policy.leave_one_out:
+        raise InputError(f"recipe: policy.samples = {policy.samples} should be at least 1, and 2 to leave one out")
+    if not 0 < policy.temperature <= 1:
+        raise InputError(f"recipe: policy.temperature = {policy.temperature} should be in (0, 1]")
+    if not 0 <= recipe.finetune.distill <= 1 or not 0 <= recipe.backbone.patch_drop < 1:
+        raise InputError("recipe: finetune.distill should be in [0, 1], backbone.patch_drop in [0, 1)")
 
 
 def _comparable(recipe: Recipe) -> dict[str, Any]:

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..model.decide import Decide, by_threshold, keep_all
+from ..model.decide import Decide, at_random, keep_all
 from ..model.reduced import ReducedVisionTransformer
+from ..model.tokens import PackedTokens
 
 
 class FinetuneStage(nn.Module):
@@ -19,11 +20,33 @@ class FinetuneStage(nn.Module):
     With ``group`` i, the interpreters are frozen and the blocks of groups i…D, the final norm and the head learn; the
     embedding and the blocks before stay as they are, since training them would move the input of interpreters that are
     already fixed. They run in evaluation mode and without a graph. Groups after i drop nothing more.
-    With ``group=None`` the whole backbone learns and nothing is dropped.
+    With ``group=None`` the whole backbone learns, and nothing is dropped but ``patch_drop`` of the patches at random, a
+    share that falls to 0 at the end of the stage (as in Liu et al., PatchDropout, WACV 2023, which keeps it).
+
+    Args:
+        model: the stage freezes what does not learn.
+        group: the last group that drops patches, or None.
+        patch_drop: see above.
+        decide: the decision; by default the model's own, asked for anew in every step.
+        teacher: a dense model whose probabilities are ``distill`` of the target, 0…1 (Hinton et al. 2015).
     """
 
-    def __init__(self, model: ReducedVisionTransformer, group: int | None) -> None:
+    progress = 0.0
+    """How far the stage is, 0…1; the loop sets it before every step."""
+
+    def __init__(
+        self,
+        model: ReducedVisionTransformer,
+        group: int | None,
+        *,
+        patch_drop: float = 0.0,
+        decide: Decide | None = None,
+        teacher: nn.Module | None = None,
+        distill: float = 0.0,
+    ) -> None:
         super().__init__()
+        self.patch_drop, self.decide = patch_drop, decide
+        self.teacher, self.distill = teacher, distill
         self.model, self.group = model, group
         self.first = 0 if group is None else group
         backbone = model.backbone
@@ -57,14 +80,20 @@ class FinetuneStage(nn.Module):
         Returns:
             The loss, and the step's metrics (docs/metrics.md) as detached scalars.
         """
-        model, decide = self.model, decide_up_to(self.model, self.group)
+        model, decide = self.model, decide_up_to(self.model, self.group, self.decide)
         with torch.set_grad_enabled(self.group is None and torch.is_grad_enabled()):
             packed = model.embed(images, keys)
+            if self.group is None and self.patch_drop:
+                packed = packed.select(self._some(packed, keys))
             packed, _, _ = model.reduce(packed, range(self.first), decide)
         packed, _, kept = model.reduce(packed, range(self.first, model.num_groups), decide)
         logits = model.head(packed)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # half precision is too coarse for a loss
         loss = F.cross_entropy(logits, targets)
+        if self.teacher is not None and self.distill:
+            with torch.no_grad():
+                soft = self.teacher(images).to(logits.dtype).softmax(1)
+            loss = torch.lerp(loss, F.cross_entropy(logits, soft), self.distill)
         labels = targets if targets.ndim == 1 else targets.argmax(1)
         metrics = {
             "loss": loss.detach(),
@@ -73,8 +102,12 @@ class FinetuneStage(nn.Module):
         }
         return loss, metrics
 
+    def _some(self, packed: PackedTokens, keys: Tensor) -> Tensor:
+        num_keep = round(packed.num_patches * (1 - self.patch_drop * (1 - self.progress)))
+        return at_random(keys.new_full((1, len(keys)), num_keep), keys)(packed.alive, packed.alive, 0)
 
-def decide_up_to(model: ReducedVisionTransformer, last: int | None) -> Decide:
-    """The model's threshold up to group ``last``, nothing dropped after it; ``None`` drops nothing at all."""
-    greedy = by_threshold(model.thresholds)
-    return lambda scores, alive, group: (keep_all if last is None or group > last else greedy)(scores, alive, group)
+
+def decide_up_to(model: ReducedVisionTransformer, last: int | None, decide: Decide | None = None) -> Decide:
+    """The model's decision, or another, up to group ``last``; nothing dropped after it. ``None``: nothing at all."""
+    decide = decide or model.policy()
+    return lambda scores, alive, group: (keep_all if last is None or group > last else decide)(scores, alive, group)

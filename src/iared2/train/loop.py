@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +20,34 @@ from torch import Tensor, nn
 
 from .. import keyed
 from ..batches import Batch, eval_batches, model_transform, steps_per_epoch, train_batches
+from ..cluttered import ClutteredImages
 from ..data import Samples
 from ..evaluate import measure
+from ..model.decide import Decide
 from ..model.reduced import ReducedVisionTransformer
+from ..resident import ResidentImages
 from .augment import AugmentConfig, TargetMaker
 from .finetune import decide_up_to
 from .log import RunLog
 from .state import Position, load_optimizer_tensors, optimizer_tensors, save_state
 
+CALIBRATION_IMAGES = 1024
+CALIBRATION_SEED = 0  # not the run's: what a budget means should not depend on it
+
+
+Images = Samples | ResidentImages | ClutteredImages
+
 
 @dataclass(frozen=True)
 class StageConfig:
-    """How long and how fast one stage learns. AdamW, linear warm-up, cosine decay to ``min_lr`` within the stage."""
+    """How long and how fast one stage learns. Linear warm-up, cosine decay to ``min_lr`` within the stage."""
 
     epochs: float = 10
     """Passes over the training set; 0 leaves the stage out. A fraction is allowed."""
     batch_size: int = 128
     """Images of one optimiser step in each process."""
+    optimizer: str = "adamw"
+    """timm's name of it: "adamw", or "muon", which learns from scratch in fewer steps."""
     accumulate: int = 1
     """Split that batch into so many parts, one after the other, to save memory."""
     lr: float = 1e-3
@@ -58,6 +70,11 @@ class StageConfig:
     """CutMix alpha; 0: none."""
     ema_decay: float = 0.0
     """End the stage with an exponential moving average of the backbone; 0: none. Not in the policy stage."""
+    distill: float = 0.0
+    """Fine-tuning only: share of the target that is what the dense model says, 0…1."""
+    patch_drop: float = 0.0
+    """Dense stage only: share of each image's patches left out at random, falling to 0 at the end of the stage. Saves
+    time at first."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     """Random changes of the images in this stage."""
 
@@ -73,6 +90,8 @@ class Stage:
         step: makes the module whose call is one step, ``(images, targets, keys) -> (loss, metrics)``; freezes the rest.
         trained: the module whose unfrozen parameters learn.
         policy: labels stay hard, there is no moving average.
+        decide: the decision, if it is not the model's own.
+        budget: shares of the patches, D numbers, to which the model's thresholds are calibrated before the stage.
     """
 
     name: str
@@ -81,6 +100,8 @@ class Stage:
     step: Callable[[], nn.Module]
     trained: nn.Module
     policy: bool
+    decide: Decide | None = None
+    budget: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -89,6 +110,7 @@ class Run:
 
     Attributes:
         identity: what a resumed run must agree on, as JSON types; written into every checkpoint.
+        teacher: the dense model that some stages learn from.
         seed, workers, checkpoint_minutes, eval_epochs: of the recipe.
     """
 
@@ -96,8 +118,9 @@ class Run:
     identity: dict[str, Any]
     accelerator: Accelerator
     model: ReducedVisionTransformer
-    samples: Samples
-    held_out: Samples
+    samples: Images
+    held_out: Images
+    teacher: nn.Module | None
     log: RunLog
     seed: int
     workers: int
@@ -116,9 +139,11 @@ class Run:
             The beginning of the next stage.
         """
         accelerator, config = self.accelerator, stage.config
+        if stage.budget and not position.step:
+            self.calibrate(stage.budget)
         epoch_steps = steps_per_epoch(self.samples, config.batch_size, accelerator.num_processes)
         total = max(1, round(config.epochs * epoch_steps))
-        step_module = stage.step()
+        step_module: Any = stage.step()
         self.model.zero_grad(set_to_none=True)  # what an earlier stage left must not count in this one's gradient norm
         optimizer = make_optimizer(stage)
         scheduler = CosineLRScheduler(
@@ -146,6 +171,7 @@ class Run:
         for epoch, step, batch in self.batches(index, config, position.step, total, epoch_steps):
             scheduler.step_update(step)
             self.seed_generators(index, step)
+            step_module.progress = step / total  # what changes over a stage follows this
             metrics = self.optimize(wrapped, optimizer, batch, config, make_targets, 1000 * index + epoch)
             if ema:
                 ema.update(self.model.backbone, step)
@@ -171,29 +197,43 @@ class Run:
 
         if ema:
             self.model.backbone.load_state_dict(ema.module.state_dict())
+        if self.teacher is not None and stage.group is None:
+            self.teacher.load_state_dict(self.model.backbone.state_dict())
         self.evaluate(stage, position)
         accelerator.free_memory()  # it would hold on to the optimiser of every stage
         position = Position(index + 1, 0, position.total_steps, position.skipped)
         self.save(position)
         return position
 
+    def calibrate(self, keep: tuple[float, ...]) -> None:
+        """Set the thresholds so that these shares of the patches stay, on training images as they are."""
+        plain = AugmentConfig(min_scale=1.0, hflip=0.0, color_jitter=0.0)
+        size = min(CALIBRATION_IMAGES, len(self.samples))
+        order = {"seed": CALIBRATION_SEED, "epoch": 0, "batch_size": size}
+        if isinstance(self.samples, Samples):
+            batches = train_batches(self.samples, model_transform(self.model.pretrained_cfg), **order)
+        else:
+            batches = self.samples.train_batches(plain.on_device(self.model), **order)
+        self.model.eval().to(self.accelerator.device)
+        self.model.calibrate(next(iter(batches)).images, keep=keep)
+
     def batches(
         self, index: int, config: StageConfig, done: int, total: int, epoch_steps: int
     ) -> Iterator[tuple[int, int, Batch]]:
         """``(epoch, step, batch)`` from step ``done`` on, to the end of the epoch in which ``total`` lies."""
-        transform = config.augment.transform(self.model)
+        place = {"rank": self.accelerator.process_index, "world_size": self.accelerator.num_processes}
+        if isinstance(self.samples, Samples):
+            transform = config.augment.transform(self.model)
+            read = partial(train_batches, self.samples, transform, workers=self.workers, **place)
+        else:
+            read = partial(self.samples.train_batches, config.augment.on_device(self.model), **place)
         step = done
         for epoch in range(done // epoch_steps, -(-total // epoch_steps)):
-            loader = train_batches(
-                self.samples,
-                transform,
+            loader = read(
                 seed=self.seed,
                 epoch=1000 * index + epoch,
                 batch_size=config.batch_size,
                 start_step=step - epoch * epoch_steps,
-                rank=self.accelerator.process_index,
-                world_size=self.accelerator.num_processes,
-                workers=self.workers,
             )
             for batch in loader:
                 yield epoch, step, batch
@@ -238,15 +278,13 @@ class Run:
         if ema:  # judge the average, then put the live weights back
             live = {name: t.clone() for name, t in model.backbone.state_dict().items()}
             model.backbone.load_state_dict(ema.module.state_dict())
-        batches = eval_batches(
-            self.held_out,
-            model_transform(model.pretrained_cfg),
-            batch_size=256,
-            rank=self.accelerator.process_index,
-            world_size=self.accelerator.num_processes,
-            workers=self.workers,
-        )
-        decide = decide_up_to(model.eval(), stage.group)
+        cfg = model.pretrained_cfg
+        place = {"rank": self.accelerator.process_index, "world_size": self.accelerator.num_processes}
+        if isinstance(self.held_out, Samples):
+            batches = eval_batches(self.held_out, model_transform(cfg), batch_size=256, workers=self.workers, **place)
+        else:
+            batches = self.held_out.eval_batches(cfg["mean"], cfg["std"], batch_size=256, **place)
+        decide = decide_up_to(model.eval(), stage.group, stage.decide)
         with self.accelerator.autocast():
             result = measure(model, batches, self.accelerator.device, decide, self.accelerator.reduce)
         if live is not None:
@@ -256,7 +294,9 @@ class Run:
     def save(self, position: Position, optimizer: Any = None, ema: ModelEmaV3 | None = None) -> None:
         """Write the checkpoint from which a killed run goes on."""
         if self.accelerator.is_main_process:
-            parts = {"model": self.model.state_dict()}
+            parts = {"model": self.model.state_dict(), "decision": {"threshold": torch.tensor(self.model.thresholds)}}
+            if self.teacher is not None:
+                parts["teacher"] = self.teacher.state_dict()
             if optimizer is not None:
                 parts["optimizer"] = optimizer_tensors(optimizer.optimizer)
             if ema is not None:
@@ -273,11 +313,11 @@ class Run:
 
 
 def make_optimizer(stage: Stage) -> torch.optim.Optimizer:
-    """AdamW over what the stage trains; timm leaves out what is frozen and spares biases and norms the weight decay."""
+    """Over what the stage trains; timm leaves out what is frozen and spares biases and norms the weight decay."""
     config = stage.config
     return create_optimizer_v2(
         stage.trained,
-        opt="adamw",
+        opt=config.optimizer,
         lr=config.lr,
         weight_decay=config.weight_decay,
         layer_decay=config.layer_decay if config.layer_decay < 1 and not stage.policy else None,

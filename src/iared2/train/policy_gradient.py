@@ -1,26 +1,60 @@
-"""The policy stage of a group: REINFORCE with a self-critical baseline (Algorithm 1, lines 2–6; method.md section 2).
+"""The policy stage of a group: REINFORCE (Algorithm 1, lines 2–6; method.md section 2).
 
 One step, for group i:
 
 1. what lies before the group runs once, without a graph;
 2. the interpreter scores the living patches: the only graph there is;
-3. two decisions on the same image, sampled and greedy, go on as *one* packed batch of 2B images; later groups drop
-   nothing more;
-4. advantage = reward(sampled) − reward(greedy), and the log-probability of the sampled decision carries it back.
+3. some sampled decisions and the greedy one on the same image go on as *one* packed batch; later groups drop nothing
+   more;
+4. advantage = reward(sampled) − baseline, and the log-probability of each sampled decision carries it back.
 
 The network is in evaluation mode and every other parameter is frozen.
+
+Deviations from the paper, all of them settings that are off by default:
+
+1. ``keep``: decisions are drawn around a budget. One shift of all logits, found anew for each batch, makes the mean
+   share that is drawn what was asked for; the threshold that is deployed is calibrated to the same share. So the policy
+   learns which patches, not how many, and what it samples is what it will be asked for.
+2. ``temperature``: the logits are divided by a number that falls during the stage, so that the samples become as sharp
+   as the threshold.
+3. ``samples`` and ``leave_one_out``: several decisions an image, each judged by the mean of the others (Kool et al.,
+   2019).
+4. ``reward.label`` and ``reward.graded``: what is right, and how right (reward.py).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
-from ..model.decide import by_sampling, by_threshold, keep_all
+from ..model.decide import keep_all, sample
 from ..model.reduced import ReducedVisionTransformer
-from .reward import RewardConfig, reward
+from .reward import RewardConfig, correctness, reward
 
-GREEDY_THRESHOLD = 0.5
+GREEDY_PROBABILITY = 0.5
+ANCHOR = 0.02  # found by trial: docs/LOG.md
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """How patches are chosen, and how that is learned. The defaults are the paper's."""
+
+    decisions: str = "learned"
+    """"learned" by REINFORCE; "gumbel": by straight-through Gumbel-softmax; or a rival that learns nothing, and is
+    fine-tuned with its own decisions: "random", "attention" (of the class token), "centre"."""
+    keep: tuple[float, ...] = ()
+    """Shares of the patches alive after each group, D numbers that do not rise: the budget of the draws and of the
+    threshold, or what a rival keeps. A group that keeps what it is given has no stages. Empty: the threshold is 0.5."""
+    samples: int = 1
+    """Sampled decisions of each image in a step."""
+    leave_one_out: bool = False
+    """The baseline of a sample is the mean reward of the other samples of its image; false: the greedy decision's."""
+    temperature: float = 1.0
+    """Divides the logits of the scores at the end of the stage; 1 at its beginning, geometric between."""
+    gumbel_weight: float = 2.0
+    """λ, the weight of (mean keep ratio − target)² in the loss of "gumbel"; the target is keep."""
 
 
 class PolicyGradientStage(nn.Module):
@@ -30,11 +64,24 @@ class PolicyGradientStage(nn.Module):
         model: its interpreter of ``group`` becomes the only trainable part.
         group: i, 0…D−1.
         config: the reward.
+        policy: how decisions are drawn and judged.
+        teacher: the dense model whose prediction is the label, if ``config.label`` is "dense".
     """
 
-    def __init__(self, model: ReducedVisionTransformer, group: int, config: RewardConfig) -> None:
+    progress = 0.0
+    """How far the stage is, 0…1; the loop sets it before every step."""
+
+    def __init__(
+        self,
+        model: ReducedVisionTransformer,
+        group: int,
+        config: RewardConfig,
+        policy: PolicyConfig | None = None,
+        teacher: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         self.model, self.group, self.config = model, group, config
+        self.policy, self.teacher = policy or PolicyConfig(), teacher
         model.requires_grad_(False)
         model.interpreters[group].requires_grad_(True)
 
@@ -54,55 +101,95 @@ class PolicyGradientStage(nn.Module):
         Returns:
             The loss, and the step's metrics (docs/metrics.md) as detached scalars.
         """
-        model, group = self.model, self.group
+        model, group, samples = self.model, self.group, self.policy.samples
         with torch.no_grad():
-            packed, _, _ = model.reduce(model.embed(images), range(group))
+            if self.teacher is not None and self.config.label == "dense":
+                labels = self.teacher(images).argmax(1)
+            packed, _, _ = model.reduce(model.embed(images, keys), range(group))
             alive = packed.alive
         scores = model.score(packed, group)  # (B, N)
+        probability, anchor = self.probability(scores, alive)
 
         with torch.no_grad():
-            u = by_sampling(keys)(scores, alive, group)
-            greedy = by_threshold(GREEDY_THRESHOLD)(scores, alive, group)
-            keep = model.keep_one(torch.cat([u, greedy]), scores.repeat(2, 1), alive.repeat(2, 1))  # (2B, N)
-            both = model.run_blocks(packed.select(keep), group)
-            both, _, _ = model.reduce(both, range(group + 1, model.num_groups), keep_all)
-            correct = model.head(both).argmax(1) == labels.repeat(2)
-            num_patches = scores.shape[1]
-            rewards = reward(keep.sum(1), num_patches, correct, self.config)
-            advantage = rewards[: len(u)] - rewards[len(u) :]
+            u = sample(probability, alive, keys, group, samples)  # (k·B, N)
+            greedy = alive & (probability > GREEDY_PROBABILITY)
+            several = samples + 1
+            keep = model.keep_one(torch.cat([u, greedy]), scores.repeat(several, 1), alive.repeat(several, 1))
+            all_of_them = model.run_blocks(packed.select(keep), group)
+            all_of_them, _, _ = model.reduce(all_of_them, range(group + 1, model.num_groups), keep_all)
+            logits = model.head(all_of_them)
+            labels = labels.repeat(several)
+            right, correct = logits.argmax(1) == labels, correctness(logits, labels, self.config)
+            rewards = reward(keep.sum(1), scores.shape[1], correct, self.config)
+            rewards = rewards.view(several, -1)  # (k + 1, B), the greedy one last
+            if self.policy.leave_one_out:
+                drawn = rewards[:-1]
+                advantage = (drawn - drawn.mean(0)) * samples / (samples - 1)
+            else:
+                advantage = rewards[:-1] - rewards[-1]
 
-        loss = policy_gradient_loss(scores, u, alive, advantage)
-        ratio, right = keep.double().mean(1).view(2, -1).mean(1), 100 * correct.double().view(2, -1).mean(1)
-        mean_reward = rewards.view(2, -1).mean(1)
+        loss = policy_gradient_loss(probability.repeat(samples, 1), u, alive.repeat(samples, 1), advantage.flatten())
+        loss = loss + anchor
+        ratios, rights = keep.double().mean(1).view(several, -1), 100 * right.double().view(several, -1)
         metrics = {
             "loss": loss.detach(),
-            "reward": mean_reward[0],
-            "reward_greedy": mean_reward[1],
-            "keep_ratio_sampled": ratio[0],
-            "keep_ratio_greedy": ratio[1],
-            "top1_sampled": right[0],
-            "top1_greedy": right[1],
-            "entropy": bernoulli_entropy(scores.detach(), alive),
+            "reward": rewards[:-1].mean(),
+            "reward_greedy": rewards[-1].mean(),
+            "keep_ratio_sampled": ratios[:-1].mean(),
+            "keep_ratio_greedy": ratios[-1].mean(),
+            "top1_sampled": rights[:-1].mean(),
+            "top1_greedy": rights[-1].mean(),
+            "entropy": bernoulli_entropy(probability.detach(), alive),
         }
         return loss, metrics
 
+    def probability(self, scores: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
+        """With what each living patch is drawn ``(B, N)``: its score, or sharpened and shifted to the budget.
 
-def policy_gradient_loss(scores: Tensor, u: Tensor, alive: Tensor, advantage: Tensor) -> Tensor:
+        Also a small loss that pulls the logits by the shift. Nothing else would: what all scores have in common makes
+        no difference to the draws, and would wander off to where sigmoids are flat.
+        """
+        policy, none = self.policy, scores.new_zeros(())
+        if policy.temperature == 1 and not policy.keep:
+            return scores, none
+        logits = scores.masked_fill(~alive, 0.5).logit(eps=1e-6) / policy.temperature**self.progress
+        if not policy.keep:
+            return logits.sigmoid(), none
+        shift = budget_shift(logits.detach(), alive, policy.keep[self.group])
+        mean = (logits * alive).sum() / alive.sum().clamp_min(1)
+        return (logits + shift).sigmoid(), -ANCHOR * shift * mean
+
+
+def budget_shift(logits: Tensor, alive: Tensor, share: float) -> Tensor:
+    """The scalar b for which ``sigmoid(logits + b)`` of living patches adds up to ``share`` of all patches ``(B, N)``.
+
+    By bisection; if fewer patches are alive than that, a shift that keeps nearly all of them.
+    """
+    high = logits.abs().amax() + 20
+    low = -high
+    for _ in range(40):
+        middle = (low + high) / 2
+        over = ((logits + middle).sigmoid() * alive).mean() > share
+        low, high = torch.where(over, low, middle), torch.where(over, middle, high)
+    return high
+
+
+def policy_gradient_loss(probability: Tensor, u: Tensor, alive: Tensor, advantage: Tensor) -> Tensor:
     """``−mean_b A_b · log π(u_b)``; its gradient is minus the REINFORCE estimate of ``∇J``.
 
     Args:
-        scores: ``(B, N)`` I, the probability of keeping each patch; carries the gradient.
+        probability: ``(B, N)`` of keeping each patch: I, in the paper's form; carries the gradient.
         u: ``(B, N)`` bool, the sampled decision.
         alive: ``(B, N)`` bool: only patches alive at the entrance of the group were decided on.
         advantage: ``(B,)`` A, carries none.
     """
-    probability = torch.where(u, scores, 1 - scores)
+    of_decision = torch.where(u, probability, 1 - probability)
     # the floor only guards log(0) where a sigmoid has saturated; such a draw has probability 0 otherwise
-    log_prob = probability.clamp_min(1e-12).log().masked_fill(~alive, 0).sum(1)
+    log_prob = of_decision.clamp_min(1e-12).log().masked_fill(~alive, 0).sum(1)
     return -(advantage.detach().to(log_prob.dtype) * log_prob).mean()
 
 
-def bernoulli_entropy(scores: Tensor, alive: Tensor) -> Tensor:
+def bernoulli_entropy(probability: Tensor, alive: Tensor) -> Tensor:
     """Mean entropy of the decisions on living patches, in nats: 0.69 undecided, 0 certain."""
-    entropy = torch.special.entr(scores) + torch.special.entr(1 - scores)
+    entropy = torch.special.entr(probability) + torch.special.entr(1 - probability)
     return entropy.masked_fill(~alive, 0).sum() / alive.sum().clamp_min(1)

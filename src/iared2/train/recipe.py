@@ -13,7 +13,9 @@ from typing import Any
 
 from ..data import DataConfig
 from ..errors import InputError
+from ..video.data import ClipConfig
 from .loop import StageConfig
+from .policy_gradient import PolicyConfig
 from .reward import RewardConfig
 
 if sys.version_info >= (3, 11):
@@ -50,13 +52,17 @@ class Recipe:
     """Every random draw of the run is a function of this."""
     precision: str = "no"
     """Autocast: "no" (float32) or "bf16"."""
+    compile: bool = False
+    """Compile the blocks: for a GPU. The first steps take a minute."""
     checkpoint_minutes: float = 5.0
     """Time between checkpoints; one is also written after every epoch."""
     eval_epochs: int = 1
     """Measure on held-out images every so many epochs, and at the end of each stage; 0: only then."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    clips: ClipConfig = field(default_factory=ClipConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
     backbone: StageConfig = field(default_factory=lambda: StageConfig(epochs=0))
     """Dense training before Algorithm 1: from scratch, or of a new head."""
     policy_gradient: StageConfig = field(default_factory=lambda: StageConfig(epochs=10))

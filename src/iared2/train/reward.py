@@ -16,18 +16,30 @@ class RewardConfig:
     """τ, the penalty for a wrong prediction, ≥ 0. More τ: more accurate, more compute (Table 3)."""
     squared: bool = True
     """Reward 1 − ratio² for a right prediction; false: 1 − ratio, the linear variant, more sensitive to τ."""
+    label: str = "true"
+    """What counts as right: the "true" label, or what the "dense" model says, which needs no labels."""
+    graded: bool = False
+    """The probability of the label in place of right or wrong."""
+
+
+def correctness(logits: Tensor, labels: Tensor, config: RewardConfig) -> Tensor:
+    """How right a prediction is: ``logits (B, K)``, ``labels (B,)`` -> ``(B,)`` float64: 0 or 1, between if graded."""
+    if config.graded:
+        return logits.double().softmax(1).gather(1, labels[:, None])[:, 0]
+    return (logits.argmax(1) == labels).double()
 
 
 def reward(num_kept: Tensor, num_patches: int, correct: Tensor, config: RewardConfig) -> Tensor:
-    """``R(u) = 1 − (|u|₀/N)²`` if the prediction is right, ``−τ`` if it is wrong (Eq. 2).
+    """``R(u) = 1 − (|u|₀/N)²`` if the prediction is right, ``−τ`` if it is wrong (Eq. 2); between, the mean of the two.
 
     Args:
         num_kept: ``|u|₀``, patches alive after the group, of any shape.
         num_patches: N, patches of the image.
-        correct: bool, same shape: is the prediction made from these patches right?
+        correct: same shape: is the prediction made from these patches right? Bool, or in [0, 1].
 
     Returns:
         Same shape, float64 values in [−τ, 1].
     """
     ratio = num_kept.double() / num_patches
-    return torch.where(correct, 1 - (ratio**2 if config.squared else ratio), -config.tau)
+    right = 1 - (ratio**2 if config.squared else ratio)
+    return torch.lerp(torch.full_like(right, -config.tau), right, correct.double())

@@ -1,0 +1,204 @@
+"""What the experiments share: train a variant unless it is there, measure it image by image, compare, write a table.
+
+A *variant* is a recipe and settings. Its run is a folder; a finished one is not trained again, a killed one goes on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from iared2 import ReducedVisionTransformer
+from iared2.batches import Batch
+from iared2.cluttered import ClutteredImages, open_cluttered
+from iared2.data import DataConfig, open_samples
+from iared2.model.budget import thresholds_for
+from iared2.model.decide import Decide, by_share
+from iared2.model.rivals import KINDS as RIVALS
+from iared2.resident import ResidentImages
+from iared2.train.curriculum import build_model, train
+from iared2.train.recipe import Recipe, read_recipe
+from iared2.train.state import load_state
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+BOOTSTRAP = 5000
+Part = Literal["train", "holdout", "eval"]
+
+
+@dataclass(frozen=True)
+class Lab:
+    """Where things are, and at which size the experiments run.
+
+    Attributes:
+        data: as for ``iared2 train --data``.
+        backbone: the dense model that every variant starts from.
+        runs: folder of the runs.
+        size: "tiny_imagenet" or "tiny_imagenet_cpu": the recipes of that name.
+        settings: for every recipe, such as shorter stages.
+    """
+
+    data: str
+    backbone: Path
+    runs: Path
+    size: str
+    settings: tuple[str, ...] = ()
+
+    def recipe(self, kind: str, settings: Sequence[str] = (), seed: int = 0) -> Recipe:
+        """The recipe of ``kind`` "ours" or "paper"."""
+        name = f"{self.size}.toml" if kind == "ours" else f"{self.size}_{kind}.toml"
+        fixed = [f"model.checkpoint='{self.backbone}'", f"data.path='{self.data}'", f"seed={seed}"]
+        return read_recipe(RECIPES / name, [*fixed, *self.settings, *settings])
+
+    def run(self, name: str, kind: str, settings: Sequence[str] = (), seed: int = 0) -> Trained:
+        """The finished run of a variant."""
+        folder = self.runs / f"{name}-{seed}"
+        recipe = self.recipe(kind, settings, seed)
+        if not (folder / "done").exists():
+            print(f"== {folder}", flush=True)
+            train(recipe, folder)
+            (folder / "done").touch()
+        return Trained(folder, recipe)
+
+    def dense(self) -> Trained:
+        """The backbone as it is before Algorithm 1."""
+        return Trained(None, self.recipe("paper"))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One pass over the validation images.
+
+    Attributes:
+        correct: ``(n,)`` bool.
+        macs: ``(n,)`` multiply-adds.
+        kept: ``(D, n, N)`` bool.
+        scores: ``(D, n, N)``.
+        dense_macs: of the backbone alone.
+    """
+
+    correct: np.ndarray
+    macs: np.ndarray
+    kept: np.ndarray
+    scores: np.ndarray
+    dense_macs: int
+
+    @property
+    def top1(self) -> float:
+        return 100 * float(self.correct.mean())
+
+    @property
+    def share(self) -> float:
+        """Multiply-adds as a share of the dense backbone's."""
+        return float(self.macs.mean() / self.dense_macs)
+
+    @property
+    def keep_ratio(self) -> list[float]:
+        return self.kept.mean((1, 2)).round(4).tolist()
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished run (or, without a folder, the backbone)."""
+
+    folder: Path | None
+    recipe: Recipe
+
+    @cached_property
+    def model(self) -> ReducedVisionTransformer:
+        """In evaluation mode, its thresholds calibrated on the holdout if it has a budget."""
+        policy = self.recipe.policy
+        classes = open_samples(self.recipe.data, "eval").class_names
+        model = build_model(self.recipe, len(classes), weights=self.folder is None).eval()
+        if self.folder is not None:
+            _, _, parts = load_state(self.folder / "state.safetensors")
+            model.load_state_dict(parts["model"])
+            if policy.keep and policy.decisions not in RIVALS:
+                model.calibrate(self.sample(model), keep=policy.keep)
+        return model
+
+    def sample(self, model: ReducedVisionTransformer) -> Tensor:
+        """Images that nothing was trained on: the holdout of the train split, on which thresholds are chosen."""
+        return next(iter(self.batches("holdout", model, 1024))).images
+
+    @property
+    def decide(self) -> Decide:
+        """The decision with which it was fine-tuned."""
+        policy = self.recipe.policy
+        return by_share(policy.keep) if policy.decisions in RIVALS else self.model.policy()
+
+    def at(self, share: float) -> Decide:
+        """The learned decision at a share of the dense multiply-adds: thresholds chosen on the holdout."""
+        gmacs = share * self.model.dense_macs / 1e9
+        return self.model.policy(thresholds_for(self.model, self.sample(self.model), gmacs=gmacs))
+
+    def measure(self, decide: Decide | None = None, part: Part = "eval") -> Measured:
+        """One pass over the images of a split, in float32."""
+        decide = decide or self.decide
+        found = []
+        for batch in self.batches(part, self.model):
+            with torch.inference_mode():
+                out = self.model.trace(batch.images, decide)
+            right = out.logits.argmax(1) == batch.labels
+            found.append([t.numpy() for t in (right, out.macs, out.kept.transpose(0, 1), out.scores.transpose(0, 1))])
+        correct, macs, kept, scores = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        return Measured(correct, macs, kept.swapaxes(0, 1), scores.swapaxes(0, 1), self.model.dense_macs)
+
+    def batches(self, part: Part, model: ReducedVisionTransformer, batch_size: int = 250) -> Iterator[Batch]:
+        """Batches of a split, normalised for the model."""
+        cfg = model.pretrained_cfg
+        images = split(self.recipe.data, part, cfg["input_size"][1])
+        return images.eval_batches(cfg["mean"], cfg["std"], batch_size=batch_size)
+
+
+@cache
+def split(config: DataConfig, part: Part, size: int) -> ResidentImages | ClutteredImages:
+    """A split, decoded once a process."""
+    if config.clutter:
+        return open_cluttered(config, part, config.clutter)
+    return ResidentImages.read(open_samples(config, part), (size, size))
+
+
+def interval(difference: np.ndarray) -> tuple[float, float]:
+    """95 % of paired bootstrap means of per-image differences, in points."""
+    draws = np.random.default_rng(0).integers(len(difference), size=(BOOTSTRAP, len(difference)))
+    low, high = np.quantile(100 * difference[draws].mean(1), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def versus(a: Sequence[Measured], b: Sequence[Measured]) -> str:
+    """``a − b`` in points with its interval; the same images, averaged over pairs of seeds."""
+    difference = np.mean([x.correct.astype(float) - y.correct for x, y in zip(a, b, strict=True)], axis=0)
+    low, high = interval(difference)
+    return f"{100 * difference.mean():+.1f} ({low:+.1f} … {high:+.1f})"
+
+
+@dataclass(frozen=True)
+class Table:
+    """What an experiment found."""
+
+    title: str
+    command: str
+    columns: list[str]
+    rows: list[list[str]]
+    notes: list[str]
+
+    def markdown(self) -> str:
+        lines = [f"{self.title}", "", f"`{self.command}`", "", f"| {' | '.join(self.columns)} |"]
+        lines += ["|---" * len(self.columns) + "|", *(f"| {' | '.join(row)} |" for row in self.rows), ""]
+        return "\n".join([*lines, *(f"- {note}" for note in self.notes), ""])
+
+    def write(self, folder: Path, name: str) -> None:
+        """``name.json`` and ``name.md``."""
+        folder.mkdir(parents=True, exist_ok=True)
+        text = {"experiment": name, **self.__dict__}
+        (folder / f"{name}.json").write_text(json.dumps(text, ensure_ascii=False) + "\n", encoding="utf-8")
+        (folder / f"{name}.md").write_text(self.markdown(), encoding="utf-8")
+        print(self.markdown(), flush=True)

@@ -1,0 +1,429 @@
+"""The tables of the paper's supplementary material, and ours, by one command each.
+
+    python experiments/tables.py table1 --data DATA --backbone runs/backbone/model.safetensors
+    python experiments/tables.py all    --data DATA --backbone runs/backbone/model.safetensors
+
+DATA is a folder with the parquet files of Tiny-ImageNet (docs/results.md). Finished runs are not trained again, killed
+ones go on. Each table is written to OUT as JSON and Markdown, and as a plot where a curve is better.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from lab import Lab, Measured, Table, Trained, split, versus
+from matplotlib.figure import Figure
+
+from iared2 import ReducedVisionTransformer
+from iared2.batches import Batch
+from iared2.cluttered import patch_truth
+from iared2.data import open_samples
+from iared2.errors import InputError
+from iared2.model.decide import Decide, keep_all, top_k
+from iared2.regions import open_regions
+
+BUDGETS = (0.65, 0.5)
+PHOTO = 64, 64  # the frame of Tiny-ImageNet's boxes
+CLASSES = "goldfish", "monarch", "school bus", "espresso", "ladybug", "king penguin", "orange", "lion", "barn", "teddy"
+CLUTTER = {
+    "tiny_imagenet": ["data.clutter=128", "model.timm={ img_size = 128, patch_size = 8 }"],
+    "tiny_imagenet_cpu": [  # what two CPU cores can do: ten classes, 144 patches
+        "data.clutter=96",
+        "model.timm={ img_size = 96, patch_size = 8 }",
+        f"data.classes={list(CLASSES)}",
+        "policy_gradient.epochs=1",
+        "policy_gradient.augment={ min_scale = 0.8, color_jitter = 0.0 }",
+        "finetune.epochs=1",
+        "finetune.augment={ min_scale = 0.6, color_jitter = 0.2 }",
+    ],
+}
+CLUTTER_BACKBONE = {
+    "tiny_imagenet": ["model.checkpoint=''"],  # from scratch: its patches are larger than the reference model's
+    "tiny_imagenet_cpu": [  # from the weights of the whole photos, for six passes
+        "backbone.epochs=6",
+        "backbone.lr=1e-3",
+        "backbone.warmup_epochs=0.2",
+        "backbone.patch_drop=0.5",
+        "backbone.mixup=0.0",
+        "backbone.cutmix=0.0",
+        "backbone.ema_decay=0.98",
+        "backbone.augment={ min_scale = 0.6, color_jitter = 0.2 }",
+        "policy_gradient.epochs=0",
+        "finetune.epochs=0",
+    ],
+}
+CLUTTER_OURS = ["policy.keep=[1.0, 0.28, 0.18, 0.14]"]
+SHORT = ["policy_gradient.epochs=0.25", "finetune.epochs=0.15"]  # six runs: fine-tuned for a third of the time
+
+
+def shares(keep: list[float]) -> str:
+    """Percentages after each group."""
+    return " · ".join(f"{100 * k:.0f} %" for k in keep)
+
+
+def row(name: str, m: Measured, *more: str) -> list[str]:
+    return [name, f"{m.top1:.1f}", shares(m.keep_ratio), f"{100 * m.share:.0f} %", *more]
+
+
+class Experiments:
+    """One method a table; `lab` has the runs, `seeds` says how many of each."""
+
+    def __init__(self, lab: Lab, seeds: int, out: Path) -> None:
+        self.lab, self.seeds, self.out = lab, range(seeds), out
+
+    def write(self, name: str, title: str, columns: list[str], rows: list[list[str]], notes: list[str]) -> None:
+        command = f"python experiments/tables.py {name} --data DATA --backbone BACKBONE"
+        Table(title, command, columns, rows, notes).write(self.out, name)
+
+    # ---- variants ------------------------------------------------------------------------------------------------
+
+    def paper(self, seed: int = 0, name: str = "paper", *settings: str) -> Trained:
+        return self.lab.run(name, "paper", settings, seed)
+
+    def ours(self, seed: int = 0, name: str = "ours", *settings: str) -> Trained:
+        return self.lab.run(name, "ours", settings, seed)
+
+    def rival(self, of: Trained, kind: str, seed: int, decisions: str) -> Trained:
+        """A rival that keeps what ``of`` keeps in the mean, on images that neither has seen."""
+        keep = of.recipe.policy.keep or self.measured_keep(of)
+        settings = [f"policy.keep={list(keep)}", f"policy.decisions={decisions}"]
+        return self.lab.run(f"{kind}-{decisions}", kind, settings, seed)
+
+    @staticmethod
+    def measured_keep(of: Trained) -> list[float]:
+        """At least a patch, so that a rival can be asked for it."""
+        return [max(k, 0.02) for k in of.measure(part="holdout").keep_ratio]
+
+    def tuned_dense(self) -> Trained:
+        """The backbone, trained on as long as all fine-tuning stages together, without dropping."""
+        tune = self.lab.recipe("ours").finetune
+        settings = [
+            f"backbone.epochs={3 * tune.epochs}",
+            *(f"backbone.{key}={getattr(tune, key)}" for key in ("lr", "weight_decay", "clip_grad", "label_smoothing")),
+            f"backbone.batch_size={tune.batch_size}",
+            f"backbone.augment.min_scale={tune.augment.min_scale}",
+            f"backbone.augment.color_jitter={tune.augment.color_jitter}",
+            "policy_gradient.epochs=0",
+            "finetune.epochs=0",
+        ]
+        return self.lab.run("dense", "paper", settings)
+
+    # ---- tables --------------------------------------------------------------------------------------------------
+
+    def headline(self) -> None:
+        """Top-1 lost against the better dense model, at budgets of its multiply-adds."""
+        before, tuned = self.lab.dense().measure(keep_all), self.tuned_dense().measure(keep_all)
+        dense = max(before, tuned, key=lambda m: m.top1)
+        rows = [row("dense, before Algorithm 1", before, "–"), row("dense, trained on as long", tuned, "–")]
+        points: dict[str, list[tuple[float, float]]] = {}
+        for name, run in (("paper", self.paper()), ("ours", self.ours())):
+            settings: list[tuple[str, Decide]] = [
+                (f"{name}, as trained", run.decide),
+                (f"{name}, threshold 0", keep_all),
+            ]
+            settings += [(f"{name} at {100 * b:.0f} %", run.at(b)) for b in (0.8, *BUDGETS, 0.4)]
+            for label, decide in settings:
+                m = run.measure(decide)
+                rows.append(row(label, m, versus([m], [dense])))
+                points.setdefault(name, []).append((m.share, m.top1))
+        notes = ["The last column: points against the better dense model, 95 % of paired bootstraps."]
+        notes += ["Thresholds of a budget are chosen on a holdout of the training images; reported on validation."]
+        self.write(
+            "headline", "Accuracy at a budget.", ["model", "top-1 %", "alive", "MACs", "against dense"], rows, notes
+        )
+        figure = Figure(figsize=(5.5, 4), layout="constrained")
+        axes = figure.add_subplot(xlabel="multiply-adds ÷ dense", ylabel="top-1 (%)")
+        for name, found in points.items():
+            axes.plot(*zip(*sorted(found), strict=True), "o-", label=name)
+        axes.axhline(dense.top1, color="black", lw=1, ls=":", label="dense")
+        axes.grid(alpha=0.3)
+        axes.legend()
+        figure.savefig(self.out / "headline.png", dpi=120)
+
+    def table1(self) -> None:
+        """Random dropping and other rivals against the learned policy, each fine-tuned with its own decisions."""
+        rows, notes = [], []
+        for name, kind, rivals in (
+            ("paper", "paper", ("random",)),
+            ("ours", "ours", ("random", "attention", "centre")),
+        ):
+            learned = [self.lab.run(name, kind, (), seed) for seed in self.seeds]
+            measured = [run.measure() for run in learned]
+            rows += [row(f"{name}, seed {seed}", m, "") for seed, m in zip(self.seeds, measured, strict=True)]
+            for decisions in rivals:
+                others = [
+                    self.rival(run, name, seed, decisions).measure()
+                    for seed, run in zip(self.seeds, learned, strict=True)
+                ]
+                for seed, own, other in zip(self.seeds, measured, others, strict=True):
+                    rows.append(row(f"{decisions}, seed {seed}", other, versus([own], [other])))
+                notes.append(f"{name} − {decisions}, mean of {len(others)} seeds: {versus(measured, others)} points.")
+        self.write(
+            "table1",
+            "Table 1: learned against random, class attention and centre, at equal mean counts and fine-tuned alike.",
+            ["decisions", "top-1 %", "alive", "MACs", "learned − it"],
+            rows,
+            notes,
+        )
+
+    def gumbel(self) -> None:
+        """Section 4: REINFORCE against straight-through Gumbel at equal multiply-adds, and where each looks."""
+        learned = self.paper()
+        keep = self.measured_keep(learned)
+        gumbel = self.lab.run("gumbel", "paper", [f"policy.keep={keep}", "policy.decisions=gumbel"])
+        inside = self.inside()
+        rows = []
+        maps(self.out / "gumbel.png", {"REINFORCE": learned, "Gumbel": gumbel})
+        for name, run, decide in (
+            ("REINFORCE", learned, None),
+            ("Gumbel", gumbel, None),
+            ("Gumbel, upside down", gumbel, upside_down(keep)),
+        ):
+            m = run.measure(decide)
+            rows.append(row(name, m, *(f"{score_share(m.scores[g], inside):.2f}" for g in range(m.scores.shape[0]))))
+        self.write(
+            "gumbel",
+            "Section 4: REINFORCE and straight-through Gumbel-softmax.",
+            ["decisions", "top-1 %", "alive", "MACs", "score in the box, group 1", "group 2", "group 3"],
+            rows,
+            [
+                "Score in the box: mean rank (0…1 within the image) of the living patches inside the object's box ÷"
+                " mean rank of all living ones; 1 is chance.",
+                "Upside down keeps the lower scores, as many: the polarity that the supplement reports for Gumbel.",
+            ],
+        )
+
+    def table2(self) -> None:
+        """The threshold swept after training."""
+        run = self.paper()
+        rows = []
+        for t in (0.2, 0.4, 0.45, 0.48, 0.49, 0.5, 0.51, 0.52, 0.55, 0.6, 0.8):
+            rows.append(row(f"{t:.2f}", run.measure(run.model.policy([t] * run.model.num_groups))))
+        self.write(
+            "table2",
+            "Table 2: the threshold, swept after training (`paper`). Published, DeiT-B at 0.48 … 0.52: 81.7 81.5 80.9"
+            " 77.5 63.7 % at 16.5 15.3 11.8 8.2 4.9 G.",
+            ["threshold", "top-1 %", "alive", "MACs"],
+            rows,
+            [],
+        )
+
+    def table3(self) -> None:
+        """Squared and linear reward, three penalties."""
+        rows = []
+        for squared in (True, False):
+            for tau in (0.5, 1.0, 1.5):
+                name = f"tau{tau:g}-{'squared' if squared else 'linear'}"
+                settings = [f"reward.tau={tau}", f"reward.squared={str(squared).lower()}", *SHORT]
+                run = self.lab.run(name, "paper", settings)
+                rows.append(row(f"{'squared' if squared else 'linear'}, τ = {tau:g}", run.measure()))
+        self.write(
+            "table3",
+            "Table 3: the reward (`paper`). Published, DeiT-S, τ = 0.5 1.0 1.5: squared 76.0 78.1 79.1 % at 2.5 2.9 3.4"
+            " G, linear 12.0 70.9 78.2 % at 0.4 2.2 3.1 G.",
+            ["reward", "top-1 %", "alive", "MACs"],
+            rows,
+            [],
+        )
+
+    def cost(self) -> None:
+        """Section 2: what share of the training time each stage takes."""
+        rows = []
+        for name, run in (("paper", self.paper()), ("ours", self.ours())):
+            assert run.folder is not None
+            seconds: dict[str, float] = {}
+            for line in (run.folder / "metrics.jsonl").read_text().splitlines():
+                step = json.loads(line)
+                if step["kind"] == "step":
+                    config = getattr(run.recipe, step["stage"].split()[0])
+                    seconds[step["stage"]] = (
+                        seconds.get(step["stage"], 0) + config.batch_size / step["images_per_second"]
+                    )
+            total = sum(seconds.values())
+            rows += [[name, stage, f"{s:.0f} s", f"{100 * s / total:.0f} %"] for stage, s in seconds.items()]
+        self.write("cost", "Section 2: the cost of training.", ["recipe", "stage", "time", "share"], rows, [])
+
+    def boxes(self) -> None:
+        """Do the kept patches lie on the object?"""
+        inside = self.inside()
+        degenerate = ~inside.any(1)
+        rows = []
+        for name, run in (("paper", self.paper()), ("ours", self.ours())):
+            m = run.measure()
+            for group, kept in enumerate(m.kept):
+                if kept.all():
+                    continue
+                centre = centre_like(torch.from_numpy(kept), run.model.grid_size)
+                found = [enrichment(k[~degenerate], inside[~degenerate]) for k in (kept, centre.numpy())]
+                rows.append([f"{name}, group {group + 1}", f"{100 * kept.mean():.0f} %", *(f"{f:.2f}" for f in found)])
+        self.write(
+            "boxes",
+            "Share of the kept patches inside the object's box ÷ share of all patches inside it.",
+            ["model", "alive", "learned", "static centre, equal counts"],
+            rows,
+            [f"{degenerate.sum()} photos without a usable box are left out; a patch counts by its part in the box."],
+        )
+
+    def ablation(self) -> None:
+        """`ours` without each of its parts."""
+        full = self.ours().measure()
+        rows = [row("ours", full, "")]
+        for name, settings in {
+            "hard reward": ["reward.graded=false"],
+            "true label": ["reward.label=true"],
+            "one sample, greedy baseline": ["policy.samples=1", "policy.leave_one_out=false"],
+            "no temperature": ["policy.temperature=1.0"],
+            "no distillation": ["finetune.distill=0.0"],
+            "three groups, none whole": ["model.groups=3", "policy.keep=[0.75, 0.45, 0.28]"],
+        }.items():
+            m = self.lab.run("ours-" + name.replace(", ", "-").replace(" ", "-"), "ours", settings).measure()
+            rows.append(row(name, m, versus([m], [full])))
+        self.write(
+            "ablation", "`ours`, one part taken out.", ["recipe", "top-1 %", "alive", "MACs", "− ours"], rows, []
+        )
+
+    def cluttered(self) -> None:
+        """The set where the answer is known, a backbone of its own, and what each decision keeps there."""
+        common = CLUTTER[self.lab.size]
+        dense_run = self.lab.run("cluttered-dense", "backbone", [*common, *CLUTTER_BACKBONE[self.lab.size]])
+        lab = replace(self.lab, backbone=self.lab.runs / "cluttered-dense-0" / "model.safetensors")
+        dense = dense_run.measure(keep_all)
+        truth = np.concatenate(
+            [self.truth(batch, dense_run.model) for batch in dense_run.batches("eval", dense_run.model)]
+        )
+        rows = [row("dense", dense, *["–"] * 5)]
+        for name, settings in (("ours", [*common, *CLUTTER_OURS]), ("paper", common)):
+            learned = lab.run(f"cluttered-{name}", name, settings)
+            keep = list(learned.recipe.policy.keep) or self.measured_keep(learned)
+            rival = [*settings, f"policy.keep={keep}", "policy.decisions=random"]
+            own, other = learned.measure(), lab.run(f"cluttered-{name}-random", name, rival).measure()
+            for label, m in ((name, own), (f"random, as many as {name}", other)):
+                kept = m.kept[-1]
+                precision, recall = (truth * kept).sum() / kept.sum(), (truth * kept).sum() / truth.sum()
+                found = [f"{100 * precision:.0f} %", f"{precision / truth.mean():.2f}", f"{100 * recall:.0f} %"]
+                rows.append(row(label, m, versus([m], [dense]), *found, versus([own], [other]) if m is own else ""))
+        columns = [
+            "model",
+            "top-1 %",
+            "alive",
+            "MACs",
+            "− dense",
+            "precision",
+            "÷ chance",
+            "recall",
+            "learned − random",
+        ]
+        title = (
+            f"The cluttered set: photos on a {dense_run.model.pretrained_cfg['input_size'][1]}-pixel canvas of pieces."
+        )
+        notes = [
+            "Precision: what part of the patches kept by the last group is photo; recall: what part of it is kept."
+        ]
+        self.write("cluttered", title, columns, rows, notes)
+
+    @staticmethod
+    def truth(batch: Batch, model: ReducedVisionTransformer) -> np.ndarray:
+        """``(B, N)`` share of each patch that the labelled photo covers."""
+        assert batch.boxes is not None
+        size = model.pretrained_cfg["input_size"][1:]
+        return patch_truth(batch.boxes, size, model.grid_size).numpy()
+
+    def inside(self) -> np.ndarray:
+        """``(n, N)`` share of each patch that lies in the object's box; 0 where there is no box. Validation images."""
+        config = self.lab.recipe("paper").data
+        model = self.lab.dense().model
+        regions = open_regions(config.path, region="bbox")
+        masks = [regions.mask(row, PHOTO) for row in open_samples(config, "eval").rows]
+        pooled = F.adaptive_avg_pool2d(torch.from_numpy(np.stack(masks)).float()[:, None], model.grid_size)
+        return pooled.flatten(1).numpy()
+
+
+def maps(file: Path, runs: dict[str, Trained], photos: int = 8) -> None:
+    """Photos over the scores of the second group, one row a run, each map stretched over its own range."""
+    figure = Figure(figsize=(1.3 * photos, 1.4 * (1 + len(runs))), layout="constrained")
+    axes = figure.subplots(1 + len(runs), photos)
+    run = next(iter(runs.values()))
+    shown = split(run.recipe.data, "eval", run.model.pretrained_cfg["input_size"][1]).images[:photos]
+    rows = {"": [photo.permute(1, 2, 0).numpy() for photo in shown]}
+    for name, run in runs.items():
+        scores = run.measure(keep_all).scores[1][:photos]
+        rows[name] = list(scores.reshape(photos, *run.model.grid_size))
+    for line, (name, pictures) in zip(axes, rows.items(), strict=True):
+        for place, picture in zip(line, pictures, strict=True):
+            place.imshow(picture, cmap="jet")
+            place.set_xticks([])
+            place.set_yticks([])
+        line[0].set_ylabel(name)
+    figure.savefig(file, dpi=100)
+
+
+def upside_down(keep: list[float]) -> Decide:
+    """Keep the lower scores, as many."""
+
+    def decide(scores: torch.Tensor, alive: torch.Tensor, group: int) -> torch.Tensor:
+        return top_k(-scores, alive, alive.new_full((1,), round(keep[group] * alive.shape[1]), dtype=torch.int64))
+
+    return decide
+
+
+def score_share(scores: np.ndarray, inside: np.ndarray) -> float:
+    """Mean rank (0…1) of the patches in the box ÷ mean rank of all, over living patches; 1 is chance."""
+    ratios = []
+    for s, box in zip(scores, inside, strict=True):
+        alive = s > 0
+        if alive.sum() < 2 or not box[alive].any():
+            continue
+        rank = s[alive].argsort().argsort() / (alive.sum() - 1)
+        ratios.append((rank * box[alive]).sum() / box[alive].sum() / rank.mean())
+    return float(np.mean(ratios))
+
+
+def centre_like(kept: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """As many patches of each image, those nearest to the middle: ``(B, N)`` bool."""
+    axes = [torch.linspace(-1, 1, size) for size in grid]
+    scores = -torch.cartesian_prod(*axes).square().sum(1).expand(len(kept), -1)
+    return top_k(scores, torch.ones_like(kept), kept.sum(1))
+
+
+def enrichment(kept: np.ndarray, inside: np.ndarray) -> float:
+    """Share of kept patches in the box ÷ share of all patches in it, summed over images."""
+    return float((kept * inside).sum() / kept.sum() / inside.mean())
+
+
+def main() -> int:
+    """The command."""
+    tables: dict[str, Callable[[Experiments], None]] = {
+        name: getattr(Experiments, name)
+        for name in ("headline", "table1", "gumbel", "table2", "table3", "cost", "boxes", "ablation", "cluttered")
+    }
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", nargs="+", choices=[*tables, "all"])
+    parser.add_argument("--data", required=True, help="folder with Tiny-ImageNet's parquet files")
+    parser.add_argument("--backbone", required=True, type=Path, help="model.safetensors of the backbone recipe")
+    parser.add_argument("--size", default="tiny_imagenet_cpu", choices=["tiny_imagenet", "tiny_imagenet_cpu"])
+    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--runs", type=Path, default=Path("runs/tables"))
+    parser.add_argument("-o", "--out", type=Path, default=Path("runs/tables"))
+    parser.add_argument("--set", action="append", default=[], help="settings for every recipe")
+    args = parser.parse_args()
+    lab = Lab(args.data, args.backbone, args.runs, args.size, tuple(args.set))
+    experiments = Experiments(lab, args.seeds, args.out)
+    try:
+        for name in tables if "all" in args.table else args.table:
+            tables[name](experiments)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

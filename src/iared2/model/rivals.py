@@ -1,0 +1,80 @@
+"""Rivals of the interpreter: scores that nobody learned, in its place.
+
+``model.interpreters[group] = RandomScores(group)`` and the like; the loop does not know the difference. Used with
+`decide.by_share`, which keeps the best-scored share: what these scores say is an order, not a probability.
+A patch that is gone has 0. Their own multiply-adds are not counted, to their advantage.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import keyed
+from . import backbone as vit
+from .attention import attention_weights
+from .decide import SITE_RANDOM
+from .tokens import PackedTokens
+
+KINDS = ("random", "attention", "centre")
+
+
+class RandomScores(nn.Module):
+    """Uniform draws: the paper's random baseline. Of the images' keys; without any, of their places in the batch."""
+
+    def __init__(self, group: int) -> None:
+        super().__init__()
+        self.group = group
+
+    def forward(self, packed: PackedTokens, has_class_token: bool = True) -> Tensor:
+        """``(B, N)`` in [0, 1)."""
+        keys = packed.keys
+        if keys is None:
+            keys = torch.arange(packed.num_images, device=packed.x.device)
+        return keyed.uniform(keys, SITE_RANDOM + self.group, packed.num_patches) * packed.alive
+
+
+class CentreScores(nn.Module):
+    """Patches near the middle of the picture first: photographers put things there."""
+
+    def __init__(self, grid_size: tuple[int, int]) -> None:
+        super().__init__()
+        axes = [torch.linspace(-1, 1, size) if size > 1 else torch.zeros(1) for size in grid_size]
+        self.distance = torch.cartesian_prod(*axes).square().sum(1)  # a constant, not a buffer: weights stay timm's
+
+    def forward(self, packed: PackedTokens, has_class_token: bool = True) -> Tensor:
+        """``(B, N)``, 1 in the middle and 0 in the corners."""
+        scores = 1 - self.distance.to(packed.x.device) / self.distance.max()
+        return scores * packed.alive
+
+
+class AttentionScores(nn.Module):
+    """What the class token attends to in the block that follows, mean over the heads (as in EViT, Liang et al. 2022).
+
+    Args:
+        block: the first block of the group.
+    """
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        self._block = (block,)  # in a tuple, lest its weights be listed twice
+
+    def forward(self, packed: PackedTokens, has_class_token: bool = True) -> Tensor:
+        """``(B, N)`` in [0, 1]; without a class token, the mean over all tokens as queries."""
+        q, k, _, _ = vit.before_attention(self._block[0], packed.x)
+        received = []
+        for weights in attention_weights(q, k, packed):  # (images, H, length, length)
+            mean = weights.mean(1)
+            received.append((mean[:, 0] if has_class_token else mean.mean(1)).flatten())
+        return packed.to_dense(torch.cat(received))[:, packed.num_prefix_tokens :]
+
+
+def rival_scores(kind: str, model: Any, group: int) -> nn.Module:
+    """A rival of ``KINDS`` for one group of a `ReducedVisionTransformer`."""
+    if kind == "random":
+        return RandomScores(group)
+    if kind == "centre":
+        return CentreScores(model.grid_size)
+    return AttentionScores(model.backbone.blocks[model.groups[group].start])

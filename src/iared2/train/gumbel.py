@@ -1,0 +1,72 @@
+"""The rival's policy stage: straight-through Gumbel-softmax (supplementary material, section 4; method.md section 5).
+
+Each patch draws keep or drop; what follows sees the hard draw, and the gradient goes through the soft one (Jang et al.
+2017). Loss = cross entropy + λ (mean keep ratio − target)². A dropped patch has no gradient, so here no row leaves: the
+attention of the groups that follow gives a dropped patch the weight 0, which is what its
+absence would give. Temperature 1.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import keyed
+from ..model import backbone as vit
+from ..model.decide import SITE_SAMPLE
+from ..model.tokens import PackedTokens
+from .policy_gradient import GREEDY_PROBABILITY, PolicyGradientStage
+
+
+class GumbelStage(PolicyGradientStage):
+    """Calling it with a batch gives the loss and the metrics of one step. Arguments as for `PolicyGradientStage`."""
+
+    def forward(self, images: Tensor, labels: Tensor, keys: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """One step on a batch; arguments and result as for `PolicyGradientStage`, without rewards."""
+        model, group = self.model, self.group
+        with torch.no_grad():
+            packed, _, _ = model.reduce(model.embed(images, keys), range(group))
+            alive = packed.alive
+        scores = model.score(packed, group)
+        # the difference of two Gumbel draws is logistic: one draw decides between keep and drop
+        draws = keyed.uniform(keys, SITE_SAMPLE + group, scores.shape[1]).clamp(1e-6, 1 - 1e-6)
+        soft = (scores.logit(eps=1e-6) + draws.logit()).sigmoid()
+        hard = (soft > 0.5).to(soft.dtype)
+        mask = (hard - soft.detach() + soft) * alive  # straight through
+
+        x = packed.x
+        attend = partial(attend_masked, mask=mask)
+        for index in range(model.groups[group].start, len(model.backbone.blocks)):
+            x = vit.run_block(model.backbone.blocks[index], x, packed, index, attend=attend)
+        logits = model.head(packed.with_x(x)).float()
+        ratio = mask.sum(1) / mask.shape[1]
+        target = self.policy.keep[group]
+        loss = F.cross_entropy(logits, labels) + self.policy.gumbel_weight * (ratio.mean() - target) ** 2
+        metrics = {
+            "loss": loss.detach(),
+            "keep_ratio_sampled": ratio.detach().double().mean(),
+            "keep_ratio_greedy": (alive & (scores.detach() > GREEDY_PROBABILITY)).double().mean(),
+            "top1_sampled": 100 * (logits.argmax(1) == labels).double().mean(),
+        }
+        return loss, metrics
+
+
+def attend_masked(
+    q: Tensor, k: Tensor, v: Tensor, packed: PackedTokens, dropout: float = 0.0, *, mask: Tensor
+) -> Tensor:
+    """`attend`, where patches of ``mask (B, N)`` 0 get no attention; differentiable in the mask.
+
+    A class token must be there: an image of which everything is masked would have no weights at all.
+    """
+    keep = F.pad(mask, (packed.num_prefix_tokens, 0), value=1.0).flatten()[packed.token_ids]
+    out = []
+    for q_run, k_run, v_run, keep_run in zip(*map(packed.runs, (q, k, v, keep)), strict=True):
+        heads = [rows.transpose(1, 2).float() for rows in (q_run, k_run, v_run)]
+        logits = heads[0] @ heads[1].mT * q.shape[-1] ** -0.5  # (images, H, length, length)
+        weights = (logits - logits.amax(-1, keepdim=True).detach()).exp() * keep_run[:, None, None, :]
+        y = (weights / weights.sum(-1, keepdim=True)) @ heads[2]
+        out.append(y.transpose(1, 2).flatten(0, 1).to(v.dtype))
+    return torch.cat(out)
