@@ -3,14 +3,16 @@
     MovingClips(photos, …)    -> .train_batches(augment, …), .eval_batches(mean, std, …) -> Batch, with its boxes
     .truth(boxes, grid)       -> share of each patch that the object covers
 
-The T frames have P = T + 1 places, the cells of a square (8 frames, 3 × 3 cells), and a hand that goes on by one place a
-frame: at time t it stands at place t. The object, too, is at one place a frame; what counts is how many places it is
-ahead of the hand, 0…P−1. Of these P numbers it takes T, each once, in random order. **The class is the one left out.**
+The T frames have P = T + 1 places, the cells of a square (8 frames, 3 × 3 cells), numbered row by row, 0…P−1. In the
+second half of the frames the square with its numbers has made a quarter turn. The object is at one place a frame, and
+takes T of the P numbers, each once, in random order. **The class is the number left out.**
 
 So every frame of every clip is needed, and so is its time. A few fixed orders would not do: two or three frames would
 tell them apart. Here, whoever has seen the object in m frames knows m numbers that are not the class, and nothing else:
-the P − m others are equally likely. With all frames but one, two are left. The same places in another order are another
-class, or none.
+the P − m others are equally likely. With all frames but one, two are left. The same places in another order may be
+another class. Why a turn: of numbers that go on by one in every frame nothing is learned for long, since a place says
+nothing there without its time; with numbers the other way round one half of the answer is; and in both, or if they go
+on once, some sum of the places tells the class without any order.
 
 Made on the fly on the photos' device; what is drawn is a pure function of the keys (keyed.py). Knows nothing of models.
 Shape letters of this file: B clips, T frames, P places, V pixels along a frame's side, S along a photo's.
@@ -166,9 +168,11 @@ class MovingClips:
     def _paths(self, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Classes ``(B,)`` and boxes ``(B, T, 4)``."""
         frames, rows = self.frames, math.isqrt(self.num_classes)
-        order = keyed.uniform(keys, SITE_ORDER, self.num_classes).argsort(1, stable=True)
-        ahead, labels = order[:, :-1], order[:, -1]
-        place = (torch.arange(frames, device=keys.device) + ahead) % self.num_classes  # (B, T)
+        order = keyed.uniform(keys, SITE_ORDER, self.num_classes).argsort(dim=1, stable=True)
+        numbers, labels = order[:, :-1], order[:, -1]
+        is_first_half = 2 * torch.arange(frames, device=keys.device) < frames
+        turned = torch.arange(self.num_classes, device=keys.device).view(rows, rows).rot90().flatten()
+        place = torch.where(is_first_half, numbers, turned[numbers])  # (B, T)
         cell = torch.stack([place % rows, place // rows], 2)
         smallest, largest = self.sides
         side = smallest + _whole(keyed.uniform(keys, SITE_SIDE, 1)[:, 0], largest - smallest)[..., None]  # (B, 1, 1)
