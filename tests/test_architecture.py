@@ -23,7 +23,9 @@ PUBLIC = [
     "Output",
     "Predictor",
     "ReducedVisionTransformer",
+    "from_timesformer",
     "from_timm",
+    "from_videomae",
     "heatmap",
     "load",
 ]

@@ -5,6 +5,7 @@ from .errors import InputError
 from .explain.methods import heatmap
 from .model.reduced import Output, ReducedVisionTransformer, from_timm
 from .predictor import Interpretation, Predictor
+from .video.convert import from_timesformer, from_videomae
 
 __version__ = "0.1.0"
 __all__ = [
@@ -13,7 +14,9 @@ __all__ = [
     "Output",
     "Predictor",
     "ReducedVisionTransformer",
+    "from_timesformer",
     "from_timm",
+    "from_videomae",
     "heatmap",
     "load",
 ]

@@ -7,9 +7,10 @@ number of processes. Transforms are timm's. Knows nothing of models.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,8 @@ from . import keyed
 from .data import Samples
 from .errors import InputError
 
-Transform = Callable[[Image.Image], Tensor]
+Transform = Callable[[Any], Tensor]
+"""Of an image, or of the images of a clip."""
 
 MAX_UNREADABLE = 100
 """So many unreadable images in a row end a run: it is the data set that is broken, not an image."""
@@ -34,7 +36,7 @@ class Batch:
     """Images that were read together."""
 
     images: Tensor
-    """``(B, 3, H, W)`` float32, transformed."""
+    """``(B, 3, H, W)`` float32, transformed; clips are ``(B, 3, T, H, W)``, V views of each ``(B, V, 3, T, H, W)``."""
     labels: Tensor
     """``(B,)`` int64."""
     samples: Tensor
@@ -138,10 +140,22 @@ def eval_transform(
 def model_transform(pretrained_cfg: dict[str, Any]) -> Transform:
     """The evaluation transform for a model: the whole image, in the size and normalisation of its ``pretrained_cfg``.
 
+    Of a model for clips, whose input size is ``(3, T, H, W)``, it takes the frames of a clip, or of several, in a row.
     What the dictionary leaves out is timm's default. Training, evaluation and the tool all look through this one.
     """
     cfg = resolve_data_config(pretrained_cfg=pretrained_cfg)
-    return eval_transform(cfg["input_size"], cfg["mean"], cfg["std"], cfg["interpolation"])
+    frame = eval_transform(cfg["input_size"], cfg["mean"], cfg["std"], cfg["interpolation"])
+    return frame if len(cfg["input_size"]) == 3 else partial(_transform_clip, frame, cfg["input_size"][1])
+
+
+def _transform_clip(frame: Transform, length: int, images: Iterable[Image.Image]) -> Tensor:
+    return as_clips(torch.stack([frame(image) for image in images]), length)
+
+
+def as_clips(frames: Tensor, length: int) -> Tensor:
+    """Frames ``(V·T, 3, H, W)`` of V clips, one after the other -> ``(V, 3, T, H, W)``; of one ``(3, T, H, W)``."""
+    clips = frames.unflatten(0, (-1, length)).transpose(1, 2)
+    return clips[0] if len(clips) == 1 else clips
 
 
 @dataclass(frozen=True)
@@ -165,15 +179,15 @@ class _Reading(Dataset[Batch]):
         skipped: list[tuple[str, str]] = []
         with _own_generators():
             for row, seed in zip(rows.tolist(), seeds, strict=True):
+                _seed_generators(seed)  # reading draws as well, if clips are taken at random
                 if (found := self._read(row, skipped)) is not None:
-                    _seed_generators(seed)
                     images.append(self.transform(found[0]))
                     labels.append(found[1])
                     slots.append(row)
         stacked = torch.stack(images) if images else torch.empty(0)
         return Batch(stacked, torch.tensor(labels, dtype=torch.int64), torch.tensor(slots, dtype=torch.int64), skipped)
 
-    def _read(self, row: int, skipped: list[tuple[str, str]]) -> tuple[Image.Image, int] | None:
+    def _read(self, row: int, skipped: list[tuple[str, str]]) -> tuple[Any, int] | None:
         for index in range(row, row + min(self.tries, len(self.samples))):
             index %= len(self.samples)
             try:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from timm.layers import resample_abs_pos_embed
-from timm.models import load_state_dict as read_foreign
+from timm.models import load_state_dict as read_state_dict
 from torch import Tensor, nn
 
 from .errors import InputError
@@ -85,7 +85,7 @@ def load_backbone_weights(backbone: Any, path: Path | str) -> None:
     Raises:
         InputError: no such file, or the weights do not fit.
     """
-    tensors = _read_foreign(Path(path))
+    tensors = read_foreign(Path(path))
     if any(name.startswith("backbone.") for name in tensors):
         tensors = {n.removeprefix("backbone."): t for n, t in tensors.items() if n.startswith("backbone.")}
     own = backbone.state_dict()
@@ -107,14 +107,42 @@ def load_backbone_weights(backbone: Any, path: Path | str) -> None:
     load_strictly(backbone, tensors, path)
 
 
-def _read_foreign(path: Path) -> dict[str, Tensor]:
+def read_foreign(path: Path) -> dict[str, Any]:
+    """What a file of weights holds (``.pth``, ``.safetensors``), by name; code in it is never run.
+
+    Raises:
+        InputError: no such file, or it cannot be read as weights.
+    """
     if not path.is_file():
         raise InputError(f"there is no checkpoint {path}")
     try:
-        return read_foreign(str(path), device="cpu", weights_only=True)
+        return read_state_dict(str(path), device="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds for a file that is no checkpoint
         reason = str(error).strip().splitlines()[0][:120]
         raise InputError(f"{path} cannot be read as weights alone ({type(error).__name__}: {reason})") from None
+
+
+def read_arguments(tensors: dict[str, Tensor], path: Path | str) -> dict[str, Any]:
+    """timm's arguments for a square vision transformer with one class token, from the shapes of its tensors.
+
+    The number of heads is in no shape: a head is taken to be 64 wide.
+
+    Raises:
+        InputError: a tensor that would tell is missing, or of another number of dimensions.
+    """
+    for name, ndim in (("patch_embed.proj.weight", 4), ("pos_embed", 3), ("head.weight", 2)):
+        if name not in tensors or tensors[name].ndim != ndim:
+            raise InputError(f"{path} does not fit its layout: {name} is missing or not of {ndim} dimensions")
+    width, _, *patch_size = tensors["patch_embed.proj.weight"].shape
+    side = round((tensors["pos_embed"].shape[1] - 1) ** 0.5)
+    return {
+        "img_size": (side * patch_size[0], side * patch_size[1]),
+        "patch_size": tuple(patch_size),
+        "embed_dim": width,
+        "depth": len({name.split(".")[1] for name in tensors if name.startswith("blocks.")}),
+        "num_heads": max(width // 64, 1),
+        "num_classes": tensors["head.weight"].shape[0],
+    }
 
 
 AGENT = re.compile(r"groups\.(\d+)\.agent\.qk\.(weight|bias)")
@@ -123,28 +151,15 @@ BLOCK = re.compile(r"groups\.(\d+)\.block_list\.(\d+)\.(.+)")
 
 def _load_authors(path: Path) -> ReducedVisionTransformer:
     """The authors' ``ckpt.pth``: the blocks twice, the interpreters as ``groups.{g}.agent.qk`` (3C × C)."""
-    tensors = _read_foreign(path)
+    tensors = read_foreign(path)
     if "groups.0.agent.qk.weight" not in tensors:
         raise InputError(
             f"{path} has no interpreters (groups.0.agent.qk.weight): it is not the authors' checkpoint layout"
         )
-    for name, ndim in (("patch_embed.proj.weight", 4), ("pos_embed", 3), ("head.weight", 2)):
-        if name not in tensors or tensors[name].ndim != ndim:
-            raise InputError(f"{path} does not fit the authors' layout: {name} is missing or not of {ndim} dimensions")
-    width, _, *patch_size = tensors["patch_embed.proj.weight"].shape
-    side = round((tensors["pos_embed"].shape[1] - 1) ** 0.5)
+    arguments = read_arguments(tensors, path)
+    width, depth = arguments["embed_dim"], arguments["depth"]
     groups = 1 + max(int(match[1]) for match in map(AGENT.fullmatch, tensors) if match)
-    depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
-    model = from_timm(
-        "deit_small_patch16_224",
-        groups=groups,
-        img_size=(side * patch_size[0], side * patch_size[1]),
-        patch_size=tuple(patch_size),
-        embed_dim=width,
-        depth=depth,
-        num_heads=max(width // 64, 1),
-        num_classes=tensors["head.weight"].shape[0],
-    )
+    model = from_timm("deit_small_patch16_224", groups=groups, **arguments)
     ours: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if match := AGENT.fullmatch(name):

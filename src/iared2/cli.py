@@ -43,9 +43,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     command.set_defaults(run=_train)
 
-    command = commands.add_parser("evaluate", help="top-1, patches kept, multiply-adds and speed on labelled images")
+    command = commands.add_parser(
+        "evaluate", help="top-1, patches kept, multiply-adds and speed on labelled images or videos"
+    )
     command.add_argument("checkpoint", help="file of model.save(), folder of a run, or 'box' for the model in the box")
-    command.add_argument("data", help="folder of class folders, folder of parquet files, or hf:NAME")
+    command.add_argument(
+        "data", help="folder of class folders, folder of parquet files, hf:NAME; of videos, also a CSV"
+    )
     command.add_argument("--split", default="validation", help="split to evaluate on (default: validation, or test)")
     command.add_argument("--classes", nargs="+", default=[], help="only these classes, in the model's order")
     command.add_argument("--threshold", type=float, nargs="+", help="one number, or one for each group")
@@ -123,11 +127,12 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
     from .batches import eval_batches, model_transform
     from .checkpoint import load
-    from .data import DataConfig, open_samples
+    from .data import DataConfig
     from .device import usable_device
     from .evaluate import evaluate
     from .keyed import permutation
     from .model.budget import thresholds_for
+    from .video.data import open_for
 
     device = usable_device(arguments.device)
     model = load(None if arguments.checkpoint == "box" else arguments.checkpoint).to(device)
@@ -143,7 +148,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     # a model that knows its classes by name gets them in its own order, whatever the order of the folders
     classes = arguments.classes or model.class_names or ()
     data = DataConfig(path=arguments.data, eval_split=arguments.split, classes=tuple(classes))
-    samples = open_samples(data, "eval", whole=True)
+    input_size = model.pretrained_cfg["input_size"]
+    samples = open_for(input_size, data, "eval", whole=True)
     if len(samples.class_names) != model.num_classes:
         raise InputError(f"{arguments.data} has {len(samples.class_names)} classes, the model {model.num_classes}")
     if arguments.limit:
@@ -155,7 +161,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     budgets = {}
     if arguments.budget:
         try:
-            sample, calibrated_on = open_samples(data, "train"), "training images"
+            sample, calibrated_on = open_for(input_size, data, "train"), "training images"
         except NoSplit:
             sample, calibrated_on = samples, "the evaluated images, without their labels: there is no training split"
         chosen = permutation(0, 0, len(sample))[:CALIBRATION_IMAGES].numpy()

@@ -58,7 +58,7 @@ class DataConfig:
 
 
 @dataclass(frozen=True, eq=False)
-class Samples(Dataset[tuple[Image.Image, int]]):
+class Samples(Dataset[tuple[Any, int]]):
     """An open data set. ``samples[i]`` is image i, upright 8-bit RGB, and its label; raises whatever decoders raise."""
 
     reader: Any
@@ -73,7 +73,7 @@ class Samples(Dataset[tuple[Image.Image, int]]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+    def __getitem__(self, index: int) -> tuple[Any, int]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # remarks on odd metadata; the size, also a mere warning, is checked below
             file = self.reader[int(self.rows[index])][0]
@@ -105,7 +105,14 @@ def open_samples(config: DataConfig, split: Literal["train", "holdout", "eval"],
             of range or unknown in training, an unknown or ambiguous class, or no holdout.
     """
     wanted = config.train_split, config.eval_split
-    splits = find_splits(config.path, config.image_column, config.label_column, wanted)
+    return choose(config, find_splits(config.path, config.image_column, config.label_column, wanted), split, whole)
+
+
+def choose(
+    config: DataConfig, splits: Splits, split: Literal["train", "holdout", "eval"], whole: bool = False
+) -> Samples:
+    """The part of ``splits`` that ``open_samples`` opens; its arguments and errors."""
+    wanted = config.train_split, config.eval_split
     train = _pick(splits, TRAIN_NAMES if wanted[0] == "train" else wanted[:1])
     evaluation = _pick(splits, (EVAL_NAMES if wanted[1] == "validation" else wanted[1:]) + (ALL,) * whole)
     if split == "eval" and evaluation is None and config.holdout:

@@ -1,9 +1,11 @@
-"""The device a model runs on: whether it is there, and time on it, since it may run ahead of Python."""
+"""The device a model runs on: whether it is there, time on it, since it may run ahead of Python, and memory."""
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +35,36 @@ def timed(device: torch.device | str, run: Callable[..., Any], *args: Any) -> tu
     result = run(*args)
     _wait(device)
     return result, time.perf_counter() - start
+
+
+def peak_memory(device: torch.device | str, run: Callable[..., Any], *args: Any) -> int | None:
+    """Bytes that ``run(*args)`` needed at once, beyond what was held before it; None where that cannot be told.
+
+    On CUDA those of torch's allocator. On a CPU the growth of the process' resident set, to a megabyte or two, buffers
+    of libraries included: before the run, free memory is given back and the high-water mark reset, which Linux with
+    glibc can do. What a library has kept from earlier runs is not counted.
+    """
+    if torch.device(device).type == "cuda":
+        _wait(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run(*args)
+        _wait(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _resident("VmRSS")
+        run(*args)
+        return max(_resident("VmHWM") - before, 0)
+    except (OSError, AttributeError, TypeError):  # not Linux, not glibc, or a container that forbids it
+        return None
+
+
+def _resident(field: str) -> int:
+    """Bytes, of ``/proc/self/status``."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 def _wait(device: torch.device | str) -> None:

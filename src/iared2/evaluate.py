@@ -47,7 +47,7 @@ def measure(
         if not len(batch.labels):  # none of its files could be read
             continue
         with torch.inference_mode():
-            output = model.trace(batch.images.to(device), decide)
+            output = trace(model, batch.images.to(device), decide)
         right = (output.logits.argmax(1) == batch.labels.to(device)).sum()
         sums = [right, output.macs.sum(), *output.keep_ratio.sum(1)]
         total[2:] += torch.stack([s.double() for s in sums])
@@ -59,6 +59,24 @@ def measure(
         "images": int(images),
         "skipped": int(skipped),
     }
+
+
+def trace(model: ReducedVisionTransformer, images: Tensor, decide: Decide | None = None) -> Output:
+    """``model.trace``, also of several views of a video, ``(B, V, 3, T, H, W)``.
+
+    Their probabilities are averaged, their multiply-adds added up, and their patches stand side by side: the logits
+    ``(B, K)`` are logarithms of the mean, scores and kept are ``(D, B, V·N)``.
+    """
+    if images.ndim < 6:
+        return model.trace(images, decide)
+    views = images.shape[:2]
+    output = model.trace(images.flatten(0, 1), decide)
+    return Output(
+        logits=output.logits.float().softmax(-1).unflatten(0, views).mean(1).log(),
+        scores=output.scores.unflatten(1, views).flatten(2),
+        kept=output.kept.unflatten(1, views).flatten(2),
+        macs=output.macs.unflatten(0, views).sum(1),
+    )
 
 
 @dataclass

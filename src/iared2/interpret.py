@@ -1,7 +1,7 @@
-"""`iared2 interpret`, the paper's tool: photos in, two pictures and a JSON file each out.
+"""`iared2 interpret`, the paper's tool: photos or videos in, pictures and a JSON file each out.
 
-A thin client of the predictor; what it owns is the command: its options, what it prints, and where the files go. Groups
-are counted from 1 here, as in the paper.
+A thin client of the predictors; what it owns is the command: its options, what it prints, and where the files go. The
+model decides whether photos or videos are meant. Groups are counted from 1 here, as in the paper.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,8 +24,11 @@ from .checkpoint import load
 from .device import usable_device
 from .errors import InputError
 from .explain.heatmap import colors
+from .findings import RESULT, Findings
 from .photo import find_photos
-from .predictor import RESULT_FILES, Interpretation, Predictor
+from .predictor import Predictor
+from .video.clips import find_videos
+from .video.predictor import VideoPredictor
 
 _Number = TypeVar("_Number", int, float)
 
@@ -32,13 +36,18 @@ _Number = TypeVar("_Number", int, float)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument(
-        "-p", "--photo", nargs="+", action="extend", required=True, help="images, folders of images, or quoted globs"
+        "-p",
+        "--photo",
+        nargs="+",
+        action="extend",
+        required=True,
+        help="images, or videos for a video model; folders or quoted globs of them",
     )
     parser.add_argument(
-        "-o", "--output", required=True, help="folder for the results; of several photos, one each in it"
+        "-o", "--output", required=True, help="folder for the results; of several files, one each in it"
     )
     parser.add_argument(
-        "-c", "--checkpoint", help="a model of your own, or the authors' ckpt.pth; else the one in the box"
+        "-c", "--checkpoint", help="a model of your own, or the authors' ckpt.pth; else the one in the box, for photos"
     )
     parser.add_argument(
         "-t", "--threshold", nargs="+", metavar="T", help="keep patches that score above T: one number, or one a group"
@@ -71,11 +80,11 @@ def interpret(
     colormap: str = "jet",
     device: str | None = None,
 ) -> int:
-    """Interpret photos, write the results, print a few lines each.
+    """Interpret photos, or videos if the model is one for clips, write the results, print a few lines each.
 
     Args:
         patterns: files, folders, globs. The results of a single file go to `output` itself, of anything else to a
-            folder each in it, named after the photo.
+            folder each in it, named after the file.
         output: made if it is not there. Other files in it stay.
         checkpoint: for `iared2.load`.
         threshold: one number or one a group; the model's own if None.
@@ -84,13 +93,12 @@ def interpret(
         device: for torch; `cuda` if there is one, else `cpu`, if None.
 
     Returns:
-        0, or 1 if some photos could not be read; each is named on stderr, and the others are done.
+        0, or 1 if some files could not be read; each is named on stderr, and the others are done.
 
     Raises:
-        InputError: an argument is wrong, found before any work; or the only photo cannot be read.
+        InputError: an argument is wrong, found before any work; or the only file cannot be read.
     """
     output = Path(output)
-    photos = find_photos(patterns)
     check_writable(output)
     colors(colormap)
     torch_device = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -105,32 +113,42 @@ def interpret(
         model.threshold = thresholds * (model.num_groups // len(thresholds))
     if group is not None and not 1 <= group <= model.num_groups:
         raise InputError(f"there is no group {group}; the model has groups 1 to {model.num_groups}")
-    predictor = Predictor(model, torch_device, checkpoint)
+    clips = len(model.pretrained_cfg["input_size"]) == 4
+    files = find_videos(patterns) if clips else find_photos(patterns)
+    predictor = (VideoPredictor if clips else Predictor)(model, torch_device, checkpoint)
 
-    def process(photo: Path, folder: Path) -> None:
-        result = predictor(photo)
+    console = Console(stderr=True)
+    # Lines for stdout go through the bar only where both are the same screen, and there is no bar in a log file.
+    bar = Progress(console=console, disable=not console.is_terminal, redirect_stdout=sys.stdout.isatty())
+
+    def process(file: Path, folder: Path) -> None:
+        if isinstance(predictor, VideoPredictor):
+            frames = bar.add_task(file.name, total=predictor.num_frames)
+            result: Findings = predictor(file, advance=lambda n: bar.advance(frames, n))
+            bar.remove_task(frames)
+        else:
+            result = predictor(file)
         result.save(folder, None if group is None else group - 1, colormap)
         print(summary(result, folder))
 
-    if photos == list(map(Path, patterns)) and len(photos) == 1:  # a file, not a folder or glob of one
-        process(photos[0], output)
+    if files == list(map(Path, patterns)) and len(files) == 1:  # a file, not a folder or glob of one
+        with bar if clips else nullcontext():
+            process(files[0], output)
         return 0
-    failed = 0
-    console = Console(stderr=True)
-    # Lines for stdout go through the bar only where both are the same screen, and there is no bar in a log file.
-    with Progress(console=console, disable=not console.is_terminal, redirect_stdout=sys.stdout.isatty()) as progress:
-        for photo, name in progress.track(list(zip(photos, folder_names(photos), strict=True)), description="photos"):
+    failed, what = 0, "videos" if clips else "photos"
+    with bar:
+        for file, name in bar.track(list(zip(files, folder_names(files), strict=True)), description=what):
             try:
-                process(photo, output / name)
+                process(file, output / name)
             except InputError as error:
                 failed += 1
                 print(f"error: {error}", file=sys.stderr)
     if failed:
-        print(f"error: {failed} of {len(photos)} photos failed", file=sys.stderr)
+        print(f"error: {failed} of {len(files)} {what} failed", file=sys.stderr)
     return int(failed > 0)
 
 
-def summary(result: Interpretation, folder: Path) -> str:
+def summary(result: Findings, folder: Path) -> str:
     """What is worth reading at once, in five lines."""
     best = ", ".join(f"{name} {100 * p:.1f} %" for name, p in result.top5[:1]) or "no classes"
     kept = " > ".join(f"{ratio:.2f}" for ratio in (1, *result.keep_ratio))
@@ -141,18 +159,18 @@ def summary(result: Interpretation, folder: Path) -> str:
         f"  patches        {kept} of {result.kept.shape[1]}\n"
         f"  multiply-adds  {result.macs / unit:.2f} of {result.dense_macs / unit:.2f} {letter} ({change:+.1f} %)\n"
         f"  forward pass   {result.milliseconds:.1f} ms\n"
-        f"  results        {', '.join(str(folder / name) for name in RESULT_FILES)}"
+        f"  results        {', '.join(str(folder / name) for name in (*result.PICTURES, RESULT))}"
     )
 
 
-def folder_names(photos: Sequence[Path]) -> list[str]:
-    """A folder name for each photo: its stem; where two photos share it, the file's name; then numbered."""
-    stems = Counter(photo.stem.casefold() for photo in photos)  # some file systems do not tell A from a
+def folder_names(files: Sequence[Path]) -> list[str]:
+    """A folder name for each file: its stem; where two files share it, the file's name; then numbered."""
+    stems = Counter(file.stem.casefold() for file in files)  # some file systems do not tell A from a
     names: list[str] = []
     taken: set[str] = set()
-    for photo in photos:
-        unique = stems[photo.stem.casefold()] == 1 and photo.stem.strip(".")  # a file `...png` has the stem `..`
-        name = base = photo.stem if unique else photo.name
+    for file in files:
+        unique = stems[file.stem.casefold()] == 1 and file.stem.strip(".")  # a file `...png` has the stem `..`
+        name = base = file.stem if unique else file.name
         number = 1
         while name.casefold() in taken:
             number += 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import glob
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -57,11 +57,7 @@ def read_photo(path: str | Path) -> Image.Image:
     """
     path = Path(path)
     try:
-        if not path.is_file():
-            fault = "not a file" if path.exists() else "no such file"
-            raise InputError(f"{path}: {fault}; give the path of an image")
-        if path.stat().st_size == 0:
-            raise InputError(f"{path}: the file is empty; copy or download it again")
+        check_file(path, "an image")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # remarks on odd metadata; the size, also a mere warning, is checked below
             with Image.open(path) as image:
@@ -70,8 +66,6 @@ def read_photo(path: str | Path) -> Image.Image:
                 return to_rgb(ImageOps.exif_transpose(image))
     except InputError:
         raise
-    except PermissionError:
-        raise InputError(f"{path}: permission denied; make it readable for you") from None
     except Image.DecompressionBombError:
         raise InputError(f"{path}: too large, the limit is {MAX_PIXELS:,} pixels; make it smaller first") from None
     except UnidentifiedImageError:
@@ -81,32 +75,54 @@ def read_photo(path: str | Path) -> Image.Image:
         raise InputError(f"{path}: the image is cut short or damaged ({reason}); copy or download it again") from None
 
 
-def find_photos(patterns: Sequence[str | Path]) -> list[Path]:
-    """The files that files, folders and globs stand for, in the order given and each once.
+def check_file(path: Path, what: str) -> None:
+    """Refuse what need not be opened: no such file, not a file, not readable, empty. ``what`` was to be in it.
 
-    A folder stands for the image files directly in it, told by their suffix, by name; hidden files are left out. Go
-    deeper with a glob (`photos/**/*.jpg`). A plain path is taken as it is, and `read_photo` says what is wrong with it.
+    Raises:
+        InputError: it is one of these.
+    """
+    try:
+        if not path.is_file():
+            fault = "not a file" if path.exists() else "no such file"
+            raise InputError(f"{path}: {fault}; give the path of {what}")
+        with path.open("rb") as file:
+            if not file.read(1):
+                raise InputError(f"{path}: the file is empty; copy or download it again")
+    except PermissionError:
+        raise InputError(f"{path}: permission denied; make it readable for you") from None
+
+
+def find_photos(patterns: Sequence[str | Path]) -> list[Path]:
+    """The images that files, folders and globs stand for, see ``find_files``; `read_photo` says what is wrong with one.
+
     Raises `InputError` if a folder cannot be read, or if a folder or a glob has no photo.
     """
-    photos: list[Path] = []
+    return find_files(patterns, _photo_suffixes(), "photo")
+
+
+def find_files(patterns: Sequence[str | Path], suffixes: Collection[str], what: str) -> list[Path]:
+    """The files that files, folders and globs stand for, in the order given and each once.
+
+    A folder stands for the files of these suffixes directly in it, by name; hidden files are left out. Go deeper with a
+    glob (`photos/**/*.jpg`). A plain path is taken as it is, whether there is such a file or not.
+    Raises `InputError` if a folder cannot be read, or if a folder or a glob has none; ``what`` says what was sought.
+    """
+    found_in_all: list[Path] = []
     for pattern in map(str, patterns):
         path = Path(pattern)
         if path.is_dir():
-            found = _photos_in(path)
+            found = _files_in(path, suffixes)
         elif path.exists() or not glob.has_magic(pattern):  # a file may well be called `cat[1].jpg`
             found = [path]
         else:
             found = [match for match in map(Path, sorted(glob.glob(pattern, recursive=True))) if match.is_file()]
         if not found:
-            raise InputError(
-                f"{pattern}: no photo there; give a file, a folder of images or a glob like 'photos/*.jpg'"
-            )
-        photos += found
-    return list(dict.fromkeys(photos))
+            raise InputError(f"{pattern}: no {what} there; give a file, a folder of {what}s or a glob like '{what}s/*'")
+        found_in_all += found
+    return list(dict.fromkeys(found_in_all))
 
 
-def _photos_in(folder: Path) -> list[Path]:
-    suffixes = _photo_suffixes()
+def _files_in(folder: Path, suffixes: Collection[str]) -> list[Path]:
     try:
         files = sorted(folder.iterdir())
     except OSError as error:

@@ -3,16 +3,9 @@
 from __future__ import annotations
 
 import base64
-import io
-import json
-import math
-import os
-import platform
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,61 +14,30 @@ import torch
 from PIL import Image, ImageOps
 from timm.data import ImageNetInfo, infer_imagenet_subset
 
-from .batches import model_transform
-from .device import timed, usable_device
 from .errors import InputError
 from .explain import figures
 from .explain.heatmap import clamp_below, overlay, upsample
-from .model.decide import Decide
-from .model.reduced import Output, ReducedVisionTransformer
+from .findings import RESULT, Finder, Findings, png
+from .model.reduced import ReducedVisionTransformer
 from .photo import read_photo, to_rgb
+from .video.clips import is_video
 
-RESULT_FILES = "interpret-result.png", "hierarchy.png", "result.json"
 
-
-@dataclass(frozen=True, eq=False)
-class Interpretation:
-    """What the model saw in one photo. Groups are counted from 0 here, as in the arrays.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Interpretation(Findings):
+    """What the model saw in one photo; see ``Findings`` for the rest.
 
     Attributes:
         photo: upright, 8-bit RGB, of the photo's own size W × H.
-        top5: the most probable classes and their probabilities, best first; fewer for a model of fewer classes.
-        scores: ``(D, N)`` float32 in (0, 1), 0 where the patch was already gone.
-        kept: ``(D, N)`` bool, the patches on which each group's blocks ran.
-        grid_size: rows and columns of patches, N = rows × columns; the grid covers the whole photo.
-        thresholds: one for each group.
-        macs, dense_macs: multiply-adds of this photo, and of any photo with every patch kept and no interpreter.
-        milliseconds: of the forward pass alone, after a warm-up; neither reading nor resizing the photo.
-        model: what made it, for `result.json`: architecture, input size, checkpoint.
-        file: where the photo came from, if it came from a file.
     """
 
-    photo: Image.Image
-    top5: list[tuple[str, float]]
-    scores: np.ndarray
-    kept: np.ndarray
-    grid_size: tuple[int, int]
-    thresholds: tuple[float, ...]
-    macs: int
-    dense_macs: int
-    milliseconds: float
-    model: dict[str, Any]
-    file: str | None = None
+    PICTURES = "interpret-result.png", "hierarchy.png"
 
-    @property
-    def keep_ratio(self) -> np.ndarray:
-        """``(D,)`` share of the patches alive after each group, in [0, 1]."""
-        return self.kept.mean(1)
+    photo: Image.Image
 
     def heatmap(self, group: int | None = None) -> np.ndarray:
-        """``(H, W)`` float32 in [0, 1]: the scores of a group, the second one (1) as in the authors' tool if None.
-
-        The first group is blind, the class token has seen no patch yet; a model of one group has no other.
-        """
-        if group is None:
-            group = min(1, len(self.scores) - 1)
-        if not 0 <= group < len(self.scores):
-            raise InputError(f"there is no group {group}; the model has groups 0 to {len(self.scores) - 1}")
+        """``(H, W)`` float32 in [0, 1]: the scores of a group, by default the second one, see ``shown_group``."""
+        group = self.shown_group(group)
         size = self.photo.height, self.photo.width
         low = clamp_below(self.thresholds[group])
         return upsample(torch.from_numpy(self.scores[group]), self.grid_size, size, low).numpy()
@@ -90,7 +52,12 @@ class Interpretation:
 
     def hierarchy(self) -> Image.Image:
         """The photo, then what each group kept of it."""
-        return figures.hierarchy_figure(self.photo, self.kept, self.grid_size)
+        rows, columns = self.grid_size
+        return figures.hierarchy_figure(self.photo, self.kept, (rows, columns))
+
+    def pictures(self, group: int | None, colormap: str) -> list[bytes]:
+        """`interpret-result.png`, the figure, and `hierarchy.png`."""
+        return [png(self.figure(group, colormap)), png(self.hierarchy())]
 
     def _repr_html_(self) -> str:
         """What a notebook shows: overlay, hierarchy, the best classes and the cost. Self-contained, and not large."""
@@ -105,45 +72,14 @@ class Interpretation:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the pictures, ready for JSON. Patches are listed row by row."""
-        return {
-            "photo": {"file": self.file, "width": self.photo.width, "height": self.photo.height},
-            "top5": [{"class": name, "probability": round(p, 6)} for name, p in self.top5],
-            "grid_size": list(self.grid_size),
-            "groups": [
-                {"threshold": t, "keep_ratio": float(k.mean()), "scores": s.round(6).tolist(), "kept": k.tolist()}
-                for t, s, k in zip(self.thresholds, self.scores.astype(float), self.kept, strict=True)
-            ],
-            "macs": self.macs,
-            "dense_macs": self.dense_macs,
-            "milliseconds": round(self.milliseconds, 3),
-            "model": self.model,
-            "versions": {name: version(name) for name in ("iared2", "torch", "timm")}
-            | {"python": platform.python_version()},
-        }
-
-    def save(self, folder: str | Path, group: int | None = None, colormap: str = "jet") -> None:
-        """Write `interpret-result.png`, `hierarchy.png` and `result.json`, and touch nothing else in the folder.
-
-        Each file appears whole or not at all, `result.json` last. Raises `InputError` if the folder cannot be written.
-        """
-        folder = Path(folder)
-        figure, hierarchy = self.figure(group, colormap), self.hierarchy()
-        text = json.dumps(self.to_dict()) + "\n"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=".iared2-", dir=folder) as temporary:
-                files = [Path(temporary, name) for name in RESULT_FILES]
-                figure.save(files[0])
-                hierarchy.save(files[1])
-                files[2].write_text(text, encoding="utf-8")
-                for file in files:
-                    os.replace(file, folder / file.name)
-        except OSError as error:
-            reason = error.strerror or error
-            raise InputError(f"{folder}: cannot be written ({reason}); choose another output") from None
+        photo = {"file": self.file, "width": self.photo.width, "height": self.photo.height}
+        return {"photo": photo, **super().to_dict()}
 
 
-class Predictor:
+RESULT_FILES = *Interpretation.PICTURES, RESULT
+
+
+class Predictor(Finder):
     """Interprets photos, one at a time.
 
     Args:
@@ -158,19 +94,9 @@ class Predictor:
     def __init__(
         self, model: ReducedVisionTransformer, device: str | torch.device = "cpu", checkpoint: str | Path | None = None
     ) -> None:
-        cfg = model.pretrained_cfg
-        channels, height, width = cfg["input_size"]
-        if channels != 3:
-            raise InputError(f"the model takes images of {channels} channels, and photos have 3")
-        self.device = usable_device(device)
-        self.model = model.eval().to(self.device)
-        self._about = {
-            "architecture": cfg.get("architecture") or type(model.backbone).__name__,
-            "input_size": [height, width],
-            "checkpoint": None if checkpoint is None else str(checkpoint),
-        }
-        self._transform = model_transform(cfg)
-        self._warm = False
+        if len(model.pretrained_cfg["input_size"]) != 3:
+            raise InputError("the model takes videos, not photos; give it to VideoPredictor")
+        super().__init__(model, device, checkpoint)
 
     def __call__(
         self, photo: str | Path | Image.Image | np.ndarray, threshold: float | Sequence[float] | None = None
@@ -188,72 +114,28 @@ class Predictor:
                 not finite or not as many as there are groups.
         """
         image = _as_image(photo)
-        thresholds = self.thresholds(threshold)
-        output, seconds = self._trace(self.prepare(image), self.model.policy(thresholds))
-        return Interpretation(
-            photo=image,
-            top5=self._top5(output.logits[0]),
-            scores=output.scores[:, 0].cpu().numpy(),
-            kept=output.kept[:, 0].cpu().numpy(),
-            grid_size=self.model.grid_size,
-            thresholds=tuple(thresholds),
-            macs=int(output.macs[0]),
-            dense_macs=self.model.dense_macs,
-            milliseconds=1000 * seconds,
-            model=self._about,
-            file=str(photo) if isinstance(photo, (str, Path)) else None,
-        )
+        found = self.find(self.prepare(image), self.thresholds(threshold))
+        return Interpretation(photo=image, file=str(photo) if isinstance(photo, (str, Path)) else None, **found)
 
     def prepare(self, photo: Image.Image) -> torch.Tensor:
         """An RGB photo as the model's input ``(1, 3, height, width)``: resized whole, normalised, on the device."""
-        parameter = next(self.model.parameters())  # its device, and its precision
-        return self._transform(photo)[None].to(parameter)
-
-    def thresholds(self, threshold: float | Sequence[float] | None) -> list[float]:
-        """One number for each of the D groups, of one number for all, or of None for the model's own.
-
-        Raises:
-            InputError: not finite, or not as many as there are groups.
-        """
-        if threshold is None:
-            return self.model.thresholds
-        groups = self.model.num_groups
-        values = [threshold] if isinstance(threshold, (int, float)) else list(threshold)
-        if len(values) not in (1, groups) or not all(map(math.isfinite, values)):
-            raise InputError(f"threshold {threshold}: give one finite number, or {groups}, one for each group")
-        return values * (groups // len(values))
-
-    @torch.inference_mode()
-    def _trace(self, images: torch.Tensor, decide: Decide) -> tuple[Output, float]:
-        """One forward pass and its seconds."""
-        if not self._warm:
-            self.model.trace(images, decide)  # the first pass also pays for allocations and the choice of kernels
-            self._warm = True
-        return timed(self.device, self.model.trace, images, decide)
-
-    def _top5(self, logits: torch.Tensor) -> list[tuple[str, float]]:
-        if not self.model.num_classes:  # the output is features, not logits
-            return []
-        probabilities, classes = logits.float().softmax(0).topk(min(5, len(logits)))
-        return [(self._class_name(c), p) for c, p in zip(classes.tolist(), probabilities.tolist(), strict=True)]
+        return self.on_device(self._transform(photo))
 
     def _class_name(self, index: int) -> str:
-        if self.model.class_names:
-            return self.model.class_names[index]
-        subset = infer_imagenet_subset(self.model)  # by the number of classes: 1k, 12k, 21k, 22k
-        return ImageNetInfo(subset).index_to_description(index) if subset else str(index)
+        subset = None if self.model.class_names else infer_imagenet_subset(self.model)  # by their number: 1k, 12k, …
+        return ImageNetInfo(subset).index_to_description(index) if subset else super()._class_name(index)
 
 
 def _inline(picture: Image.Image, width: int, name: str) -> str:
     """The picture in HTML itself, no wider than ``width`` pixels."""
     picture.thumbnail((width, 2 * width), Image.Resampling.LANCZOS)
-    file = io.BytesIO()
-    picture.save(file, "PNG")
-    return f'<img alt="{name}" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
+    return f'<img alt="{name}" src="data:image/png;base64,{base64.b64encode(png(picture)).decode()}">'
 
 
 def _as_image(photo: str | Path | Image.Image | np.ndarray) -> Image.Image:
     if isinstance(photo, (str, Path)):
+        if is_video(photo):
+            raise InputError(f"{photo}: a video, and this model takes photos; give a video model with -c")
         return read_photo(photo)
     if isinstance(photo, Image.Image):
         return to_rgb(ImageOps.exif_transpose(photo))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -63,7 +63,7 @@ def find_splits(
     if path.startswith("hf:"):
         return _hub_splits(path, columns)
     root = Path(path)
-    try:
+    with readable():
         if not root.is_dir():
             if not root.exists():
                 raise InputError(f"{root}: no such file or folder; give the path of a data set")
@@ -86,12 +86,28 @@ def find_splits(
                 split = word if stem not in names and word in (*TRAIN_NAMES, *EVAL_NAMES, *names) else stem
                 shards.setdefault(split or ALL, []).append(file)
             return {split: partial(_open_shards, files, columns) for split, files in shards.items()}
-        # timm's own search falls back from a missing val/ to the whole folder, and would evaluate on training images
-        named = [folder for folder in folders if folder.name in (*TRAIN_NAMES, *EVAL_NAMES, *names)]
-        # "train" can be the name of a class: then there is no folder in it, and it has neighbours of other names
-        if named and (len(named) == len(folders) or any(_folders(folder) for folder in named)):
-            return {folder.name: partial(_open_folder, folder) for folder in named}
-        return {ALL: partial(_open_folder, root)}
+        return folder_splits(root, open_folder, names)
+
+
+def folder_splits(root: Path, opener: Callable[[Path], Source], names: Sequence[str] = ()) -> Splits:
+    """The splits of a folder: itself, with a folder a class, or its folders train, val …, each with a folder a class.
+
+    ``opener`` opens a folder of class folders; ``names`` are more names of splits. Raises OSError.
+    """
+    # timm's own search falls back from a missing val/ to the whole folder, and would evaluate on training images
+    folders = _folders(root)
+    named = [folder for folder in folders if folder.name in (*TRAIN_NAMES, *EVAL_NAMES, *names)]
+    # "train" can be the name of a class: then there is no folder in it, and it has neighbours of other names
+    if named and (len(named) == len(folders) or any(_folders(folder) for folder in named)):
+        return {folder.name: partial(opener, folder) for folder in named}
+    return {ALL: partial(opener, root)}
+
+
+@contextmanager
+def readable() -> Iterator[None]:
+    """What the system says when a file or folder is closed to us, as an ``InputError``."""
+    try:
+        yield
     except OSError as error:
         raise InputError(f"{error.filename}: {error.strerror}; make it readable for you") from None
 
@@ -100,17 +116,22 @@ def _folders(root: Path) -> list[Path]:
     return sorted(f for f in root.iterdir() if f.is_dir() and not f.name.startswith("."))
 
 
-def _open_folder(root: Path) -> Source:
+def open_folder(root: Path, suffixes: Iterable[str] = (), what: str = "image") -> Source:
+    """The files of these suffixes (none: images) in a folder of class folders; ``what`` they are.
+
+    Raises:
+        InputError: there are none, or some outside of the class folders, or an empty class folder.
+    """
     try:
-        reader = create_reader("", root=str(root))
+        reader = create_reader("", root=str(root), input_key=";".join(suffixes))
     except RuntimeError:  # timm's word for "none"
-        raise InputError(f"{root}: no images there; give a folder with one folder of images per class") from None
+        raise InputError(f"{root}: no {what}s there; give a folder with one folder of {what}s per class") from None
     # timm makes a class "" of stray images, passes over folders that are empty or closed to us, and numbers the rest
     parts = [Path(reader.filename(i)).parts for i in range(len(reader))]
     if stray := next((p for p in parts if len(p) == 1), None):
-        raise InputError(f"{root}: {stray[0]} lies outside the class folders; put every image into {root}/CLASS_NAME/")
+        raise InputError(f"{root}: {stray[0]} lies outside the class folders; put every {what} into {root}/CLASS_NAME/")
     if empty := sorted({f.name for f in _folders(root)} - {p[0] for p in parts}):
-        raise InputError(f"{root / empty[0]}: a class folder without images that you may read; add some or remove it")
+        raise InputError(f"{root / empty[0]}: a class folder without {what}s that you may read; add some or remove it")
     return Source(reader, np.array([label for _, label in reader.samples]), tuple(reader.class_to_idx))
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 import iared2
 from iared2.bench import speed, train
 from iared2.cli import main
+from iared2.device import peak_memory
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +63,44 @@ def test_inference(checkpoint, tmp_path, capsys):
         assert ours["gmacs"] < rows[speed.PADDED]["gmacs"] + 1e-9
         assert 0 < one["interpreters"] < 1
         assert all(row["p50_ms"] <= row["p95_ms"] and row["rounds"] >= speed.MIN_ROUNDS for row in one["rows"])
+        assert all(row["peak_mb"] is None or 0 <= row["peak_mb"] < 100 for row in one["rows"])
+
+
+def test_clips(capsys):
+    args = ["bench", "timesformer_joint_small_patch16_224", "--frames", "2", "--img-size", "32", "48"]
+    more = ["--batch-size", "2", "--seconds", "0", "--no-compile", "--keep", "0.6,0.4,0.2", "--spread", "0"]
+    assert main([*args, *more]) == 0
+    _, result = last_line(capsys)
+    rows = {row["name"]: row for row in result["speed"][0]["rows"]}
+    patches, width = 2 * 2 * 3, 384
+    dense = patches * 768 * width + 12 * ((patches + 1) * 12 * width**2 + 2 * (patches + 1) ** 2 * width) + 400 * width
+    assert rows[speed.DENSE]["gmacs"] == dense / 1e9
+    assert rows[speed.OURS]["gmacs"] < 0.6 * dense / 1e9
+
+
+def test_clips_that_do_not_go_together(checkpoint, capsys):
+    for model, more, message in (
+        ("deit_tiny_patch16_224", ["--frames", "8"], "--frames goes with one of timesformer_joint_small"),
+        ("timesformer_joint_small_patch16_224", ["--img-size", "32", "32"], "three numbers"),
+        (str(checkpoint), ["--frames", "8"], "a checkpoint has its own size"),
+        ("timesformer_joint_small_patch16_224", ["--frames", "2", "--data", "x"], "leave --data out"),
+        ("timesformer_joint_small_patch16_224", ["--frames", "-2"], "--frames must be 1 or more"),
+    ):
+        assert main(["bench", model, "--batch-size", "1", "--seconds", "0", "--no-compile", *more]) == 1
+        error = capsys.readouterr().err
+        assert message in error
+        assert "Traceback" not in error
+
+
+def test_peak_memory_is_that_of_the_run():
+    def run(megabytes):
+        return torch.ones(megabytes * 250_000).sum()
+
+    small, large = (peak_memory("cpu", run, megabytes) for megabytes in (40, 160))
+    if small is None:
+        pytest.skip("no /proc/self/clear_refs here")
+    assert 35e6 < small < 60e6
+    assert 150e6 < large < 180e6
 
 
 def test_real_images_and_the_own_policy(checkpoint, tmp_path, capsys):

@@ -24,6 +24,7 @@ from ..device import usable_device
 from ..errors import InputError
 from ..keyed import permutation
 from ..model.reduced import ReducedVisionTransformer, from_timm
+from ..video.transformer import default_cfgs as video
 from . import speed
 from .workload import Workload, by_the_policy, drawn
 
@@ -39,6 +40,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--spread", type=float, default=0.12, help="standard deviation of that share between images")
     command.add_argument("--img-size", type=int, nargs=2, metavar=("H", "W"), help="of a timm name, in pixels")
+    command.add_argument("--frames", type=int, help="of a name as timesformer_joint_base_patch16_224")
     command.add_argument("--batch-size", type=int, nargs="+", default=[1, 8, 32])
     command.add_argument("--device", default="cpu")
     command.add_argument("--precision", choices=PRECISIONS, default="fp32")
@@ -124,6 +126,8 @@ def _check(arguments: argparse.Namespace) -> None:
         raise InputError("--threads must be 1 or more")
     if not 0 <= arguments.spread <= 1 or not 0 <= arguments.seconds < 1e6:
         raise InputError("--spread is a number from 0 to 1, and --seconds 0 or more")
+    if arguments.frames is not None and arguments.frames < 1:
+        raise InputError("--frames must be 1 or more")
     if arguments.train and arguments.data:
         raise InputError("--train runs on drawn images: leave --data out")
     if arguments.train and not 0 < arguments.keep[0] <= 1:
@@ -135,13 +139,17 @@ def _numbers(text: str) -> list[float]:
 
 
 def _model(arguments: argparse.Namespace) -> ReducedVisionTransformer:
-    name, size = arguments.model, arguments.img_size
-    if name != "box" and not Path(name).exists():
-        timm_kwargs: dict[str, Any] = {"img_size": tuple(size)} if size else {}
-        return from_timm(name, **timm_kwargs).eval()
-    if size:
-        raise InputError("--img-size goes with a timm name; a checkpoint has its own size")
-    return load(None if name == "box" else name)
+    name, size, frames = arguments.model, arguments.img_size, arguments.frames
+    if name == "box" or Path(name).exists():
+        if size or frames:
+            raise InputError("--img-size and --frames go with a timm name; a checkpoint has its own size")
+        return load(None if name == "box" else name)
+    if frames:
+        if name.split(".")[0] not in video:
+            raise InputError(f"--frames goes with one of {', '.join(video)}; not with {name}")
+        size = (frames, *(size or (224, 224)))
+    timm_kwargs: dict[str, Any] = {"img_size": tuple(size)} if size else {}
+    return from_timm(name, **timm_kwargs).eval()
 
 
 def _workload(model: ReducedVisionTransformer, size: int, arguments: argparse.Namespace) -> Workload:
@@ -154,6 +162,8 @@ def _workload(model: ReducedVisionTransformer, size: int, arguments: argparse.Na
 
 
 def _read(model: ReducedVisionTransformer, data: str, size: int) -> Tensor:
+    if len(model.grid_size) > 2:
+        raise InputError("--data holds images, and this model takes clips: leave --data out, and clips are drawn")
     samples = open_samples(DataConfig(path=data), "eval", whole=True)
     chosen = permutation(0, 0, len(samples))[:size].numpy()  # folders lie class by class
     samples = replace(samples, rows=samples.rows[chosen], labels=samples.labels[chosen])

@@ -1,4 +1,4 @@
-"""Inference: ours against the dense model, and against the other ways to run the same decisions."""
+"""Inference: ours against the dense model, and against the other ways to run the same decisions. Time and memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rich.table import Table
 from torch import Tensor
 
 from .. import keyed
-from ..device import timed
+from ..device import peak_memory, timed
 from ..model.decide import Decide, at_random, top_k
 from ..model.reduced import ReducedVisionTransformer
 from ..model.tokens import PackedTokens
@@ -50,6 +50,8 @@ class Row:
     efficiency: float
     """Speed-up over MACs_dense / MACs. Of another engine than timm's it says how good that is, too: see `Speed`."""
     rounds: int
+    peak_mb: float | None
+    """Memory that a forward pass of the batch needed beyond weights and images, 10⁶ bytes (`device.peak_memory`)."""
 
 
 @dataclass
@@ -119,12 +121,13 @@ def measure(
 
     with torch.inference_mode():
         times = take_turns({name: partial(run, images) for name, (run, _) in rivals.items()}, images.device, seconds)
+        memory = {name: peak_memory(images.device, run, images) for name, (run, _) in rivals.items()}
         share = _interpreters(model, images, decide)
     medians = {name: statistics.median(t) for name, t in times.items()}
     t_dense = min(medians[DENSE], medians.get(DENSE_COMPILED, float("inf")))
     rows = []
     for name, (_, macs) in rivals.items():
-        t, median = sorted(times[name]), medians[name]
+        t, median, peak = sorted(times[name]), medians[name], memory[name]
         q1, _, q3 = statistics.quantiles(t, n=4)
         rows.append(
             Row(
@@ -138,6 +141,7 @@ def measure(
                 speed_up=t_dense / median,
                 efficiency=t_dense / median * macs / dense,
                 rounds=len(t),
+                peak_mb=None if peak is None else peak / 1e6,
             )
         )
     return Speed(rows, medians[WHOLE] / medians[OURS] * gmacs / dense, share)
@@ -163,7 +167,7 @@ def take_turns(runs: Mapping[str, Callable[[], Any]], device: torch.device, seco
 
 def _padded_gmacs(model: ReducedVisionTransformer, num_keep: Tensor) -> float:
     longest = num_keep.amax(1, keepdim=True).cpu()
-    return model.count_macs(longest, model.grid_size[0] * model.grid_size[1]).item() / 1e9
+    return model.count_macs(longest).item() / 1e9
 
 
 def _interpreters(model: ReducedVisionTransformer, images: Tensor, decide: Decide) -> float:
@@ -191,7 +195,7 @@ def _interpreters(model: ReducedVisionTransformer, images: Tensor, decide: Decid
 def table(speeds: list[Speed], title: str) -> Table:
     """For people."""
     table = Table(
-        "batch", "model", "images/s", "p50 ms", "p95 ms", "± %", "GMACs", "speed-up", "efficiency", title=title
+        *("batch", "model", "images/s", "p50 ms", "p95 ms", "± %", "GMACs", "speed-up", "efficiency", "MB"), title=title
     )
     for speed in speeds:
         for row in speed.rows:
@@ -203,6 +207,7 @@ def table(speeds: list[Speed], title: str) -> Table:
                 f"{row.gmacs:.3g}",
                 f"{row.speed_up:.2f}",
                 f"{row.efficiency:.2f}",
+                "–" if row.peak_mb is None else f"{row.peak_mb:.0f}",
             )
         table.add_section()
     return table

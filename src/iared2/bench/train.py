@@ -77,7 +77,8 @@ def measure(
     """
     labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
     keys = keyed.sample_keys(0, 0, torch.arange(len(images))).to(images.device)
-    num_keep = round(keep_ratio * model.grid_size[0] * model.grid_size[1])
+    num_patches = model.backbone.patch_embed.num_patches
+    num_keep = round(keep_ratio * num_patches)
 
     policy = PolicyGradientStage(_keeping(model, keep_ratio), group, RewardConfig()).train()
     finetune = FinetuneStage(_keeping(model, keep_ratio), group).train()
@@ -104,7 +105,7 @@ def measure(
     times = take_turns(runs, images.device, seconds)
     ms = {name: 1000 * statistics.median(t) for name, t in times.items()}
     kept = torch.full((model.num_groups, 1), num_keep)
-    kept[:group] = model.grid_size[0] * model.grid_size[1]
+    kept[:group] = num_patches
     ratio = model.count_macs(kept).item() / model.dense_macs
     return TrainingSpeed(
         batch_size=len(images),

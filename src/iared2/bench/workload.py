@@ -21,7 +21,8 @@ class Workload:
     """One batch and the decisions on it, the same for everything that is timed."""
 
     images: Tensor
-    """``(B, in_chans, height, width)``, on the device and in the precision of the model."""
+    """``(B, in_chans, height, width)``, or clips ``(B, in_chans, T, height, width)``; on the device and in the
+    precision of the model."""
     decide: Decide
     """What is decided on these images, at the cost of a threshold."""
     num_keep: Tensor
@@ -42,7 +43,7 @@ def drawn(
     Raises:
         InputError: not one share a group, or the shares rise or leave [0, 1].
     """
-    num_patches, keys = model.grid_size[0] * model.grid_size[1], keyed.sample_keys(seed, 0, torch.arange(len(images)))
+    num_patches, keys = model.backbone.patch_embed.num_patches, keyed.sample_keys(seed, 0, torch.arange(len(images)))
     shares = torch.tensor(keep)
     if (
         len(shares) != model.num_groups

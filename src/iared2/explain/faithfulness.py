@@ -97,20 +97,21 @@ def deletion(
     return torch.trapezoid(curve(model, images, maps, target, "deletion", fill, steps), dx=1 / steps)
 
 
-def blanked(images: Tensor, kept: Tensor, grid_size: tuple[int, int], fill: Fill = "blur") -> Tensor:
+def blanked(images: Tensor, kept: Tensor, grid_size: tuple[int, ...], fill: Fill = "blur") -> Tensor:
     """``images (B, C, H, W)`` with the fill wherever a patch is not in ``kept (B, N)`` bool; N = rows × columns."""
     shown = kept.unflatten(1, grid_size)[:, None].float()
     shown = F.interpolate(shown, images.shape[-2:], mode="nearest-exact") > 0.5
     return torch.where(shown, images, fills(images, fill))
 
 
-def best_patches(maps: Tensor, num_keep: Tensor, grid_size: tuple[int, int]) -> Tensor:
+def best_patches(maps: Tensor, num_keep: Tensor, grid_size: tuple[int, ...]) -> Tensor:
     """The patches that a rival would keep: the ``num_keep (B,)`` of the highest mean of ``maps (B, H, W)``.
 
     Returns:
         ``(B, N)`` bool. Tied patches fall in a random order, the same for every image.
     """
-    patches = F.adaptive_avg_pool2d(maps[:, None], grid_size).flatten(1)
+    rows, columns = grid_size
+    patches = F.adaptive_avg_pool2d(maps[:, None], (rows, columns)).flatten(1)
     shuffle = torch.randperm(patches.shape[1], generator=torch.Generator().manual_seed(0)).to(maps.device)
     order = shuffle[patches[:, shuffle].argsort(dim=1, descending=True, stable=True)]
     chosen = torch.arange(patches.shape[1], device=maps.device) < num_keep[:, None]
@@ -119,7 +120,7 @@ def best_patches(maps: Tensor, num_keep: Tensor, grid_size: tuple[int, int]) -> 
 
 @torch.no_grad()
 def blanking(
-    backbone: Model, images: Tensor, kept: Tensor, grid_size: tuple[int, int], *, fill: Fill = "blur"
+    backbone: Model, images: Tensor, kept: Tensor, grid_size: tuple[int, ...], *, fill: Fill = "blur"
 ) -> tuple[Tensor, Tensor]:
     """How the dense prediction changes when the patches that are not kept are blank in the photo.
 

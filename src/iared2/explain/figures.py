@@ -1,8 +1,9 @@
-"""The tool's two pictures, composed pixel by pixel with Pillow so that no photo is resampled more than it must be."""
+"""The tool's pictures, composed pixel by pixel with Pillow so that no photo is resampled more than it must be."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -26,16 +27,20 @@ def result_figure(photo: Image.Image, heatmap: np.ndarray, colormap: str = "jet"
         heatmap: ``(H, W)`` in [0, 1].
         colormap: a name that matplotlib knows.
     """
-    em = max(12, round(0.035 * min(photo.size)))  # the unit of everything that is drawn: the font's size
+    return with_color_bar(overlay(photo, heatmap, colormap), max(12, round(0.035 * min(photo.size))), colormap)
+
+
+def with_color_bar(picture: Image.Image, em: int, colormap: str = "jet") -> Image.Image:
+    """The picture in the upper left of a white canvas, and a colour bar at its right; text of ``em`` pixels."""
     font = ImageFont.load_default(em)
     high, low = "high", "low"
-    height = max(photo.height, 5 * em)
+    height = max(picture.height, 5 * em)
     bar = Image.fromarray(colors(colormap)[::-1, None]).resize((em, height), Image.Resampling.BILINEAR)
 
-    bar_left = photo.width + em
+    bar_left = picture.width + em
     text_left = bar_left + bar.width + em // 2
     canvas = Image.new("RGB", (text_left + math.ceil(font.getlength(high)) + em // 2, height), "white")
-    canvas.paste(overlay(photo, heatmap, colormap))
+    canvas.paste(picture)
     canvas.paste(bar, (bar_left, 0))
     draw = ImageDraw.Draw(canvas)
     draw.text((text_left, em // 4), high, "black", font, anchor="lt")
@@ -51,23 +56,39 @@ def hierarchy_figure(photo: Image.Image, kept: np.ndarray, grid_size: tuple[int,
         kept: ``(D, N)`` bool, the patches that each group kept.
         grid_size: rows and columns of patches, N = rows × columns. The grid covers the whole photo.
     """
-    panel = _fit(photo)
-    panels = [panel, *(blank(panel, k.reshape(grid_size)) for k in kept)]
-    em = max(16, round(0.075 * min(panel.size)))
+    panel = fit(photo, *PANEL_SIDES)
+    return grid([[(panel, ""), *((blank(panel, k.reshape(grid_size)), ratio(k)) for k in kept)]])
+
+
+def ratio(kept: np.ndarray) -> str:
+    """The share of the patches that were kept, as it is written into a corner."""
+    return f"{kept.mean():.2f}"
+
+
+def grid(rows: Sequence[Sequence[tuple[Image.Image, str]]]) -> Image.Image:
+    """Panels of one size in rows and columns; what comes with each, if anything, is written into its corner."""
+    panel = rows[0][0][0]
+    em = text_size(panel)
     gap = em // 2
-    cell = max(panel.width, 4 * em), max(panel.height, 2 * em)  # room for the ratio on the thinnest of photos
-    canvas = Image.new("RGB", (len(panels) * (cell[0] + gap) - gap, cell[1]), "white")
-    for i, picture in enumerate(panels):
-        left = i * (cell[0] + gap)
-        canvas.paste(picture, (left, 0))
-        if i:
-            _write_ratio(canvas, left, float(kept[i - 1].mean()), em)
+    cell = max(panel.width, 4 * em), max(panel.height, 2 * em)  # room for a note on the thinnest of photos
+    size = len(rows[0]) * (cell[0] + gap) - gap, len(rows) * (cell[1] + gap) - gap
+    canvas = Image.new("RGB", size, "white")
+    for i, row in enumerate(rows):
+        for j, (picture, note) in enumerate(row):
+            corner = j * (cell[0] + gap), i * (cell[1] + gap)
+            canvas.paste(picture, corner)
+            if note:
+                _write(canvas, corner, note, em)
     return canvas
 
 
-def _fit(photo: Image.Image) -> Image.Image:
-    """The photo within the bounds of a panel: smaller, or larger by a whole factor so that its pixels stay pixels."""
-    smallest, largest = PANEL_SIDES
+def text_size(panel: Image.Image) -> int:
+    """Pixels of the text on panels of this size."""
+    return max(16, round(0.075 * min(panel.size)))
+
+
+def fit(photo: Image.Image, smallest: int, largest: int) -> Image.Image:
+    """The photo with its longer side within bounds: smaller, or larger by a whole factor so that pixels stay pixels."""
     panel = photo.copy()
     panel.thumbnail((largest, largest), Image.Resampling.LANCZOS)
     factor = math.ceil(smallest / max(panel.size))
@@ -84,11 +105,12 @@ def blank(panel: Image.Image, kept: np.ndarray) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def _write_ratio(canvas: Image.Image, left: int, ratio: float, em: int) -> None:
-    """The ratio at the upper left of the panel that begins at ``left``: white in a dark box, legible on anything."""
+def _write(canvas: Image.Image, corner: tuple[int, int], text: str, em: int) -> None:
+    """The text at the upper left of the panel whose corner it is: white in a dark box, legible on anything."""
     draw = ImageDraw.Draw(canvas)
     font = ImageFont.load_default(em)
-    text, pad = f"{ratio:.2f}", em // 4
-    box = draw.textbbox((left + 2 * pad, 2 * pad), text, font, anchor="lt")
+    pad = em // 4
+    place = corner[0] + 2 * pad, corner[1] + 2 * pad
+    box = draw.textbbox(place, text, font, anchor="lt")
     draw.rounded_rectangle((box[0] - pad, box[1] - pad, box[2] + pad, box[3] + pad), pad, fill=(32, 32, 32))
-    draw.text((left + 2 * pad, 2 * pad), text, "white", font, anchor="lt")
+    draw.text(place, text, "white", font, anchor="lt")

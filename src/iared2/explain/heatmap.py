@@ -25,24 +25,27 @@ def clamp_below(threshold: float) -> float:
     return min(CLAMP, threshold - 0.02)
 
 
-def upsample(scores: Tensor, grid_size: tuple[int, int], size: tuple[int, int], low: float = CLAMP) -> Tensor:
+def upsample(scores: Tensor, grid_size: tuple[int, ...], size: tuple[int, int], low: float = CLAMP) -> Tensor:
     """Clamp to [low, 1], min-max normalise, resize.
 
     Args:
         scores: ``(..., N)`` scores of one group, in (0, 1), and 0 where the patch was already gone: the lowest.
-        grid_size: rows and columns of patches, N = rows × columns.
+        grid_size: rows and columns of patches, N = rows × columns; of a clip T', rows and columns, N their product.
         size: height and width of the photo in pixels; the grid covers all of it.
         low: the lower clamp.
 
     Returns:
-        ``(..., height, width)`` float32 in [0, 1]. Each image is normalised by itself; a constant map is zeros.
+        ``(..., height, width)``, of clips ``(..., T', height, width)``, float32 in [0, 1]. Each image and each clip is
+        normalised by itself, so that the moments of a clip can be compared; a constant map is zeros.
     """
-    maps = scores.float().clamp(low, 1).reshape(-1, 1, *grid_size)
-    maps = maps - maps.amin((-2, -1), keepdim=True)
-    maps = maps / maps.amax((-2, -1), keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny)
+    maps = scores.float().clamp(low, 1)
+    maps = maps - maps.amin(-1, keepdim=True)
+    maps = maps / maps.amax(-1, keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny)
+    *moments, rows, columns = grid_size
+    maps = maps.reshape(-1, 1, rows, columns)
     # Antialias matters only to photos of fewer pixels than patches, which would otherwise show a few of the patches.
     maps = F.interpolate(maps, size, mode="bicubic", antialias=True).clamp_(0, 1)
-    return maps.reshape(*scores.shape[:-1], *size)
+    return maps.reshape(*scores.shape[:-1], *moments, *size)
 
 
 def colors(name: str) -> np.ndarray:

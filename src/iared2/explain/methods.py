@@ -186,6 +186,8 @@ def _check(model: Any, images: Tensor, method: str, target: Tensor | None) -> An
         raise InputError(f"there is no method {method!r}: take one of {', '.join(known)}")
     backbone = backbone_of(model)
     embed = backbone.patch_embed
+    if len(embed.patch_size) > 2:
+        raise InputError("heat maps are of images, and this model takes clips: see the scores of model.trace(clips)")
     height, width = embed.img_size if embed.strict_img_size else images.shape[-2:]
     expected = (embed.proj.in_channels, height, width)
     if images.ndim != 4 or not len(images) or tuple(images.shape[1:]) != expected or not images.is_floating_point():

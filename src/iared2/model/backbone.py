@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import keyed
 from ..errors import InputError
+from ..video.transformer import TubeletEmbed
 from . import onednn
 from .attention import Attend, attend
 from .tokens import PackedTokens
@@ -49,7 +50,7 @@ def check_supported(backbone: Any) -> None:
             refuse(f"block {i} is a {type(block).__name__}, not timm's pre-norm Block")
         if type(block.attn) is not Attention:
             refuse(f"the attention of block {i} is a {type(block.attn).__name__}, not timm's Attention")
-    if type(backbone.patch_embed) is not PatchEmbed:
+    if type(backbone.patch_embed) not in (PatchEmbed, TubeletEmbed):
         refuse(f"its patch embedding is a {type(backbone.patch_embed).__name__}")
     if not isinstance(backbone.patch_drop, nn.Identity):
         refuse("patch_drop_rate > 0 drops patches behind the interpreters' back")
@@ -63,7 +64,7 @@ def pools_patches(backbone: VisionTransformer) -> bool:
 
 
 def embed(backbone: VisionTransformer, images: Tensor) -> Tensor:
-    """``(B, in_chans, height, width) -> (B, S, C)``, prefix tokens first."""
+    """``(B, in_chans, height, width)``, or clips ``(B, in_chans, T, height, width)`` -> ``(B, S, C)``, prefix first."""
     x = backbone.patch_embed(images)
     return backbone.norm_pre(backbone._pos_embed(x))
 

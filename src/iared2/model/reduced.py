@@ -282,8 +282,8 @@ class ReducedVisionTransformer(nn.Module):
         return self.backbone.num_features
 
     @property
-    def grid_size(self) -> tuple[int, int]:
-        """Rows and columns of patches; patch n stands at row ``n // columns``."""
+    def grid_size(self) -> tuple[int, ...]:
+        """Rows and columns of patches; of clips, times, rows and columns. Patches are numbered in that order."""
         return tuple(self.backbone.patch_embed.grid_size)
 
     @property

@@ -1,4 +1,4 @@
-"""Random changes of images and targets in training; all of it is timm's."""
+"""Random changes of images and targets in training: timm's, and torchvision's for clips."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from ..batches import Transform
 from ..errors import InputError
 from ..model.reduced import ReducedVisionTransformer
 from ..resident import BatchAugment
+from ..video.data import train_transform
 
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Random changes of the training images, by timm.data.create_transform."""
+    """Random changes of the training images, by timm.data.create_transform; all frames of a clip change alike."""
 
     min_scale: float = 0.08
     """Smallest share of the area that a random crop shows."""
@@ -49,6 +50,10 @@ class AugmentConfig:
             InputError: timm does not know the policy, or a value is out of its range.
         """
         cfg = model.pretrained_cfg
+        if len(cfg["input_size"]) == 4:
+            if self.auto_augment or self.random_erasing:
+                raise InputError("recipe: auto_augment and random_erasing are not for clips; leave them out")
+            return train_transform(cfg, self.min_scale, self.hflip, self.color_jitter)
         try:
             return create_transform(
                 cfg["input_size"],

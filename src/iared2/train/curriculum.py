@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..batches import steps_per_epoch
 from ..checkpoint import load_backbone_weights, load_strictly
 from ..cluttered import open_cluttered
-from ..data import Samples, open_samples
+from ..data import Samples
 from ..errors import InputError
 from ..model.backbone import pools_patches
 from ..model.config import config_of
@@ -33,6 +33,7 @@ from ..model.reduced import ReducedVisionTransformer, from_timm
 from ..model.rivals import KINDS as RIVALS
 from ..model.rivals import rival_scores
 from ..resident import ResidentImages
+from ..video.data import open_for
 from .finetune import FinetuneStage
 from .gumbel import GumbelStage
 from .log import RunLog
@@ -40,6 +41,8 @@ from .loop import Images, Run, Stage
 from .policy_gradient import PolicyGradientStage
 from .recipe import Recipe
 from .state import Position, load_state
+
+SPLITS: tuple[Literal["train", "eval"], ...] = ("train", "eval")
 
 
 def stages_of(recipe: Recipe, model: ReducedVisionTransformer, teacher: nn.Module | None = None) -> list[Stage]:
@@ -107,7 +110,13 @@ def train(recipe: Recipe, output: Path) -> Path:
     """
     check(recipe)
     accelerator = Accelerator(mixed_precision=recipe.precision)
-    samples, held_out = open_samples(recipe.data, "train"), open_samples(recipe.data, "eval")
+    with torch.device("meta"):  # is it a model of images or of videos?
+        size = from_timm(recipe.model.backbone, groups=recipe.model.groups, **recipe.model.timm).pretrained_cfg[
+            "input_size"
+        ]
+    if len(size) == 4 and (recipe.data.resident or recipe.data.clutter):
+        raise InputError("recipe: data.resident and data.clutter are for images; set them to false and 0")
+    samples, held_out = (open_for(size, recipe.data, split, recipe.clips) for split in SPLITS)
     identity = {
         **_comparable(recipe),
         "number of processes": accelerator.num_processes,
@@ -147,14 +156,14 @@ def train(recipe: Recipe, output: Path) -> Path:
         (stage.config.augment.on_device if on_device else stage.config.augment.transform)(model)
 
     def read(opened: Samples, split: Literal["train", "eval"]) -> Images:
-        height, width = model.pretrained_cfg["input_size"][1:]
+        height, width = model.pretrained_cfg["input_size"][-2:]
         if recipe.data.clutter:
             cluttered = open_cluttered(recipe.data, split, recipe.data.clutter, device=accelerator.device)
             images: Images = cluttered
             skipped = cluttered.photos.skipped
         elif recipe.data.resident:
-            images = ResidentImages.read(opened, (height, width), accelerator.device, recipe.data.workers)
-            skipped = images.skipped
+            images = resident = ResidentImages.read(opened, (height, width), accelerator.device, recipe.data.workers)
+            skipped = resident.skipped
         else:
             return opened
         for name, reason in skipped:

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..data import DataConfig
 from ..errors import InputError
+from ..video.data import ClipConfig
 from .loop import StageConfig
 from .policy_gradient import PolicyConfig
 from .reward import RewardConfig
@@ -59,6 +60,7 @@ class Recipe:
     """Measure on held-out images every so many epochs, and at the end of each stage; 0: only then."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    clips: ClipConfig = field(default_factory=ClipConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     backbone: StageConfig = field(default_factory=lambda: StageConfig(epochs=0))

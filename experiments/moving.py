@@ -1,0 +1,291 @@
+"""The learning test of clips: does the policy keep a moving object, and nothing else?
+
+    python experiments/moving.py --data DATA -o runs/moving
+
+DATA is a folder with the parquet files of Tiny-ImageNet (docs/results.md). The clips are those of
+src/iared2/video/moving.py: a small object over a still photo, whose class needs every frame. A small JointST
+TimeSformer learns them without dropping anything, then by Algorithm 1: with our settings, as published, and with as
+many random patches. Finished runs are not trained again, killed ones go on. OUT gets ``moving.json``, ``moving.md`` and
+``moving.png``, and a folder a run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from lab import Measured, Part, Table, Trained
+from PIL import Image
+from tables import row
+from torchvision.transforms.functional import to_pil_image
+
+from iared2 import InputError, ReducedVisionTransformer, keyed
+from iared2.batches import Batch
+from iared2.checkpoint import load_strictly
+from iared2.data import DataConfig, open_samples
+from iared2.explain.figures import grid
+from iared2.model.decide import keep_all
+from iared2.model.rivals import KINDS as RIVALS
+from iared2.resident import ResidentImages
+from iared2.train.augment import AugmentConfig
+from iared2.train.curriculum import build_model, check, stages_of
+from iared2.train.log import RunLog
+from iared2.train.loop import Run, StageConfig
+from iared2.train.policy_gradient import PolicyConfig
+from iared2.train.recipe import ModelConfig, Recipe
+from iared2.train.reward import RewardConfig
+from iared2.train.state import Position, load_state
+from iared2.video.figures import frames_figure
+from iared2.video.moving import MovingClips
+
+FRAMES, SIZE, PATCH = 8, 32, 8
+PHOTO = 40
+"""Side to which photos are read: a frame is a crop of it."""
+PHOTOS: dict[Part, int] = {"train": 20_000, "holdout": 1_000, "eval": 2_000}
+"""So many photos of each part; a photo is a clip in every epoch."""
+QUARTER = 0.25
+"""A patch is the object's if it covers so much of it."""
+SHOWN = 4
+"""Clips in the picture."""
+
+NOTHING = StageConfig(epochs=0)
+COLOURS = AugmentConfig(min_scale=1.0, hflip=0.0, color_jitter=0.2)
+PLAIN = AugmentConfig(min_scale=1.0, hflip=0.0, color_jitter=0.0)
+MODEL = ModelConfig(
+    backbone="timesformer_joint_base_patch16_224",
+    groups=3,
+    timm={
+        "img_size": [FRAMES, SIZE, SIZE],
+        "patch_size": [1, PATCH, PATCH],
+        "embed_dim": 96,
+        "depth": 6,
+        "num_heads": 3,
+    },
+)
+DENSE = Recipe(
+    precision="bf16",
+    eval_epochs=4,
+    model=MODEL,
+    backbone=StageConfig(
+        epochs=40,
+        batch_size=128,
+        optimizer="muon",
+        lr=2e-3,
+        weight_decay=0.05,
+        warmup_epochs=1,
+        clip_grad=1.0,
+        augment=COLOURS,
+    ),
+    policy_gradient=NOTHING,
+    finetune=NOTHING,
+)
+PAPER = replace(
+    DENSE,
+    backbone=NOTHING,
+    policy_gradient=StageConfig(epochs=1.5, batch_size=64, lr=2e-3, augment=PLAIN),
+    finetune=StageConfig(epochs=4, batch_size=128, lr=3e-4, weight_decay=0.05, clip_grad=1.0, augment=COLOURS),
+)
+OURS = replace(
+    PAPER,
+    # six groups of one block: the first looks at everything, and only the second and the fourth learn to drop
+    model=replace(MODEL, groups=6),
+    reward=RewardConfig(label="dense", graded=True),
+    policy=PolicyConfig(
+        keep=(1.0, 0.3, 0.3, 0.22, 0.22, 0.22), samples=4, leave_one_out=True, temperature=0.2
+    ),  # the object touches 23 % of the patches, and nine tenths of it lie on 15 %
+    finetune=replace(PAPER.finetune, distill=0.5),
+)
+
+
+@dataclass(frozen=True)
+class MovingRun(Trained):
+    """A run on moving clips; ``model`` trains it, or what is left of it."""
+
+    clips: dict[Part, MovingClips]
+
+    @cached_property
+    def model(self) -> ReducedVisionTransformer:
+        """Trained, calibrated and in evaluation mode, on the CPU."""
+        assert self.folder is not None
+        check(self.recipe)
+        recipe, folder, clips = self.recipe, self.folder, self.clips
+        sizes = {part: len(of_part) for part, of_part in clips.items()}
+        identity = json.loads(json.dumps({**dataclasses.asdict(recipe), "clips": sizes}))
+        state, position = folder / "state.safetensors", Position()
+        parts: dict[str, dict[str, torch.Tensor]] = {}
+        if state.exists():
+            position, found, parts = load_state(state)
+            if found != identity:
+                raise InputError(f"{folder} holds a run of other settings or photos; give another folder")
+        model = build_model(recipe, clips["train"].num_classes, weights=not parts)
+        teacher = copy.deepcopy(model.backbone).eval().requires_grad_(False)
+        if parts:
+            load_strictly(model, parts["model"], state)
+            load_strictly(teacher, parts["teacher"], state)
+            model.threshold = parts["decision"]["threshold"].tolist()
+        accelerator = Accelerator(mixed_precision=recipe.precision)
+        teacher.to(accelerator.device)
+        stages = stages_of(recipe, model, teacher)
+        folder.mkdir(parents=True, exist_ok=True)
+        log = RunLog(folder, position.total_steps, True)
+        samples: Any = clips  # no kind of images that the loop names, but read in the same way
+        run = Run(
+            output=folder,
+            identity=identity,
+            accelerator=accelerator,
+            model=model,
+            samples=samples["train"],
+            held_out=samples["eval"],
+            teacher=teacher,
+            log=log,
+            seed=recipe.seed,
+            workers=0,
+            checkpoint_minutes=recipe.checkpoint_minutes,
+            eval_epochs=recipe.eval_epochs,
+        )
+        try:
+            for index in range(position.stage, len(stages)):
+                position = run.stage(index, stages[index], position, parts)
+                parts = {}
+            is_rival = recipe.policy.decisions in RIVALS
+            if recipe.policy.keep and not is_rival:
+                run.calibrate(recipe.policy.keep)
+            model.eval().requires_grad_(True).cpu()
+            if not is_rival:
+                model.save(folder / "model.safetensors")
+        finally:
+            log.close()
+            accelerator.end_training()
+        return model
+
+    def batches(self, part: Part, model: ReducedVisionTransformer, batch_size: int = 250) -> Iterator[Batch]:
+        """Batches of a part, normalised for the model."""
+        cfg = model.pretrained_cfg
+        return self.clips[part].eval_batches(cfg["mean"], cfg["std"], batch_size=batch_size)
+
+
+def open_clips(data: str) -> dict[Part, MovingClips]:
+    """The clips of each part, of a random choice of its photos that is always the same."""
+    config = DataConfig(path=data, holdout=0.05)
+    clips: dict[Part, MovingClips] = {}
+    for part, number in PHOTOS.items():
+        samples = open_samples(config, part)
+        chosen = keyed.permutation(0, 0, len(samples))[:number].numpy()
+        samples = replace(samples, rows=samples.rows[chosen], labels=samples.labels[chosen])
+        photos = ResidentImages.read(samples, (PHOTO, PHOTO), workers=config.workers)
+        clips[part] = MovingClips(photos, FRAMES, SIZE)
+    return clips
+
+
+def shorter(recipe: Recipe, factor: float) -> Recipe:
+    """The recipe with ``factor`` times the epochs."""
+    stages = {name: getattr(recipe, name) for name in ("backbone", "policy_gradient", "finetune")}
+    return replace(recipe, **{name: replace(stage, epochs=factor * stage.epochs) for name, stage in stages.items()})
+
+
+def found_in(kept: np.ndarray, truth: np.ndarray) -> tuple[float, float, float]:
+    """What the last group keeps: of the object's area, of its patches, and of the patches that it does not touch.
+
+    Args:
+        kept: ``(n, N)`` bool.
+        truth: ``(n, N)`` share of each patch that the object covers.
+    """
+    area = (truth * kept).sum() / truth.sum()
+    return float(area), float(kept[truth >= QUARTER].mean()), float(kept[truth == 0].mean())
+
+
+def picture(run: MovingRun) -> Image.Image:
+    """Some clips, a row of frames and a row for each group that drops something, dropped patches blank."""
+    model, keep = run.model, run.recipe.policy.keep
+    batch = next(run.batches("eval", model, SHOWN))
+    with torch.inference_mode():
+        kept = model.trace(batch.images, run.decide).kept.unflatten(2, model.grid_size)  # (D, B, T, rows, columns)
+    groups = [g for g, share in enumerate(keep) if share < (1.0, *keep)[g]]
+    clips = next(run.clips["eval"].eval_batches((0.0,) * 3, (1.0,) * 3, batch_size=SHOWN)).images  # in [0, 1]
+    panels = []
+    for clip, dropped in zip(clips, kept[groups].transpose(0, 1).numpy(), strict=True):
+        frames = [to_pil_image(frame) for frame in clip.unbind(1)]
+        panels.append([(frames_figure(frames, np.arange(FRAMES), dropped), "")])
+    return grid(panels)
+
+
+def by_frame(kept: np.ndarray, truth: np.ndarray) -> str:
+    """Of the object's area in each frame, how much is kept; and in how many frames at least half of it."""
+    both = [a.reshape(len(a), FRAMES, -1) for a in (truth * kept, truth)]
+    share = both[0].sum(2) / both[1].sum(2)  # (n, T)
+    frames = " · ".join(f"{100 * s:.0f} %" for s in share.mean(0))
+    return f"of the object in each frame {frames}; at least half of it in {100 * (share >= 0.5).mean():.0f} % of all"
+
+
+def main() -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="folder with Tiny-ImageNet's parquet files")
+    parser.add_argument("-o", "--out", type=Path, default=Path("runs/moving"))
+    parser.add_argument("--epochs", type=float, default=1.0, help="so many times the epochs of each stage")
+    args = parser.parse_args()
+    try:
+        experiment(args.data, args.out, args.epochs)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def experiment(data: str, out: Path, epochs: float) -> None:
+    """All runs, the table and the picture."""
+    clips = open_clips(data)
+
+    def run(name: str, recipe: Recipe) -> MovingRun:
+        print(f"== {out / name}", flush=True)
+        return MovingRun(out / name, shorter(recipe, epochs), clips)
+
+    dense = run("dense", DENSE)
+    grid_size = dense.model.grid_size
+    truth = torch.cat([clips["eval"].truth(b.boxes, grid_size) for b in dense.batches("eval", dense.model)]).numpy()
+    rows = [row("dense", dense.measure(keep_all), "–", "–", "–")]
+    notes = [
+        "Object: its area that the last group keeps. Its patches: those that it covers by a quarter or more."
+        " Rest: patches that it does not touch.",
+        f"The object covers {100 * truth.mean():.1f} % of the pixels and touches {100 * (truth > 0).mean():.0f} % of"
+        " the patches. Clips of photos that were not trained on.",
+    ]
+
+    def add(name: str, of: MovingRun) -> Measured:
+        found = of.measure()
+        rows.append(row(name, found, *(f"{100 * s:.0f} %" for s in found_in(found.kept[-1], truth))))
+        notes.append(f"{name}: {by_frame(found.kept[-1], truth)}.")
+        return found
+
+    for name, recipe in (("ours", OURS), ("paper", PAPER)):
+        recipe = replace(recipe, model=replace(recipe.model, checkpoint=str(out / "dense" / "model.safetensors")))
+        learned = run(name, recipe)
+        add(name, learned)
+        # as many as it keeps on photos that neither has seen, at least a patch
+        keep = recipe.policy.keep or tuple(max(k, 0.01) for k in learned.measure(part="holdout").keep_ratio)
+        rival = replace(recipe, policy=replace(recipe.policy, keep=keep, decisions="random"))
+        add(f"random, as many as {name}", run(f"{name}-random", rival))
+        if name == "ours":
+            picture(learned).save(out / "moving.png")
+
+    columns = ["model", "top-1 %", "alive", "MACs", "object kept", "its patches kept", "rest kept"]
+    title = (
+        f"Moving objects: {FRAMES} frames of {SIZE} × {SIZE} pixels, {truth.shape[1]} patches,"
+        f" {dense.model.num_classes} classes."
+    )
+    Table(title, "python experiments/moving.py --data DATA", columns, rows, notes).write(out, "moving")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

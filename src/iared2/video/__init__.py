@@ -1,0 +1,1 @@
+"""Clips: the same loop, with patches that stand in time as well."""
