@@ -31,7 +31,9 @@ BLOCK = re.compile(r"(<!-- figures ([\w-]+) -->\n).*?(?=<!-- /figures -->)", re.
 def table(name: str) -> str:
     """The Markdown of a file of figures: of `evaluate`, `explain-bench`, `bench` or an experiment."""
     result = json.loads((FIGURES / f"{name}.json").read_text(encoding="utf-8"))
-    kinds = {"experiment": experiment, "variants": evaluation, "methods": explanations, "speed": speed, "training": training}
+    if "experiment" in result:
+        return experiment(result)
+    kinds = {"variants": evaluation, "methods": explanations, "speed": speed, "training": training}
     return next(write for key, write in kinds.items() if key in result)(result)
 
 

@@ -278,7 +278,7 @@ class Experiments:
         rows = [row("ours", full, "")]
         for name, settings in {
             "hard reward": ["reward.graded=false"],
-            "true label": ["reward.label=true"],
+            "true label": ["reward.label='true'"],
             "one sample, greedy baseline": ["policy.samples=1", "policy.leave_one_out=false"],
             "no temperature": ["policy.temperature=1.0"],
             "no distillation": ["finetune.distill=0.0"],

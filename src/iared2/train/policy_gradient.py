@@ -157,7 +157,7 @@ class PolicyGradientStage(nn.Module):
             return logits.sigmoid(), none
         shift = budget_shift(logits.detach(), alive, policy.keep[self.group])
         mean = (logits * alive).sum() / alive.sum().clamp_min(1)
-        return (logits + shift).sigmoid(), -ANCHOR * shift * mean
+        return (logits + shift).sigmoid(), -ANCHOR * shift.clamp(-5, 5) * mean  # 20 where too few are alive
 
 
 def budget_shift(logits: Tensor, alive: Tensor, share: float) -> Tensor:

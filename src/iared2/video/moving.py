@@ -163,7 +163,8 @@ class MovingClips:
             ``(B, T'·rows·columns)`` float32 in [0, 1], patches by time, row and column.
         """
         inside = (self._depth(boxes) >= 0).float()
-        return F.adaptive_avg_pool3d(inside, list(grid)).flatten(1)
+        frames, height, width = grid
+        return F.adaptive_avg_pool3d(inside, (frames, height, width)).flatten(1)
 
     def _paths(self, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Classes ``(B,)`` and boxes ``(B, T, 4)``."""
