@@ -34,7 +34,7 @@ from iared2 import InputError, ReducedVisionTransformer, keyed
 from iared2.batches import Batch
 from iared2.checkpoint import load_strictly
 from iared2.data import DataConfig, open_samples
-from iared2.explain.figures import grid
+from iared2.explain.figures import blank, fit, grid
 from iared2.model.decide import keep_all
 from iared2.model.rivals import KINDS as RIVALS
 from iared2.resident import ResidentImages
@@ -46,7 +46,6 @@ from iared2.train.policy_gradient import PolicyConfig
 from iared2.train.recipe import ModelConfig, Recipe
 from iared2.train.reward import RewardConfig
 from iared2.train.state import Position, load_state
-from iared2.video.figures import frames_figure
 from iared2.video.moving import MovingClips
 
 FRAMES, SIZE, PATCH = 8, 32, 8
@@ -56,8 +55,8 @@ PHOTOS: dict[Part, int] = {"train": 20_000, "holdout": 1_000, "eval": 2_000}
 """So many photos of each part; a photo is a clip in every epoch."""
 QUARTER = 0.25
 """A patch is the object's if it covers so much of it."""
-SHOWN = 4
-"""Clips in the picture."""
+SHOWN, PANEL = 4, 128
+"""Clips in the picture, and pixels along a frame's side there."""
 
 NOTHING = StageConfig(epochs=0)
 COLOURS = AugmentConfig(min_scale=1.0, hflip=0.0, color_jitter=0.2)
@@ -194,6 +193,15 @@ def shorter(recipe: Recipe, factor: float) -> Recipe:
     return replace(recipe, **{name: replace(stage, epochs=factor * stage.epochs) for name, stage in stages.items()})
 
 
+def truth_of(run: MovingRun) -> np.ndarray:
+    """``(n, N)`` share of each patch of the clips to evaluate on that the object covers."""
+    found = []
+    for batch in run.batches("eval", run.model):
+        assert batch.boxes is not None
+        found.append(run.clips["eval"].truth(batch.boxes, run.model.grid_size))
+    return torch.cat(found).numpy()
+
+
 def found_in(kept: np.ndarray, truth: np.ndarray) -> tuple[float, float, float]:
     """What the last group keeps: of the object's area, of its patches, and of the patches that it does not touch.
 
@@ -213,11 +221,12 @@ def picture(run: MovingRun) -> Image.Image:
         kept = model.trace(batch.images, run.decide).kept.unflatten(2, model.grid_size)  # (D, B, T, rows, columns)
     groups = [g for g, share in enumerate(keep) if share < (1.0, *keep)[g]]
     clips = next(run.clips["eval"].eval_batches((0.0,) * 3, (1.0,) * 3, batch_size=SHOWN)).images  # in [0, 1]
-    panels = []
+    rows = []
     for clip, dropped in zip(clips, kept[groups].transpose(0, 1).numpy(), strict=True):
-        frames = [to_pil_image(frame) for frame in clip.unbind(1)]
-        panels.append([(frames_figure(frames, np.arange(FRAMES), dropped), "")])
-    return grid(panels)
+        frames = [fit(to_pil_image(frame), PANEL, PANEL) for frame in clip.unbind(1)]
+        rows.append([(frame, "") for frame in frames])
+        rows += [[(blank(frame, k), "") for frame, k in zip(frames, group, strict=True)] for group in dropped]
+    return grid(rows)
 
 
 def by_frame(kept: np.ndarray, truth: np.ndarray) -> str:
@@ -252,8 +261,7 @@ def experiment(data: str, out: Path, epochs: float) -> None:
         return MovingRun(out / name, shorter(recipe, epochs), clips)
 
     dense = run("dense", DENSE)
-    grid_size = dense.model.grid_size
-    truth = torch.cat([clips["eval"].truth(b.boxes, grid_size) for b in dense.batches("eval", dense.model)]).numpy()
+    truth = truth_of(dense)
     rows = [row("dense", dense.measure(keep_all), "–", "–", "–")]
     notes = [
         "Object: its area that the last group keeps. Its patches: those that it covers by a quarter or more."

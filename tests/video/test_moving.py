@@ -113,7 +113,7 @@ class TestTheClass:
         first = places[:, : (frames + 1) // 2]
         rows = round((frames + 1) ** 0.5)
         y, x = places[:, (frames + 1) // 2 :] // rows, places[:, (frames + 1) // 2 :] % rows
-        last = rows * x + rows - 1 - y  # where it stands in the square that was turned
+        last = rows * (rows - 1 - x) + y  # the square was turned clockwise: what is on the right was on top
         numbers = torch.cat([first, last, labels[:, None]], 1).sort(1).values
         assert torch.equal(numbers, torch.arange(frames + 1).expand_as(numbers))
         counts = labels.bincount()

@@ -139,6 +139,8 @@ def after_attention(
 @cache
 def _compiled(half: Any) -> Any:
     """Not made when this module is imported: the compiler takes a second to import, and starts threads."""
+    # training asks for a graph of each mode: with and without gradients, autocast, dropout of each kind
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     return torch.compile(half, dynamic=True)
 
 

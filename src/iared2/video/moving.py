@@ -162,9 +162,9 @@ class MovingClips:
         Returns:
             ``(B, T'·rows·columns)`` float32 in [0, 1], patches by time, row and column.
         """
+        times, rows, columns = grid
         inside = (self._depth(boxes) >= 0).float()
-        frames, height, width = grid
-        return F.adaptive_avg_pool3d(inside, (frames, height, width)).flatten(1)
+        return F.adaptive_avg_pool3d(inside, (times, rows, columns)).flatten(1)
 
     def _paths(self, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Classes ``(B,)`` and boxes ``(B, T, 4)``."""
