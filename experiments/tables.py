@@ -15,15 +15,17 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from lab import Lab, Measured, Table, Trained, split, versus
+from lab import Lab, Measured, Table, Trained, versus
 from matplotlib.figure import Figure
+from PIL import Image
 
 from iared2 import ReducedVisionTransformer
-from iared2.batches import Batch
+from iared2.batches import Batch, model_transform
 from iared2.cluttered import patch_truth
 from iared2.data import open_samples
 from iared2.errors import InputError
@@ -31,6 +33,7 @@ from iared2.model.decide import Decide, keep_all, top_k
 from iared2.regions import open_regions
 
 BUDGETS = (0.65, 0.5)
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 PHOTO = 64, 64  # the frame of Tiny-ImageNet's boxes
 CLASSES = "goldfish", "monarch", "school bus", "espresso", "ladybug", "king penguin", "orange", "lion", "barn", "teddy"
 CLUTTER = {
@@ -346,16 +349,17 @@ class Experiments:
         return pooled.flatten(1).numpy()
 
 
-def maps(file: Path, runs: dict[str, Trained], photos: int = 8) -> None:
-    """Photos over the scores of the second group, one row a run, each map stretched over its own range."""
-    figure = Figure(figsize=(1.3 * photos, 1.4 * (1 + len(runs))), layout="constrained")
-    axes = figure.subplots(1 + len(runs), photos)
-    run = next(iter(runs.values()))
-    shown = split(run.recipe.data, "eval", run.model.pretrained_cfg["input_size"][1]).images[:photos]
-    rows = {"": [photo.permute(1, 2, 0).numpy() for photo in shown]}
+def maps(file: Path, runs: dict[str, Trained]) -> None:
+    """The example photos over the scores of the second group, one row a run, each map stretched over its own range."""
+    photos = [Image.open(path).convert("RGB") for path in sorted(EXAMPLES.glob("*.jpg"))]
+    figure = Figure(figsize=(1.6 * len(photos), 1.6 * (1 + len(runs))), layout="constrained")
+    axes = figure.subplots(1 + len(runs), len(photos))
+    rows: dict[str, list[Any]] = {"": [photo.resize((256, 256)) for photo in photos]}
     for name, run in runs.items():
-        scores = run.measure(keep_all).scores[1][:photos]
-        rows[name] = list(scores.reshape(photos, *run.model.grid_size))
+        images = torch.stack(list(map(model_transform(run.model.pretrained_cfg), photos)))
+        with torch.inference_mode():
+            scores = run.model.trace(images, keep_all).scores[1]
+        rows[name] = list(scores.unflatten(1, run.model.grid_size))
     for line, (name, pictures) in zip(axes, rows.items(), strict=True):
         for place, picture in zip(line, pictures, strict=True):
             place.imshow(picture, cmap="jet")
