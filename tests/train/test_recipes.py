@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import socket
 import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -162,8 +162,7 @@ def test_two_processes_of_torchrun_are_the_same_as_one(
     machines: int, shards: Path, backbone: Path, tmp_path: Path, alone: dict[str, torch.Tensor]
 ):
     """On one machine, and as on two machines that share a folder."""
-    torchrun = shutil.which("torchrun")
-    assert torchrun
+    torchrun = [sys.executable, "-m", "torch.distributed.run"]  # what the script is; it need not be on the path
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -174,7 +173,7 @@ def test_two_processes_of_torchrun_are_the_same_as_one(
     rest = ["-m", "iared2.cli", *command(shards, tmp_path / "run", backbone, 3)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     running = [
-        subprocess.Popen([torchrun, *launch, *rest], env=environment, stderr=subprocess.DEVNULL) for launch in launches
+        subprocess.Popen([*torchrun, *launch, *rest], env=environment, stderr=subprocess.DEVNULL) for launch in launches
     ]
     try:
         assert [process.wait(300) for process in running] == [0] * machines
