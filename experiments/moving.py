@@ -20,7 +20,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -138,14 +137,13 @@ class MovingRun(Trained):
         stages = stages_of(recipe, model, teacher)
         folder.mkdir(parents=True, exist_ok=True)
         log = RunLog(folder, position.total_steps, True)
-        samples: Any = clips  # no kind of images that the loop names, but read in the same way
         run = Run(
             output=folder,
             identity=identity,
             accelerator=accelerator,
             model=model,
-            samples=samples["train"],
-            held_out=samples["eval"],
+            samples=clips["train"],
+            held_out=clips["eval"],
             teacher=teacher,
             log=log,
             seed=recipe.seed,

@@ -16,7 +16,7 @@ Shape letters of this file: B canvases, L layers, V pixels along a canvas's side
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -34,6 +34,7 @@ from .resident import (
     CROP_DRAWS,
     ERASE_DRAWS,
     BatchAugment,
+    OnDevice,
     ResidentImages,
     grey,
     normalise,
@@ -65,7 +66,7 @@ class _Layers(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class ClutteredImages:
+class ClutteredImages(OnDevice):
     """Labelled photos at random places of canvases that are filled with pieces of other photos.
 
     Attributes:
@@ -108,8 +109,10 @@ class ClutteredImages:
         object.__setattr__(self, "filling", self.filling[order])
         object.__setattr__(self, "filling_labels", self.filling_labels[order])
 
-    def __len__(self) -> int:
-        return len(self.photos)
+    @property
+    def rows(self) -> Tensor:  # type: ignore[override]
+        """Of the labelled photos."""
+        return self.photos.rows
 
     def canvases(self, rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Canvases with whole photos in their own colours.
@@ -124,38 +127,21 @@ class ClutteredImages:
         pixels, boxes = self._render(rows, keys, None)
         return (pixels * 255).round().to(torch.uint8), boxes
 
-    def train_batches(
-        self,
-        augment: BatchAugment,
-        *,
-        seed: int,
-        epoch: int,
-        batch_size: int,
-        start_step: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> Iterator[Batch]:
-        """One shuffled pass, the incomplete batch at its end left out; arguments as in `batches.train_batches`.
-
-        Crop, mirror image and colours change each picture before it is cut and pasted, the photo like all others; a box
-        is erased from the canvas.
+    def changed(self, places: Tensor, keys: Tensor, augment: BatchAugment) -> Batch:
+        """Crop, mirror image and colours change each picture before it is cut and pasted, the photo like all others; a
+        box is erased from the canvas.
         """
-        for rows in self.photos.train_rows(seed, epoch, batch_size, start_step, rank, world_size):
-            samples = self.photos.rows[rows]
-            keys = keyed.sample_keys(seed, epoch, samples)
-            pixels, boxes = self._render(rows, keys, augment)
-            images = normalise(pixels, augment.mean, augment.std)
-            images = augment.erase(images, keyed.uniform(keys, SITE_ERASE, ERASE_DRAWS))
-            yield Batch(images, self.photos.labels[rows], samples, [], boxes)
+        pixels, boxes = self._render(places, keys, augment)
+        images = normalise(pixels, augment.mean, augment.std)
+        images = augment.erase(images, keyed.uniform(keys, SITE_ERASE, ERASE_DRAWS))
+        return Batch(images, self.photos.labels[places], self.rows[places], [], boxes)
 
-    def eval_batches(
-        self, mean: Sequence[float], std: Sequence[float], *, batch_size: int, rank: int = 0, world_size: int = 1
-    ) -> Iterator[Batch]:
-        """One pass in order, always over the same canvases; process ``rank`` takes every ``world_size``-th batch."""
-        for rows in torch.arange(len(self), device=self.filling.device).split(batch_size)[rank::world_size]:
-            samples = self.photos.rows[rows]
-            pixels, boxes = self.canvases(rows, keyed.sample_keys(EVAL_SEED, 0, samples))
-            yield Batch(normalise(pixels.float() / 255, mean, std), self.photos.labels[rows], samples, [], boxes)
+    def as_it_is(self, places: Tensor, mean: Sequence[float], std: Sequence[float]) -> Batch:
+        """``(B, 3, V, V)`` canvases, always the same of a photo."""
+        pixels, boxes = self.canvases(places, keyed.sample_keys(EVAL_SEED, 0, self.rows[places]))
+        return Batch(
+            normalise(pixels.float() / 255, mean, std), self.photos.labels[places], self.rows[places], [], boxes
+        )
 
     def _render(self, rows: Tensor, keys: Tensor, augment: BatchAugment | None) -> tuple[Tensor, Tensor]:
         """Pixels ``(B, 3, V, V)`` in [0, 1], and boxes ``(B, 4)``."""

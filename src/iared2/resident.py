@@ -6,6 +6,7 @@ step. What is drawn is a pure function of (seed, epoch, sample), as everywhere (
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -81,8 +82,50 @@ class BatchAugment:
         return pixels.masked_fill(gone & (happens < self.random_erasing)[:, None, None, None], 0)
 
 
+class OnDevice(ABC):
+    """Images or clips in memory that come in whole batches. What makes them is the subclass's; the passes are here."""
+
+    rows: Tensor
+    """``(n,)`` int64, positions in the data set; their device is where the batches are."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @abstractmethod
+    def changed(self, places: Tensor, keys: Tensor, augment: BatchAugment) -> Batch:
+        """A batch to train on, of ``places (B,)`` in ``rows``; all draws are functions of ``keys (B,)``."""
+
+    @abstractmethod
+    def as_it_is(self, places: Tensor, mean: Sequence[float], std: Sequence[float]) -> Batch:
+        """A batch to evaluate on, of ``places (B,)`` in ``rows``, the same at every call."""
+
+    def train_batches(
+        self,
+        augment: BatchAugment,
+        *,
+        seed: int,
+        epoch: int,
+        batch_size: int,
+        start_step: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> Iterator[Batch]:
+        """One shuffled pass, the incomplete batch at its end left out; arguments as in `batches.train_batches`."""
+        steps = steps_per_epoch(self, batch_size, world_size)
+        order = keyed.permutation(seed, epoch, len(self))[: steps * world_size * batch_size].to(self.rows.device)
+        for places in order.view(steps, world_size, batch_size)[start_step:, rank]:
+            yield self.changed(places, keyed.sample_keys(seed, epoch, self.rows[places]), augment)
+
+    def eval_batches(
+        self, mean: Sequence[float], std: Sequence[float], *, batch_size: int, rank: int = 0, world_size: int = 1
+    ) -> Iterator[Batch]:
+        """One pass in order; process ``rank`` takes every ``world_size``-th batch."""
+        for places in torch.arange(len(self), device=self.rows.device).split(batch_size)[rank::world_size]:
+            yield self.as_it_is(places, mean, std)
+
+
 @dataclass(frozen=True, eq=False)
-class ResidentImages:
+class ResidentImages(OnDevice):
     """All images of a data set at one size, on one device.
 
     Attributes:
@@ -121,41 +164,14 @@ class ResidentImages:
             [reason for batch in batches for reason in batch.skipped],
         )
 
-    def __len__(self) -> int:
-        return len(self.images)
+    def changed(self, places: Tensor, keys: Tensor, augment: BatchAugment) -> Batch:
+        """``(B, 3, H, W)`` images, changed by ``augment``."""
+        return Batch(augment(self.images[places], keys), self.labels[places], self.rows[places], [])
 
-    def train_batches(
-        self,
-        augment: BatchAugment,
-        *,
-        seed: int,
-        epoch: int,
-        batch_size: int,
-        start_step: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> Iterator[Batch]:
-        """One shuffled pass, the incomplete batch at its end left out; arguments as in `batches.train_batches`."""
-        for rows in self.train_rows(seed, epoch, batch_size, start_step, rank, world_size):
-            samples = self.rows[rows]
-            keys = keyed.sample_keys(seed, epoch, samples)
-            yield Batch(augment(self.images[rows], keys), self.labels[rows], samples, [])
-
-    def train_rows(
-        self, seed: int, epoch: int, batch_size: int, start_step: int = 0, rank: int = 0, world_size: int = 1
-    ) -> Tensor:
-        """Which images make each batch of `train_batches`: ``(steps, batch_size)`` int64, places in ``images``."""
-        steps = steps_per_epoch(self, batch_size, world_size)
-        order = keyed.permutation(seed, epoch, len(self))[: steps * world_size * batch_size].to(self.images.device)
-        return order.view(steps, world_size, batch_size)[start_step:, rank]
-
-    def eval_batches(
-        self, mean: Sequence[float], std: Sequence[float], *, batch_size: int, rank: int = 0, world_size: int = 1
-    ) -> Iterator[Batch]:
-        """One pass in order; process ``rank`` takes every ``world_size``-th batch."""
-        for rows in torch.arange(len(self), device=self.images.device).split(batch_size)[rank::world_size]:
-            images = normalise(self.images[rows].float() / 255, mean, std)
-            yield Batch(images, self.labels[rows], self.rows[rows], [])
+    def as_it_is(self, places: Tensor, mean: Sequence[float], std: Sequence[float]) -> Batch:
+        """``(B, 3, H, W)`` images, only normalised."""
+        images = normalise(self.images[places].float() / 255, mean, std)
+        return Batch(images, self.labels[places], self.rows[places], [])
 
 
 def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

@@ -20,12 +20,11 @@ from torch import Tensor, nn
 
 from .. import keyed
 from ..batches import Batch, eval_batches, model_transform, steps_per_epoch, train_batches
-from ..cluttered import ClutteredImages
 from ..data import Samples
 from ..evaluate import measure
 from ..model.decide import Decide
 from ..model.reduced import ReducedVisionTransformer
-from ..resident import ResidentImages
+from ..resident import OnDevice
 from .augment import AugmentConfig, TargetMaker
 from .finetune import decide_up_to
 from .log import RunLog
@@ -35,7 +34,7 @@ CALIBRATION_IMAGES = 1024
 CALIBRATION_SEED = 0  # not the run's: what a budget means should not depend on it
 
 
-Images = Samples | ResidentImages | ClutteredImages
+Images = Samples | OnDevice
 
 
 @dataclass(frozen=True)

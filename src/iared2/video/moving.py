@@ -21,7 +21,7 @@ Shape letters of this file: B clips, T frames, P places, V pixels along a frame'
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +31,7 @@ from torch import Tensor
 from .. import keyed
 from ..batches import Batch
 from ..errors import InputError
-from ..resident import COLOUR_DRAWS, BatchAugment, ResidentImages, normalise, recolour
+from ..resident import COLOUR_DRAWS, BatchAugment, OnDevice, ResidentImages, normalise, recolour
 
 SITE = 5 << 20  # sites of keyed draws, apart from those of cluttered.py
 SITE_ORDER, SITE_SIDE, SITE_PLACE, SITE_PICTURES, SITE_COLOUR = range(SITE, SITE + 5)
@@ -44,7 +44,7 @@ COLOUR = 1.0, 0.1, 0.9
 
 
 @dataclass(frozen=True, eq=False)
-class MovingClips:
+class MovingClips(OnDevice):
     """One clip a photo and epoch: the photo lies still, and a disc cut from another one moves over it.
 
     Attributes:
@@ -73,8 +73,10 @@ class MovingClips:
         if number < 2 or photo[0] != photo[1] or photo[0] < self.size:
             raise InputError(f"moving: {number} photos {photo}; give two or more squares of {self.size} pixels or more")
 
-    def __len__(self) -> int:
-        return len(self.photos)
+    @property
+    def rows(self) -> Tensor:  # type: ignore[override]
+        """Of the photos."""
+        return self.photos.rows
 
     @property
     def num_classes(self) -> int:
@@ -86,37 +88,17 @@ class MovingClips:
         """Pixels along a cell's side."""
         return self.size / math.isqrt(self.num_classes)
 
-    def train_batches(
-        self,
-        augment: BatchAugment,
-        *,
-        seed: int,
-        epoch: int,
-        batch_size: int,
-        start_step: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> Iterator[Batch]:
-        """One shuffled pass, the incomplete batch at its end left out; arguments as in `batches.train_batches`.
+    def changed(self, places: Tensor, keys: Tensor, augment: BatchAugment) -> Batch:
+        """Of ``augment`` only the colours, alike in all frames of a clip. ``Batch.boxes`` are ``(B, T, 4)``."""
+        pixels, labels, boxes = self.clips(places, keys)
+        factors = augment.colour_factors(keyed.uniform(keys, SITE_COLOUR, COLOUR_DRAWS))[..., None, None]
+        pixels = recolour(pixels.flatten(2, 3), factors).view_as(pixels)  # frames as one tall picture
+        return Batch(_normalise(pixels, augment.mean, augment.std), labels, self.rows[places], [], boxes)
 
-        Of ``augment`` only the colours are changed, alike in all frames of a clip. ``Batch.boxes`` are ``(B, T, 4)``.
-        """
-        for rows in self.photos.train_rows(seed, epoch, batch_size, start_step, rank, world_size):
-            samples = self.photos.rows[rows]
-            keys = keyed.sample_keys(seed, epoch, samples)
-            pixels, labels, boxes = self.clips(rows, keys)
-            factors = augment.colour_factors(keyed.uniform(keys, SITE_COLOUR, COLOUR_DRAWS))[..., None, None]
-            pixels = recolour(pixels.flatten(2, 3), factors).view_as(pixels)  # frames as one tall picture
-            yield Batch(_normalise(pixels, augment.mean, augment.std), labels, samples, [], boxes)
-
-    def eval_batches(
-        self, mean: Sequence[float], std: Sequence[float], *, batch_size: int, rank: int = 0, world_size: int = 1
-    ) -> Iterator[Batch]:
-        """One pass in order, always over the same clips; process ``rank`` takes every ``world_size``-th batch."""
-        for rows in torch.arange(len(self), device=self.photos.rows.device).split(batch_size)[rank::world_size]:
-            samples = self.photos.rows[rows]
-            pixels, labels, boxes = self.clips(rows, keyed.sample_keys(EVAL_SEED, 0, samples))
-            yield Batch(_normalise(pixels, mean, std), labels, samples, [], boxes)
+    def as_it_is(self, places: Tensor, mean: Sequence[float], std: Sequence[float]) -> Batch:
+        """``(B, 3, T, V, V)`` clips, always the same of a photo."""
+        pixels, labels, boxes = self.clips(places, keyed.sample_keys(EVAL_SEED, 0, self.rows[places]))
+        return Batch(_normalise(pixels, mean, std), labels, self.rows[places], [], boxes)
 
     def clips(self, rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Clips in their own colours.
