@@ -44,8 +44,8 @@ class Batch:
     skipped: list[tuple[str, str]]
     """File name and reason of each image that could not be read."""
     boxes: Tensor | None = None
-    """``(B, 4)`` float32 x0, y0, x1, y1 in pixels, where the labelled photo lies, if that is known; of an object in clips
-    ``(B, T, 4)``."""
+    """``(B, 4)`` float32 x0, y0, x1, y1 in pixels, where the labelled photo lies, if that is known; of clips
+    ``(B, T, 4)``, where the object lies."""
 
 
 def steps_per_epoch(samples: Sized, batch_size: int, world_size: int = 1) -> int:
