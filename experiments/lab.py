@@ -115,14 +115,17 @@ class Trained:
     def model(self) -> ReducedVisionTransformer:
         """In evaluation mode, its thresholds calibrated on the holdout if it has a budget."""
         policy = self.recipe.policy
-        classes = open_samples(self.recipe.data, "eval").class_names
-        model = build_model(self.recipe, len(classes), weights=self.folder is None).eval()
+        model = build_model(self.recipe, self.num_classes, weights=self.folder is None).eval()
         if self.folder is not None:
             _, _, parts = load_state(self.folder / "state.safetensors")
             model.load_state_dict(parts["model"])
             if policy.keep and policy.decisions not in RIVALS:
                 model.calibrate(self.sample(model), keep=policy.keep)
         return model
+
+    @property
+    def num_classes(self) -> int:
+        return len(open_samples(self.recipe.data, "eval").class_names)
 
     def sample(self, model: ReducedVisionTransformer) -> Tensor:
         """Images that nothing was trained on: the holdout of the train split, on which thresholds are chosen."""

@@ -12,18 +12,13 @@ many random patches. Finished runs are not trained again, killed ones go on. OUT
 from __future__ import annotations
 
 import argparse
-import copy
-import dataclasses
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from lab import Measured, Part, Table, Trained
 from PIL import Image
 from tables import row
@@ -31,20 +26,16 @@ from torchvision.transforms.functional import to_pil_image
 
 from iared2 import InputError, ReducedVisionTransformer, keyed
 from iared2.batches import Batch
-from iared2.checkpoint import load_strictly
 from iared2.data import DataConfig, open_samples
 from iared2.explain.figures import blank, fit, grid
 from iared2.model.decide import keep_all
-from iared2.model.rivals import KINDS as RIVALS
 from iared2.resident import ResidentImages
 from iared2.train.augment import AugmentConfig
-from iared2.train.curriculum import build_model, check, stages_of
-from iared2.train.log import RunLog
-from iared2.train.loop import Run, StageConfig
+from iared2.train.curriculum import RunData, check, train_on
+from iared2.train.loop import StageConfig
 from iared2.train.policy_gradient import PolicyConfig
 from iared2.train.recipe import ModelConfig, Recipe
 from iared2.train.reward import RewardConfig
-from iared2.train.state import Position, load_state
 from iared2.video.moving import MovingClips
 
 FRAMES, SIZE, PATCH = 8, 32, 8
@@ -76,7 +67,7 @@ DENSE = Recipe(
     eval_epochs=4,
     model=MODEL,
     backbone=StageConfig(
-        epochs=40,
+        epochs=16,
         batch_size=128,
         optimizer="muon",
         lr=2e-3,
@@ -92,7 +83,7 @@ PAPER = replace(
     DENSE,
     backbone=NOTHING,
     policy_gradient=StageConfig(epochs=1.5, batch_size=64, lr=2e-3, augment=PLAIN),
-    finetune=StageConfig(epochs=4, batch_size=128, lr=3e-4, weight_decay=0.05, clip_grad=1.0, augment=COLOURS),
+    finetune=StageConfig(epochs=2, batch_size=128, lr=3e-4, weight_decay=0.05, clip_grad=1.0, augment=COLOURS),
 )
 OURS = replace(
     PAPER,
@@ -108,63 +99,24 @@ OURS = replace(
 
 @dataclass(frozen=True)
 class MovingRun(Trained):
-    """A run on moving clips; ``model`` trains it, or what is left of it."""
+    """A run on moving clips."""
 
     clips: dict[Part, MovingClips]
 
-    @cached_property
-    def model(self) -> ReducedVisionTransformer:
-        """Trained, calibrated and in evaluation mode, on the CPU."""
+    @property
+    def num_classes(self) -> int:
+        return self.clips["train"].num_classes
+
+    def train(self) -> None:
+        """Unless it is finished."""
         assert self.folder is not None
+        if (self.folder / "done").exists():
+            return
         check(self.recipe)
-        recipe, folder, clips = self.recipe, self.folder, self.clips
-        sizes = {part: len(of_part) for part, of_part in clips.items()}
-        identity = json.loads(json.dumps({**dataclasses.asdict(recipe), "clips": sizes}))
-        state, position = folder / "state.safetensors", Position()
-        parts: dict[str, dict[str, torch.Tensor]] = {}
-        if state.exists():
-            position, found, parts = load_state(state)
-            if found != identity:
-                raise InputError(f"{folder} holds a run of other settings or photos; give another folder")
-        model = build_model(recipe, clips["train"].num_classes, weights=not parts)
-        teacher = copy.deepcopy(model.backbone).eval().requires_grad_(False)
-        if parts:
-            load_strictly(model, parts["model"], state)
-            load_strictly(teacher, parts["teacher"], state)
-            model.threshold = parts["decision"]["threshold"].tolist()
-        accelerator = Accelerator(mixed_precision=recipe.precision)
-        teacher.to(accelerator.device)
-        stages = stages_of(recipe, model, teacher)
-        folder.mkdir(parents=True, exist_ok=True)
-        log = RunLog(folder, position.total_steps, True)
-        run = Run(
-            output=folder,
-            identity=identity,
-            accelerator=accelerator,
-            model=model,
-            samples=clips["train"],
-            held_out=clips["eval"],
-            teacher=teacher,
-            log=log,
-            seed=recipe.seed,
-            workers=0,
-            checkpoint_minutes=recipe.checkpoint_minutes,
-            eval_epochs=recipe.eval_epochs,
-        )
-        try:
-            for index in range(position.stage, len(stages)):
-                position = run.stage(index, stages[index], position, parts)
-                parts = {}
-            is_rival = recipe.policy.decisions in RIVALS
-            if recipe.policy.keep and not is_rival:
-                run.calibrate(recipe.policy.keep)
-            model.eval().requires_grad_(True).cpu()
-            if not is_rival:
-                model.save(folder / "model.safetensors")
-        finally:
-            log.close()
-            accelerator.end_training()
-        return model
+        train, held_out = self.clips["train"], self.clips["eval"]
+        names = tuple(f"number {i + 1}" for i in range(self.num_classes))
+        train_on(self.recipe, self.folder, RunData(names, len(train), True, lambda _: (train, held_out)))
+        (self.folder / "done").touch()
 
     def batches(self, part: Part, model: ReducedVisionTransformer, batch_size: int = 250) -> Iterator[Batch]:
         """Batches of a part, normalised for the model."""
@@ -256,7 +208,9 @@ def experiment(data: str, out: Path, epochs: float) -> None:
 
     def run(name: str, recipe: Recipe) -> MovingRun:
         print(f"== {out / name}", flush=True)
-        return MovingRun(out / name, shorter(recipe, epochs), clips)
+        found = MovingRun(out / name, shorter(recipe, epochs), clips)
+        found.train()
+        return found
 
     dense = run("dense", DENSE)
     truth = truth_of(dense)

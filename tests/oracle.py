@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 
 def plain_scores(interpreter, x, alive, prefix, has_class_token):
-    """Equation of method.md section 1 to the letter. x (B, S, C), alive (B, N) -> (B, N)."""
+    """Equation of method.md section 1 to the letter, or relative scores. x (B, S, C), alive (B, N) -> (B, N)."""
     patches = x[:, prefix:]
     mean = (patches * alive[..., None]).sum(1) / alive.sum(1, keepdim=True)
     policy = x[:, 0] if has_class_token else mean
@@ -19,6 +19,10 @@ def plain_scores(interpreter, x, alive, prefix, has_class_token):
     q = interpreter.query(F.layer_norm(policy, (width,))).unflatten(-1, (heads, -1))  # (B, H, d)
     k = interpreter.key(F.layer_norm(patches, (width,))).unflatten(-1, (heads, -1))  # (B, N, H, d)
     logits = torch.einsum("bhd,bnhd->bnh", q, k) / (width // heads) ** 0.5
+    if interpreter.relative:
+        share = logits.masked_fill(~alive[..., None], -torch.inf).softmax(1).mean(-1)  # NaN where none is alive
+        received = (share * alive.sum(1, keepdim=True)).nan_to_num()
+        return received / (1 + received)
     return logits.sigmoid().mean(-1) * alive
 
 

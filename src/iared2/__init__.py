@@ -3,7 +3,8 @@
 from .checkpoint import load
 from .errors import InputError
 from .explain.methods import heatmap
-from .model.reduced import Output, ReducedVisionTransformer, from_timm
+from .model.build import from_timm
+from .model.reduced import Output, ReducedVisionTransformer
 from .predictor import Interpretation, Predictor
 from .video.convert import from_timesformer, from_videomae
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from .errors import InputError
 from .model import saved
-from .model.reduced import ReducedVisionTransformer, from_timm
+from .model.build import from_timm
+from .model.reduced import ReducedVisionTransformer
 
 
 def load(path: Path | str | None = None) -> ReducedVisionTransformer:
@@ -42,7 +43,8 @@ def load(path: Path | str | None = None) -> ReducedVisionTransformer:
 def _load_ours(path: Path) -> ReducedVisionTransformer:
     tensors, config = saved.read(path)
     try:
-        model = from_timm(config["architecture"], groups=config["groups"], **config["model_args"])
+        kind = config.get("interpreter", "sigmoid")  # the first files say nothing of it
+        model = from_timm(config["architecture"], groups=config["groups"], interpreter=kind, **config["model_args"])
         model.threshold = config["threshold"]
         model.threshold = model.thresholds if len(set(model.thresholds)) > 1 else model.thresholds[0]
         model.max_tokens = config.get("max_tokens")  # files of version 0.1.0 have none

@@ -114,6 +114,11 @@ class ClutteredImages(OnDevice):
         """Of the labelled photos."""
         return self.photos.rows
 
+    @property
+    def skipped(self) -> list[tuple[str, str]]:  # type: ignore[override]
+        """Of the labelled photos."""
+        return self.photos.skipped
+
     def canvases(self, rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Canvases with whole photos in their own colours.
 

@@ -88,6 +88,9 @@ class OnDevice(ABC):
     rows: Tensor
     """``(n,)`` int64, positions in the data set; their device is where the batches are."""
 
+    skipped: list[tuple[str, str]]
+    """File name and reason of each image that could not be read."""
+
     def __len__(self) -> int:
         return len(self.rows)
 

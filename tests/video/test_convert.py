@@ -22,11 +22,13 @@ TINY = {
 
 
 def timesformer(**kwargs):
+    torch.manual_seed(0)
     config = {"num_frames": 4, "image_size": 32, "attention_type": "joint_space_time", **TINY, **kwargs}
     return sharp(transformers.TimesformerForVideoClassification(transformers.TimesformerConfig(**config)))
 
 
 def videomae(**kwargs):
+    torch.manual_seed(0)
     config = {"num_frames": 4, "image_size": 32, **TINY, **kwargs}
     return sharp(transformers.VideoMAEForVideoClassification(transformers.VideoMAEConfig(**config)))
 
@@ -46,7 +48,7 @@ def assert_equal(theirs, ours):
     clips = torch.randn(2, *ours.pretrained_cfg["input_size"], generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         logits = theirs(clips.transpose(1, 2)).logits
-        assert logits.std() > 0.5
+        assert logits.std() > 0.1  # of 4 to 14 numbers
         torch.testing.assert_close(ours(clips), logits, rtol=0, atol=1e-4)
         torch.testing.assert_close(ours.backbone(clips), logits, rtol=0, atol=1e-4)
 

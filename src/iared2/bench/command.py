@@ -23,7 +23,8 @@ from ..data import DataConfig, open_samples
 from ..device import usable_device
 from ..errors import InputError
 from ..keyed import permutation
-from ..model.reduced import ReducedVisionTransformer, from_timm
+from ..model.build import from_timm
+from ..model.reduced import ReducedVisionTransformer
 from ..video.transformer import default_cfgs as video
 from . import speed
 from .workload import Workload, by_the_policy, drawn

@@ -42,6 +42,7 @@ def config_of(model: Any) -> dict[str, Any]:
         "architecture": name,
         "model_args": args,
         "groups": model.num_groups,
+        "interpreter": model.interpreter,
         "threshold": model.thresholds,
         "max_tokens": None if model.max_tokens is None else int(model.max_tokens),
         "class_names": model.class_names,

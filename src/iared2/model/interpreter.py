@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import InputError
 from .tokens import PackedTokens
 
 
@@ -23,18 +25,44 @@ class MultiHeadInterpreter(nn.Module):
     Args:
         embed_dim: C.
         num_heads: H, must divide C.
+        relative: score patches against each other, by a softmax over them in place of the sigmoid (not in the paper).
     """
 
-    def __init__(self, embed_dim: int, num_heads: int) -> None:
+    def __init__(self, embed_dim: int, num_heads: int, relative: bool = False) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.relative = num_heads, relative
         self.query = nn.Linear(embed_dim, embed_dim)
         self.key = nn.Linear(embed_dim, embed_dim)
         for parameter in self.parameters():  # biases too: a class token at birth is nearly zero, scores would tie
             nn.init.trunc_normal_(parameter, std=0.02)
 
+    def start_as_attention(self, block: Any) -> None:
+        """Take the query and key of a block: with ``relative``, scores are what its class token attends to.
+
+        Args:
+            block: a timm ``Block``; the weights of its first norm go into the copy. To rounding: that norm's epsilon is
+                another.
+
+        Raises:
+            InputError: the attention of the block is not a plain product of linear queries and keys.
+        """
+        norm, attn = block.norm1, block.attn
+        if not isinstance(norm, nn.LayerNorm) or not all(type(n) is nn.Identity for n in (attn.q_norm, attn.k_norm)):
+            raise InputError(
+                "an interpreter cannot start as this attention: it normalises queries or keys, or has no LayerNorm"
+            )
+        with torch.no_grad():
+            weight = attn.qkv.weight[: 2 * attn.qkv.in_features].float()
+            bias = weight.new_zeros(len(weight)) if attn.qkv.bias is None else attn.qkv.bias[: len(weight)].float()
+            bias = bias + weight @ norm.bias.float()
+            for layer, w, b in zip(
+                (self.query, self.key), (weight * norm.weight.float()).chunk(2), bias.chunk(2), strict=True
+            ):
+                layer.weight.copy_(w)
+                layer.bias.copy_(b)
+
     def forward(self, packed: PackedTokens, has_class_token: bool = True) -> Tensor:
-        """Informativeness ``I = (1/H) Σ_h sigmoid(q^h · k_j^h / sqrt(C/H))`` of each patch.
+        """Informativeness ``I = (1/H) Σ_h sigmoid(q^h · k_j^h / sqrt(C/H))`` of each patch; see `compare`.
 
         Args:
             packed: the tokens as they enter the group.
@@ -58,7 +86,8 @@ class MultiHeadInterpreter(nn.Module):
             scores, image = [], 0
             for run in packed.runs(x_hat):  # (b, n, C)
                 images = slice(image, image := image + len(run))
-                scores.append(self.compare(run, u[images], bias[images]).flatten())
+                found = self.compare(run[:, prefix:], u[images], bias[images])
+                scores.append(F.pad(found, (prefix, 0)).flatten())
             return packed.to_dense(scores[0] if len(scores) == 1 else torch.cat(scores))[:, prefix:]
 
     def directions(self, p_hat: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,6 +107,19 @@ class MultiHeadInterpreter(nn.Module):
         return u.permute(1, 2, 0), bias.permute(1, 2, 0)
 
     def compare(self, x_hat: Tensor, u: Tensor, bias: Tensor) -> Tensor:
-        """``(b, n)`` scores of normalised tokens ``x_hat (b, n, C)``; ``u`` and ``bias`` of `directions`."""
+        """``(b, n)`` scores of the n living patches of b images.
+
+        With ``relative`` they are ``r / (1 + r)`` of ``r = (n/H) Σ_h softmax_j(q^h · k_j^h / sqrt(C/H))``: 0.5 is a
+        patch that gets as much as an even share. What all logits have in common makes no difference, so one threshold
+        keeps nearly as many patches of every image.
+
+        Args:
+            x_hat: ``(b, n, C)`` normalised patches.
+            u, bias: of `directions`.
+        """
         scale = 1 / math.sqrt(x_hat.shape[2] // self.num_heads)
-        return torch.baddbmm(bias, x_hat, u, beta=scale, alpha=scale).sigmoid().mean(-1)
+        logits = torch.baddbmm(bias, x_hat, u, beta=scale, alpha=scale)  # (b, n, H)
+        if not self.relative:
+            return logits.sigmoid().mean(-1)
+        received = logits.softmax(1).mean(-1) * x_hat.shape[1]
+        return received / (1 + received)

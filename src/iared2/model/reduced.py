@@ -11,7 +11,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +22,8 @@ from .config import config_of
 from .decide import Decide, at_most, by_threshold
 from .interpreter import MultiHeadInterpreter
 from .tokens import PackedTokens
+
+INTERPRETERS = "sigmoid", "attention"
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ class ReducedVisionTransformer(nn.Module):
         backbone: a timm ``VisionTransformer`` with standard blocks.
         groups: D; the depth is cut into D groups, the first ones a block longer where it does not divide.
         threshold: see ``threshold`` below.
+        interpreter: "sigmoid", the paper's, or "attention": relative scores, which start as what the class token
+            attends to in the block that follows (docs/method.md).
 
     Attributes:
         threshold: a patch stays if its score is above it. One number, or one for each group; ``t <= 0`` keeps every
@@ -69,7 +72,9 @@ class ReducedVisionTransformer(nn.Module):
         InputError: the backbone is not supported, or has fewer blocks than groups.
     """
 
-    def __init__(self, backbone: Any, groups: int = 3, threshold: float | Sequence[float] = 0.5) -> None:
+    def __init__(
+        self, backbone: Any, groups: int = 3, threshold: float | Sequence[float] = 0.5, interpreter: str = "sigmoid"
+    ) -> None:
         super().__init__()
         vit.check_supported(backbone)
         depth = len(backbone.blocks)
@@ -77,7 +82,10 @@ class ReducedVisionTransformer(nn.Module):
             raise InputError(f"groups={groups} does not fit a backbone of {depth} blocks: give 1 to {depth}")
         if backbone.embed_dim % backbone.blocks[0].attn.num_heads:
             raise InputError(f"width {backbone.embed_dim} is not divisible by the number of heads")
+        if interpreter not in INTERPRETERS:
+            raise InputError(f"interpreter={interpreter!r} should be one of {', '.join(INTERPRETERS)}")
         self.backbone: Any = backbone
+        self.interpreter = interpreter
         self.threshold: float | Sequence[float] = threshold
         self.max_tokens: int | None = None
         self.compiled = False
@@ -90,8 +98,17 @@ class ReducedVisionTransformer(nn.Module):
         num_heads = self.backbone.blocks[0].attn.num_heads
         weight = self.backbone.blocks[0].attn.qkv.weight
         self.interpreters = nn.ModuleList(
-            MultiHeadInterpreter(self.backbone.embed_dim, num_heads).to(weight) for _ in range(groups)
+            MultiHeadInterpreter(self.backbone.embed_dim, num_heads, interpreter == "attention").to(weight)
+            for _ in range(groups)
         )
+        self.start_interpreters()
+
+    def start_interpreters(self) -> None:
+        """Untrained interpreters anew, if they start as the attention: after the backbone has got other weights."""
+        if self.interpreter == "attention":
+            own: Any
+            for own, group in zip(self.interpreters, self.groups, strict=True):
+                own.start_as_attention(self.backbone.blocks[group.start])
 
     # ---- the method ---------------------------------------------------------------------------------------------
 
@@ -309,36 +326,3 @@ class ReducedVisionTransformer(nn.Module):
         if half:
             tensors = {name: t.half() if t.is_floating_point() else t for name, t in tensors.items()}
         saved.write(path, tensors, config_of(self))
-
-
-def from_timm(
-    backbone: str | nn.Module, *, groups: int = 3, pretrained: bool = False, **timm_kwargs: Any
-) -> ReducedVisionTransformer:
-    """Make a reduced model over a timm vision transformer, with fresh interpreters.
-
-    Args:
-        backbone: a timm model name (``"deit_small_patch16_224"``), or a module, which is used as it is.
-        groups: D, the number of groups.
-        pretrained: load timm's weights of that name.
-        timm_kwargs: for ``timm.create_model`` (``img_size``, ``num_classes``, ``drop_path_rate`` …).
-
-    Raises:
-        InputError: unknown name, arguments that timm refuses, weights that cannot be had, or a model that is not
-            supported (says why).
-    """
-    if isinstance(backbone, nn.Module):
-        if pretrained or timm_kwargs:
-            raise InputError("from_timm: pretrained and timm arguments go with a model name, not with a module")
-        return ReducedVisionTransformer(backbone, groups)
-    if not timm.is_model(backbone):
-        close = timm.list_models(f"*{backbone.split('_patch')[0]}*")[:3]
-        raise InputError(f"timm has no model {backbone!r}" + (f"; did you mean {', '.join(close)}?" if close else ""))
-    try:
-        vision_transformer = timm.create_model(backbone, pretrained=pretrained, **timm_kwargs)
-    except (TypeError, AssertionError, ValueError, RuntimeError, OSError) as error:  # OSError: no network, no such file
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        what = "load the pretrained weights of" if pretrained and isinstance(error, OSError) else "build"
-        raise InputError(f"timm cannot {what} {backbone} with {timm_kwargs or 'its defaults'}: {reason}") from error
-    model = ReducedVisionTransformer(vision_transformer, groups)
-    model.model_args = timm_kwargs
-    return model

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -24,15 +26,15 @@ from torch import Tensor, nn
 from ..batches import steps_per_epoch
 from ..checkpoint import load_backbone_weights, load_strictly
 from ..cluttered import open_cluttered
-from ..data import Samples
 from ..errors import InputError
 from ..model.backbone import pools_patches
+from ..model.build import from_timm
 from ..model.config import config_of
 from ..model.decide import by_share
-from ..model.reduced import ReducedVisionTransformer, from_timm
+from ..model.reduced import ReducedVisionTransformer
 from ..model.rivals import KINDS as RIVALS
 from ..model.rivals import rival_scores
-from ..resident import ResidentImages
+from ..resident import OnDevice, ResidentImages
 from ..video.data import open_for
 from .finetune import FinetuneStage
 from .gumbel import GumbelStage
@@ -82,10 +84,16 @@ def build_model(recipe: Recipe, num_classes: int, weights: bool = True) -> Reduc
     config = recipe.model
     pretrained = config.pretrained and weights
     model = from_timm(
-        config.backbone, groups=config.groups, pretrained=pretrained, num_classes=num_classes, **config.timm
+        config.backbone,
+        groups=config.groups,
+        pretrained=pretrained,
+        interpreter=config.interpreter,
+        num_classes=num_classes,
+        **config.timm,
     )
     if config.checkpoint and weights:
         load_backbone_weights(model.backbone, config.checkpoint)
+        model.start_interpreters()
     if recipe.policy.decisions in RIVALS:
         for group in range(model.num_groups):
             model.interpreters[group] = rival_scores(recipe.policy.decisions, model, group)
@@ -94,8 +102,25 @@ def build_model(recipe: Recipe, num_classes: int, weights: bool = True) -> Reduc
     return model
 
 
+@dataclass(frozen=True)
+class RunData:
+    """What a run learns from and is measured on.
+
+    Attributes:
+        class_names: in the order of the model's outputs.
+        number: of samples to train on.
+        on_device: whether they are changed in batches, on the device of the model.
+        read: device -> the samples to train on and those to measure on.
+    """
+
+    class_names: tuple[str, ...]
+    number: int
+    on_device: bool
+    read: Callable[[torch.device], tuple[Images, Images]]
+
+
 def train(recipe: Recipe, output: Path) -> Path:
-    """Run a recipe, or go on with it where it was killed.
+    """Run a recipe on the data that it names, or go on with it where it was killed.
 
     Args:
         recipe: what to do.
@@ -109,19 +134,47 @@ def train(recipe: Recipe, output: Path) -> Path:
         InputError: the data or the recipe is wrong, or ``output`` holds a run of another recipe; before any training.
     """
     check(recipe)
-    accelerator = Accelerator(mixed_precision=recipe.precision)
+    return train_on(recipe, output, open_data(recipe))
+
+
+def open_data(recipe: Recipe) -> RunData:
+    """The data that a recipe names.
+
+    Raises:
+        InputError: says which file or setting is wrong.
+    """
+    config = recipe.data
     with torch.device("meta"):  # is it a model of images or of videos?
-        size = from_timm(recipe.model.backbone, groups=recipe.model.groups, **recipe.model.timm).pretrained_cfg[
-            "input_size"
-        ]
-    if len(size) == 4 and (recipe.data.resident or recipe.data.clutter):
+        model = from_timm(recipe.model.backbone, groups=recipe.model.groups, **recipe.model.timm)
+    size = model.pretrained_cfg["input_size"]
+    on_device = config.resident or bool(config.clutter)
+    if len(size) == 4 and on_device:
         raise InputError("recipe: data.resident and data.clutter are for images; set them to false and 0")
-    samples, held_out = (open_for(size, recipe.data, split, recipe.clips) for split in SPLITS)
+    if config.clutter and tuple(size[1:]) != (config.clutter,) * 2:
+        raise InputError(f"recipe: data.clutter = {config.clutter} is the side of the canvas; set img_size to it")
+    opened = {split: open_for(size, config, split, recipe.clips) for split in SPLITS}
+
+    def read(device: torch.device) -> tuple[Images, Images]:
+        def one(split: Literal["train", "eval"]) -> Images:
+            if config.clutter:
+                return open_cluttered(config, split, config.clutter, device=device)
+            if config.resident:
+                return ResidentImages.read(opened[split], (size[1], size[2]), device, config.workers)
+            return opened[split]
+
+        return one("train"), one("eval")
+
+    return RunData(opened["train"].class_names, len(opened["train"]), on_device, read)
+
+
+def train_on(recipe: Recipe, output: Path, data: RunData) -> Path:
+    """Run a recipe on other data than it names; all else as `train`, for which `check` has been called."""
+    accelerator = Accelerator(mixed_precision=recipe.precision)
     identity = {
         **_comparable(recipe),
         "number of processes": accelerator.num_processes,
-        "number of images": len(samples),
-        "class names": list(samples.class_names),
+        "number of images": data.number,
+        "class names": list(data.class_names),
     }
     state, position = output / "state.safetensors", Position()
     parts: dict[str, dict[str, Tensor]] = {}
@@ -130,8 +183,8 @@ def train(recipe: Recipe, output: Path) -> Path:
         if saved_identity != identity:
             differing = ", ".join(key for key in identity if saved_identity.get(key) != identity[key])
             raise InputError(f"{output} holds a run of another recipe (other {differing}); give another --output")
-    model = build_model(recipe, len(samples.class_names), weights=not parts)
-    model.class_names = samples.class_names
+    model = build_model(recipe, len(data.class_names), weights=not parts)
+    model.class_names = data.class_names
     if parts:
         load_strictly(model, parts["model"], state)
         model.threshold = parts["decision"]["threshold"].tolist()
@@ -143,46 +196,32 @@ def train(recipe: Recipe, output: Path) -> Path:
         teacher.to(accelerator.device)
     if recipe.compile:
         model.compile()
-    if recipe.policy.decisions not in RIVALS:
+    is_rival = recipe.policy.decisions in RIVALS
+    if not is_rival:
         config_of(model)  # a model that could not be saved is refused now, not at the end
     if recipe.policy.decisions == "gumbel" and pools_patches(model.backbone):
         raise InputError('recipe: policy.decisions = "gumbel" needs a head that reads the class token alone')
-    if recipe.data.clutter and tuple(model.pretrained_cfg["input_size"][1:]) != (recipe.data.clutter,) * 2:
-        raise InputError(f"recipe: data.clutter = {recipe.data.clutter} is the side of the canvas; set img_size to it")
     stages = stages_of(recipe, model, teacher)
     for stage in stages:  # and so is a batch that cannot be filled
-        steps_per_epoch(samples, stage.config.batch_size, accelerator.num_processes)
-        on_device = recipe.data.resident or recipe.data.clutter
-        (stage.config.augment.on_device if on_device else stage.config.augment.transform)(model)
-
-    def read(opened: Samples, split: Literal["train", "eval"]) -> Images:
-        height, width = model.pretrained_cfg["input_size"][-2:]
-        if recipe.data.clutter:
-            cluttered = open_cluttered(recipe.data, split, recipe.data.clutter, device=accelerator.device)
-            images: Images = cluttered
-            skipped = cluttered.photos.skipped
-        elif recipe.data.resident:
-            images = resident = ResidentImages.read(opened, (height, width), accelerator.device, recipe.data.workers)
-            skipped = resident.skipped
-        else:
-            return opened
-        for name, reason in skipped:
-            log.warn(f"skipped {name}: {reason}")
-        return images
-
+        steps_per_epoch(range(data.number), stage.config.batch_size, accelerator.num_processes)
+        (stage.config.augment.on_device if data.on_device else stage.config.augment.transform)(model)
     try:
         output.mkdir(parents=True, exist_ok=True)
         log = RunLog(output, position.total_steps, accelerator.is_main_process)
     except OSError as error:
         raise InputError(f"cannot write into the folder {output}: {error.strerror}; give another --output") from None
     try:
+        samples, held_out = data.read(accelerator.device)
+        for images in (samples, held_out):
+            for name, reason in images.skipped if isinstance(images, OnDevice) else ():
+                log.warn(f"skipped {name}: {reason}")
         run = Run(
             output=output,
             identity=identity,
             accelerator=accelerator,
             model=model,
-            samples=read(samples, "train"),
-            held_out=read(held_out, "eval"),
+            samples=samples,
+            held_out=held_out,
             teacher=teacher,
             log=log,
             seed=recipe.seed,
@@ -193,11 +232,10 @@ def train(recipe: Recipe, output: Path) -> Path:
         for index in range(position.stage, len(stages)):
             position = run.stage(index, stages[index], position, parts)
             parts = {}
-        rival = recipe.policy.decisions in RIVALS
-        if recipe.policy.keep and not rival:
+        if recipe.policy.keep and not is_rival:
             run.calibrate(recipe.policy.keep)
-        path = output / ("state.safetensors" if rival else "model.safetensors")
-        if accelerator.is_main_process and not rival:  # a rival's scores are no weights; its state has all there is
+        path = output / ("state.safetensors" if is_rival else "model.safetensors")
+        if accelerator.is_main_process and not is_rival:  # a rival's scores are no weights; its state has all there is
             model.eval().requires_grad_(True)
             model.save(path)
         log.say(f"done: {path}" + (f"  ({position.skipped} times an image could not be read)" * (position.skipped > 0)))

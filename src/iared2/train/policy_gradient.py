@@ -156,6 +156,8 @@ class PolicyGradientStage(nn.Module):
         if not policy.keep:
             return logits.sigmoid(), none
         shift = budget_shift(logits.detach(), alive, policy.keep[self.group])
+        if self.model.interpreters[self.group].relative:  # has no such freedom
+            return (logits + shift).sigmoid(), none
         mean = (logits * alive).sum() / alive.sum().clamp_min(1)
         return (logits + shift).sigmoid(), -ANCHOR * shift.clamp(-5, 5) * mean  # 20 where too few are alive
 

@@ -36,6 +36,9 @@ class ModelConfig:
     """Start from the backbone weights in this file (safetensors, or a .pth read with weights_only)."""
     groups: int = 3
     """D, the number of groups."""
+    interpreter: str = "sigmoid"
+    """How patches are scored: "sigmoid" as published, or "attention": against each other, starting as the class token's
+    attention in the block that follows."""
     timm: dict[str, Any] = field(default_factory=dict)
     """Arguments for timm.create_model: img_size, patch_size, embed_dim, drop_path_rate …"""
     mean: tuple[float, ...] = ()

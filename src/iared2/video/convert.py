@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..checkpoint import load_strictly, read_arguments, read_foreign
 from ..errors import InputError
-from ..model.reduced import ReducedVisionTransformer, from_timm
+from ..model.build import from_timm
+from ..model.reduced import ReducedVisionTransformer
 
 NAMES = {  # Hugging Face's -> timm's
     r"^(timesformer|videomae)\.": "",

@@ -79,6 +79,11 @@ class MovingClips(OnDevice):
         return self.photos.rows
 
     @property
+    def skipped(self) -> list[tuple[str, str]]:  # type: ignore[override]
+        """Of the photos."""
+        return self.photos.skipped
+
+    @property
     def num_classes(self) -> int:
         """P."""
         return self.frames + 1
