@@ -60,6 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="SHARE",
         help="also at these shares of the dense multiply-adds, e.g. 0.4 0.5 0.6, calibrated on training images",
     )
+    command.add_argument("--clips", type=int, default=1, help="of videos: clips a video, spread over it (default: 1)")
+    command.add_argument("--span", type=float, default=0.0, help="of videos: seconds of a clip (default: all of it)")
+    command.add_argument("--crops", type=int, default=1, help="of videos: crops a clip, from end to end (default: 1)")
     command.add_argument("--plot", help="write accuracy against multiply-adds to this .png, .pdf or .svg")
     command.add_argument("--batch-size", type=int, default=64)
     command.add_argument("--workers", type=int, default=2)
@@ -132,7 +135,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from .evaluate import evaluate
     from .keyed import permutation
     from .model.budget import thresholds_for
-    from .video.data import open_for
+    from .video.data import ClipConfig, open_for, views_transform
 
     device = usable_device(arguments.device)
     model = load(None if arguments.checkpoint == "box" else arguments.checkpoint).to(device)
@@ -149,28 +152,36 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     classes = arguments.classes or model.class_names or ()
     data = DataConfig(path=arguments.data, eval_split=arguments.split, classes=tuple(classes))
     input_size = model.pretrained_cfg["input_size"]
-    samples = open_for(input_size, data, "eval", whole=True)
+    is_video = len(input_size) == 4
+    if not is_video and (arguments.clips, arguments.span, arguments.crops) != (1, 0, 1):
+        raise InputError("--clips, --span and --crops are of videos, and this is a model of images")
+    if arguments.crops < 1:
+        raise InputError("--crops must be 1 or more")
+    clips = ClipConfig(span=arguments.span, test_clips=arguments.clips)
+    samples = open_for(input_size, data, "eval", clips, whole=True)
     if len(samples.class_names) != model.num_classes:
         raise InputError(f"{arguments.data} has {len(samples.class_names)} classes, the model {model.num_classes}")
     if arguments.limit:
         samples = replace(samples, rows=samples.rows[: arguments.limit], labels=samples.labels[: arguments.limit])
-    transform = model_transform(model.pretrained_cfg)
+    cfg, several = model.pretrained_cfg, arguments.clips * arguments.crops > 1
+    transform = views_transform(cfg, arguments.crops) if several else model_transform(cfg)
     batches = eval_batches(samples, transform, batch_size=arguments.batch_size, workers=arguments.workers)
     steps = -(-len(samples) // arguments.batch_size)
     console = Console(stderr=True)
     budgets = {}
     if arguments.budget:
         try:
-            sample, calibrated_on = open_for(input_size, data, "train"), "training images"
+            sample, calibrated_on = open_for(input_size, data, "train", clips), "training images"
         except NoSplit:
             sample, calibrated_on = samples, "the evaluated images, without their labels: there is no training split"
         chosen = permutation(0, 0, len(sample))[:CALIBRATION_IMAGES].numpy()
         sample = replace(sample, rows=sample.rows[chosen], labels=sample.labels[chosen])
         read = next(iter(eval_batches(sample, transform, batch_size=len(sample), workers=0)))
         print(f"budgets are calibrated on {len(sample)} of {calibrated_on}", file=sys.stderr)
+        views = read.images.flatten(0, -1 - len(input_size)).to(device)
         for share in arguments.budget:
             gmacs = share * model.dense_macs / 1e9
-            budgets[f"budget {share:g}"] = thresholds_for(model, read.images.to(device), gmacs=gmacs)
+            budgets[f"budget {share:g}"] = thresholds_for(model, views, gmacs=gmacs)
     progress = track(batches, "evaluating", steps, console=console, transient=True)
     result = evaluate(model, progress, device, budgets=budgets)
     Console().print(result.table())

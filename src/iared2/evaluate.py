@@ -145,7 +145,8 @@ def evaluate(
 
     Args:
         model: in evaluation mode, on ``device``.
-        batches: of ``data.eval_batches``.
+        batches: of ``batches.eval_batches``. Of several views of a video, ``(B, V, 3, T, H, W)``, the probabilities are
+            averaged, the multiply-adds added up; shares of the patches are means over the views.
         device: where the model is.
         seed: of the random baseline.
         budgets: name -> thresholds (`model.budget.thresholds_for`), measured beside the model's own.
@@ -158,8 +159,10 @@ def evaluate(
     def add(name: str, run: Callable[..., Output], *args: Any) -> None:
         with torch.inference_mode():
             output, seconds = timed(device, run, *args)
-        right = (output.logits.argmax(1) == labels).sum()
-        found = torch.stack([t.cpu().double() for t in (right, output.macs.sum(), *output.keep_ratio.sum(1))])
+        votes = output.logits.float().softmax(-1).unflatten(0, (-1, views)).mean(1) if views > 1 else output.logits
+        right = (votes.argmax(1) == labels).sum()
+        kept = output.keep_ratio.sum(1) / views
+        found = torch.stack([t.cpu().double() for t in (right, output.macs.sum(), *kept)])
         sums[name] = sums.get(name, torch.zeros(len(found) + 1)) + torch.cat([found, torch.tensor([seconds])])
 
     def dense(x: Tensor) -> Output:
@@ -172,7 +175,10 @@ def evaluate(
         if not len(batch.labels):
             continue
         x, labels = batch.images.to(device), batch.labels.to(device)
-        keys = keyed.sample_keys(seed, RANDOM_EPOCH, batch.samples).to(device)
+        views = x.shape[1] if x.ndim == 6 else 1
+        x = x.flatten(0, 1) if x.ndim == 6 else x
+        of_views = [keyed.sample_keys(seed, RANDOM_EPOCH + view, batch.samples) for view in range(views)]
+        keys = torch.stack(of_views, 1).flatten().to(device)
         runs: list[tuple[Any, ...]] = [(DENSE, dense, x)]
         for name, thresholds in settings.items():
             decide = model.policy(thresholds)

@@ -278,3 +278,17 @@ def test_the_command_evaluate(made: Path, tmp_path: Path, capsys: pytest.Capture
     assert found["images"] == 6
     assert found["skipped"] == []
     assert found["variants"][0]["gmacs"] > 0
+    assert found["variants"][1]["name"] == "dense backbone"
+    assert main(["evaluate", *arguments, "--clips", "2", "--crops", "3", "--span", "0.3"]) == 0
+    views = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert views["images"] == 6
+    assert views["variants"][1]["gmacs"] == pytest.approx(6 * found["variants"][1]["gmacs"])
+    assert all(0 < share <= 1 for variant in views["variants"] for share in variant["keep_ratio"])
+    assert views["variants"][2]["keep_ratio"] == views["variants"][0]["keep_ratio"], "random drops as many of each view"
+    assert main(["evaluate", *arguments, "--crops", "0"]) == 1
+    assert "--crops must be 1 or more" in capsys.readouterr().err
+
+
+def test_views_are_refused_for_photos(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", "box", str(tmp_path), "--clips", "2"]) == 1
+    assert "are of videos" in capsys.readouterr().err
