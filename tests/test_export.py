@@ -19,20 +19,21 @@ FAMILIES = {
     "vit_small_patch14_reg4_dinov2": {},  # registers, layer scale
     "vit_medium_patch16_gap_256": {},  # average pooling, no class token
     "vit_base_patch16_siglip_224": {},  # attention pooling
+    "timesformer_joint_small_patch16_224": {"img_size": (4, 32, 32), "patch_size": (1, 8, 8)},  # clips
 }
 
 
 def make(name="deit_tiny_patch16_224"):
     torch.manual_seed(0)
-    model = iared2.from_timm(name, **KWARGS).eval()
+    model = iared2.from_timm(name, **{**KWARGS, **FAMILIES[name]}).eval()
     with torch.no_grad():
         for interpreter in model.interpreters:  # at birth the scores of an image hardly differ
             interpreter.query.weight.mul_(30)
     return model
 
 
-def images(n):
-    return torch.randn(n, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+def images(n, size=(3, 64, 64)):
+    return torch.randn(n, *size, generator=torch.Generator().manual_seed(1))
 
 
 def by_count(scores, alive, group):
@@ -43,7 +44,7 @@ def by_count(scores, alive, group):
 def fixed(request):
     model = make(request.param)
     with torch.no_grad():
-        return model, FixedCount(model, COUNTS), model.trace(images(4), by_count)
+        return model, FixedCount(model, COUNTS), model.trace(images(4, model.pretrained_cfg["input_size"]), by_count)
 
 
 def run_onnx(path, x):
@@ -62,7 +63,7 @@ def check(logits, ids, output, n):
 
 def test_fixed_count_is_the_models_own_top_k(fixed):
     _, form, output = fixed
-    check(*form(images(4)), output, 4)
+    check(*form(images(4, form.input_size)), output, 4)
 
 
 @pytest.mark.parametrize("batch_size", [1, None])
@@ -73,8 +74,8 @@ def test_torch_export(fixed, tmp_path, batch_size):
     extra = {"iared2": ""}
     program = torch.export.load(tmp_path / "m.pt2", extra_files=extra).module()
     for n in (1,) if batch_size else (1, 2, 4):
-        check(*program(images(4)[:n]), output, n)
-    assert json.loads(extra["iared2"])["input_size"] == [3, 64, 64]
+        check(*program(images(4, form.input_size)[:n]), output, n)
+    assert json.loads(extra["iared2"])["input_size"] == list(form.input_size)
     assert [p.name for p in tmp_path.iterdir()] == ["m.pt2"]
 
 
@@ -83,7 +84,7 @@ def test_onnx(fixed, tmp_path, batch_size):
     _, form, output = fixed
     export(form, tmp_path / "m.onnx", batch_size)
     for n in (1,) if batch_size else (1, 2, 4):
-        check(*run_onnx(tmp_path / "m.onnx", images(4)[:n]), output, n)
+        check(*run_onnx(tmp_path / "m.onnx", images(4, form.input_size)[:n]), output, n)
     assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
 
 

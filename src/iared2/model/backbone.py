@@ -65,6 +65,8 @@ def pools_patches(backbone: VisionTransformer) -> bool:
 
 def embed(backbone: VisionTransformer, images: Tensor) -> Tensor:
     """``(B, in_chans, height, width)``, or clips ``(B, in_chans, T, height, width)`` -> ``(B, S, C)``, prefix first."""
+    if images.ndim != 4 and not isinstance(backbone.patch_embed, TubeletEmbed):
+        raise InputError(f"the model takes images (B, channels, height, width), not {tuple(images.shape)}")
     x = backbone.patch_embed(images)
     return backbone.norm_pre(backbone._pos_embed(x))
 

@@ -35,12 +35,12 @@ def blocks_macs(blocks: Iterable[Any], num_tokens: Tensor) -> Tensor:
     return macs
 
 
-def interpreter_macs(interpreter: Any, num_tokens: Tensor) -> Tensor:
-    """Multiply-adds of the cheap interpreter: query, ``Wᵀ q`` and ``b·q``, then H·C a token; a rival's do not count."""
+def interpreter_macs(interpreter: Any, num_patches: Tensor) -> Tensor:
+    """Multiply-adds of the cheap interpreter: query, ``Wᵀ q`` and ``b·q``, then H·C a patch; a rival's do not count."""
     if not hasattr(interpreter, "query"):
-        return torch.zeros_like(num_tokens, dtype=torch.int64)
+        return torch.zeros_like(num_patches, dtype=torch.int64)
     width = interpreter.query.in_features
-    return 2 * width * width + width + num_tokens.to(torch.int64) * interpreter.num_heads * width
+    return 2 * width * width + width + num_patches.to(torch.int64) * interpreter.num_heads * width
 
 
 def head_macs(backbone: VisionTransformer, num_tokens: Tensor) -> Tensor:

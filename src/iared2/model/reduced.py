@@ -200,11 +200,11 @@ class ReducedVisionTransformer(nn.Module):
         prefix = self.backbone.num_prefix_tokens
         tokens = num_kept + prefix
         total = macs.head_macs(self.backbone, tokens[-1]) + macs.embed_macs(self.backbone, num_patches)
-        entering = torch.full_like(tokens[0], num_patches + prefix)
+        patches = torch.full_like(num_kept[0], num_patches)
         for group, interpreter in enumerate(self.interpreters):
-            total += macs.interpreter_macs(interpreter, entering)
+            total += macs.interpreter_macs(interpreter, patches)
             total += macs.blocks_macs([self.backbone.blocks[i] for i in self.groups[group]], tokens[group])
-            entering = tokens[group]
+            patches = num_kept[group]
         return total
 
     @property

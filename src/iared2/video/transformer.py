@@ -147,7 +147,7 @@ class VideoTransformer(VisionTransformer):
         joint = (self.pos_embed[:, None, prefix:] + self.time_embed[:, :, None]).flatten(1, 2)  # (1, N, C)
         tokens = [x + joint]
         if self.cls_token is not None:
-            tokens.insert(0, (self.cls_token + self.pos_embed[:, :prefix]).expand(len(x), -1, -1))
+            tokens.insert(0, (self.cls_token + self.pos_embed[:, :prefix]).expand(x.shape[0], -1, -1))
         return self.pos_drop(torch.cat(tokens, 1))
 
 
