@@ -15,62 +15,25 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from lab import Lab, Measured, Table, Trained, versus
+from looks import centre_like, enrichment, maps, score_share, upside_down
 from matplotlib.figure import Figure
-from PIL import Image
+from variants import CLUTTER, CLUTTER_BACKBONE, CLUTTER_OURS, GENTLE, SHORT, SIGMOID
 
 from iared2 import ReducedVisionTransformer
-from iared2.batches import Batch, model_transform
+from iared2.batches import Batch
 from iared2.cluttered import patch_truth
 from iared2.data import open_samples
 from iared2.errors import InputError
-from iared2.model.decide import Decide, keep_all, top_k
+from iared2.model.decide import Decide, keep_all
 from iared2.regions import open_regions
 
 BUDGETS = (0.65, 0.5)
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 PHOTO = 64, 64  # the frame of Tiny-ImageNet's boxes
-CLASSES = "goldfish", "monarch", "school bus", "espresso", "ladybug", "king penguin", "orange", "lion", "barn", "teddy"
-CLUTTER = {
-    "tiny_imagenet": ["data.clutter=128", "model.timm={ img_size = 128, patch_size = 8 }"],
-    "tiny_imagenet_cpu": [  # what two CPU cores can do: ten classes, 144 patches
-        "data.clutter=96",
-        "model.timm={ img_size = 96, patch_size = 8 }",
-        f"data.classes={list(CLASSES)}",
-        "policy_gradient.epochs=1",
-        "policy_gradient.augment={ min_scale = 0.8, color_jitter = 0.0 }",
-        "finetune.epochs=1",
-        "finetune.augment={ min_scale = 0.6, color_jitter = 0.2 }",
-    ],
-}
-CLUTTER_BACKBONE = {
-    "tiny_imagenet": ["model.checkpoint=''"],  # from scratch: its patches are larger than the reference model's
-    "tiny_imagenet_cpu": [  # from the weights of the whole photos, for six passes
-        "backbone.epochs=6",
-        "backbone.lr=1e-3",
-        "backbone.warmup_epochs=0.2",
-        "backbone.patch_drop=0.5",
-        "backbone.mixup=0.0",
-        "backbone.cutmix=0.0",
-        "backbone.ema_decay=0.98",
-        "backbone.augment={ min_scale = 0.6, color_jitter = 0.2 }",
-        "policy_gradient.epochs=0",
-        "finetune.epochs=0",
-    ],
-}
-CLUTTER_OURS = ["policy.keep=[1.0, 0.28, 0.18, 0.14]"]
-GENTLE = [1.0, 0.7, 0.5, 0.4]  # at 65 % of the multiply-adds
-SIGMOID = [  # the paper's interpreter, from noise, and what suits it
-    "model.interpreter='sigmoid'",
-    "policy.temperature=0.2",
-    "policy_gradient.lr=2e-3",
-]
-SHORT = ["policy_gradient.epochs=0.25", "finetune.epochs=0.15"]  # six runs: fine-tuned for a third of the time
 
 
 def shares(keep: list[float]) -> str:
@@ -289,6 +252,7 @@ class Experiments:
         rows = [row("ours", full, "")]
         longer = "policy_gradient.epochs=0.8" if self.lab.size == "tiny_imagenet_cpu" else "policy_gradient.epochs=10"
         for name, settings in {
+            "no policy stage": ["policy_gradient.epochs=0"],
             "the paper's interpreter": [*SIGMOID, longer],
             "hard reward for the true label": ["reward.graded=false", "reward.label='true'"],
             "one sample, greedy baseline": ["policy.samples=1", "policy.leave_one_out=false"],
@@ -369,59 +333,6 @@ class Experiments:
         masks = [regions.mask(row, PHOTO) for row in open_samples(config, "eval").rows]
         pooled = F.adaptive_avg_pool2d(torch.from_numpy(np.stack(masks)).float()[:, None], model.grid_size)
         return pooled.flatten(1).numpy()
-
-
-def maps(file: Path, runs: dict[str, Trained]) -> None:
-    """The example photos over the scores of the second group, one row a run, each map stretched over its own range."""
-    photos = [Image.open(path).convert("RGB") for path in sorted(EXAMPLES.glob("*.jpg"))]
-    figure = Figure(figsize=(1.6 * len(photos), 1.6 * (1 + len(runs))), layout="constrained")
-    axes = figure.subplots(1 + len(runs), len(photos))
-    rows: dict[str, list[Any]] = {"": [photo.resize((256, 256)) for photo in photos]}
-    for name, run in runs.items():
-        images = torch.stack(list(map(model_transform(run.model.pretrained_cfg), photos)))
-        with torch.inference_mode():
-            scores = run.model.trace(images, keep_all).scores[1]
-        rows[name] = list(scores.unflatten(1, run.model.grid_size))
-    for line, (name, pictures) in zip(axes, rows.items(), strict=True):
-        for place, picture in zip(line, pictures, strict=True):
-            place.imshow(picture, cmap="jet")
-            place.set_xticks([])
-            place.set_yticks([])
-        line[0].set_ylabel(name)
-    figure.savefig(file, dpi=100)
-
-
-def upside_down(keep: list[float]) -> Decide:
-    """Keep the lower scores, as many."""
-
-    def decide(scores: torch.Tensor, alive: torch.Tensor, group: int) -> torch.Tensor:
-        return top_k(-scores, alive, alive.new_full((1,), round(keep[group] * alive.shape[1]), dtype=torch.int64))
-
-    return decide
-
-
-def score_share(scores: np.ndarray, inside: np.ndarray) -> float:
-    """Mean rank (0…1) of the patches in the box ÷ mean rank of all, over living patches; 1 is chance."""
-    ratios = []
-    for s, box in zip(scores, inside, strict=True):
-        alive = s > 0
-        if alive.sum() < 2 or not box[alive].any():
-            continue
-        rank = s[alive].argsort().argsort() / (alive.sum() - 1)
-        ratios.append((rank * box[alive]).sum() / box[alive].sum() / rank.mean())
-    return float(np.mean(ratios))
-
-
-def centre_like(kept: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """As many patches of each image, those nearest to the middle: ``(B, N)`` bool."""
-    axes = [torch.linspace(-1, 1, size) for size in grid]
-    scores = -torch.cartesian_prod(*axes).square().sum(1).expand(len(kept), -1)
-    return top_k(scores, torch.ones_like(kept), kept.sum(1))
-
-
-def enrichment(kept: np.ndarray, inside: np.ndarray) -> float:
-    """Share of kept patches in the box ÷ share of all patches in it, summed over images."""
-    return float((kept * inside).sum() / kept.sum() / inside.mean())
 
 
 def main() -> int:

@@ -188,7 +188,5 @@ def test_joint_timesformer_costs_what_its_patches_say():
 
 def test_a_clip_for_a_model_of_images_is_refused() -> None:
     model = iared2.from_timm("deit_tiny_patch16_224", img_size=32, patch_size=16, embed_dim=48, depth=3, num_heads=3)
-    with pytest.raises(
-        iared2.InputError, match=r"takes images \(B, channels, height, width\), not \(1, 3, 4"
-    ):
+    with pytest.raises(iared2.InputError, match=r"takes images \(B, channels, height, width\), not \(1, 3, 4"):
         model(torch.zeros(1, 3, 4, 32, 32))
