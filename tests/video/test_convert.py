@@ -221,3 +221,13 @@ def test_wrong_models_are_one_line(convert, message):
     with pytest.raises(InputError, match=message) as error:
         convert()
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("make", [timesformer, videomae])
+def test_interpreters_that_start_as_the_attention_take_it_from_the_weights(make):
+    convert = {timesformer: iared2.from_timesformer, videomae: iared2.from_videomae}[make]
+    model = convert(make(), groups=2, interpreter="attention")
+    block = model.backbone.blocks[2]
+    with torch.no_grad():
+        query = block.attn.qkv.weight[:48] * block.norm1.weight
+        torch.testing.assert_close(model.interpreters[1].query.weight, query, rtol=1e-5, atol=1e-6)

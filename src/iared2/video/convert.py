@@ -55,9 +55,9 @@ def from_timesformer(
         groups: D, the number of groups.
         frames: T, by default the model's; 8 of a fresh one.
         size: pixels of a frame's sides, or its height and width; by default the model's, 224 of a fresh one.
-        timm_kwargs: as for `from_timm`. A fresh model has ``patch_size=16, embed_dim=768, depth=12, num_heads=12,
-            num_classes=400`` by default; an original checkpoint does not say its ``num_heads``, 64 wide by default;
-            any may have a ``drop_path_rate`` …
+        timm_kwargs: as for `from_timm`, and its ``interpreter``. A fresh model has ``patch_size=16, embed_dim=768,
+            depth=12, num_heads=12, num_classes=400`` by default; an original checkpoint does not say its ``num_heads``,
+            64 wide by default; any may have a ``drop_path_rate`` …
 
     Returns:
         The model in evaluation mode, with class names if the model given has some. Threshold 0 gives its logits.
@@ -98,7 +98,7 @@ def from_videomae(model: Any, *, groups: int = 3, **timm_kwargs: Any) -> Reduced
         model: a ``VideoMAEForVideoClassification`` of Hugging Face. For fresh weights:
             ``iared2.from_timm("videomae_base_patch16_224")``.
         groups: D, the number of groups.
-        timm_kwargs: as for `from_timm`: ``drop_path_rate`` …
+        timm_kwargs: as for `from_timm`: ``interpreter``, ``drop_path_rate`` …
 
     Returns:
         The model in evaluation mode, with class names if the model given has some. Threshold 0 gives its logits.
@@ -137,6 +137,7 @@ def _make(
         if weight is not None and weight.ndim == 4:  # a tubelet of one frame was a patch
             tensors["patch_embed.proj.weight"] = weight.unsqueeze(2)
         load_strictly(model.backbone, tensors, source)
+        model.start_interpreters()
     model.class_names = class_names
     return model.eval()
 
