@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Literal
@@ -30,6 +30,8 @@ from iared2.train.state import load_state
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 BOOTSTRAP = 5000
+CANVASES = 4
+"""On which each cluttered photo is evaluated; intervals are over photos."""
 Part = Literal["train", "holdout", "eval"]
 
 
@@ -82,6 +84,7 @@ class Measured:
         kept: ``(D, n, N)`` bool.
         scores: ``(D, n, N)``.
         dense_macs: of the backbone alone.
+        draws: the n rows are so many passes over the same images.
     """
 
     correct: np.ndarray
@@ -89,6 +92,7 @@ class Measured:
     kept: np.ndarray
     scores: np.ndarray
     dense_macs: int
+    draws: int = 1
 
     @property
     def top1(self) -> float:
@@ -152,7 +156,8 @@ class Trained:
             right = out.logits.argmax(1) == batch.labels
             found.append([t.numpy() for t in (right, out.macs, out.kept.transpose(0, 1), out.scores.transpose(0, 1))])
         correct, macs, kept, scores = (np.concatenate(parts) for parts in zip(*found, strict=True))
-        return Measured(correct, macs, kept.swapaxes(0, 1), scores.swapaxes(0, 1), self.model.dense_macs)
+        draws = CANVASES if self.recipe.data.clutter else 1
+        return Measured(correct, macs, kept.swapaxes(0, 1), scores.swapaxes(0, 1), self.model.dense_macs, draws)
 
     def batches(self, part: Part, model: ReducedVisionTransformer, batch_size: int = 250) -> Iterator[Batch]:
         """Batches of a split, normalised for the model."""
@@ -165,7 +170,13 @@ class Trained:
 def split(config: DataConfig, part: Part, size: int) -> ResidentImages | ClutteredImages:
     """A split, decoded once a process."""
     if config.clutter:
-        return open_cluttered(config, part, config.clutter)
+        found = open_cluttered(config, part, config.clutter)
+        photos, copy = found.photos, torch.arange(CANVASES).repeat_interleave(len(found))
+        rows = photos.rows.repeat(CANVASES) + (copy << 32)  # a canvas is a function of the row
+        several = ResidentImages(
+            photos.images.repeat(CANVASES, 1, 1, 1), photos.labels.repeat(CANVASES), rows, photos.skipped
+        )
+        return replace(found, photos=several)
     return ResidentImages.read(open_samples(config, part), (size, size))
 
 
@@ -179,6 +190,7 @@ def interval(difference: np.ndarray) -> tuple[float, float]:
 def versus(a: Sequence[Measured], b: Sequence[Measured]) -> str:
     """``a − b`` in points with its interval; the same images, averaged over pairs of seeds."""
     difference = np.mean([x.correct.astype(float) - y.correct for x, y in zip(a, b, strict=True)], axis=0)
+    difference = difference.reshape(a[0].draws, -1).mean(0)
     low, high = interval(difference)
     return f"{100 * difference.mean():+.1f} ({low:+.1f} … {high:+.1f})"
 

@@ -249,7 +249,7 @@ class Experiments:
     def ablation(self) -> None:
         """`ours` without each of its parts."""
         full = self.ours().measure()
-        rows = [row("ours", full, "")]
+        columns, rows = ["recipe", "top-1 %", "alive", "MACs", "− ours"], [row("ours", full, "")]
         longer = "policy_gradient.epochs=0.8" if self.lab.size == "tiny_imagenet_cpu" else "policy_gradient.epochs=10"
         for name, settings in {
             "no policy stage": ["policy_gradient.epochs=0"],
@@ -262,9 +262,7 @@ class Experiments:
             folder = "ours-" + name.replace(", ", "-").replace(" ", "-").replace("'", "")
             m = self.lab.run(folder, "ours", settings).measure()
             rows.append(row(name, m, versus([m], [full])))
-        self.write(
-            "ablation", "`ours`, one part taken out.", ["recipe", "top-1 %", "alive", "MACs", "− ours"], rows, []
-        )
+            self.write("ablation", "`ours`, one part taken out.", columns, rows, [])  # of the rows that are there
 
     def cluttered(self) -> None:
         """The set where the answer is known, a backbone of its own, and what each decision keeps there."""
@@ -310,9 +308,9 @@ class Experiments:
             "learned − random",
             "learned − attention",
         ]
-        title = (
-            f"The cluttered set: photos on a {dense_run.model.pretrained_cfg['input_size'][1]}-pixel canvas of pieces."
-        )
+        side, photos = dense_run.model.pretrained_cfg["input_size"][1], len(dense.correct) // dense.draws
+        canvases = f"{dense.draws} canvases of {side} pixels"
+        title = f"The cluttered set: {photos} photos, each on {canvases}, among pieces of others."
         notes = [
             "Precision: what part of the patches kept by the last group is photo; recall: what part of it is kept."
         ]
