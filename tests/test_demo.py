@@ -28,6 +28,7 @@ from serving import Server, served  # noqa: E402
 
 from iared2 import demo  # noqa: E402
 from iared2.demo import MAX_PHOTOS, archive, build, examples, explain, methods, select, serve  # noqa: E402
+from iared2.demo_words import classes  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 
@@ -189,8 +190,14 @@ def test_the_page_fits_the_model(predictor: Predictor) -> None:
     page = build(predictor)
     found = parts(page)
     assert found["rule"]["value"] == "own"
-    assert not found["threshold"]["visible"]
+    assert (found["threshold"]["value"], found["threshold"]["visible"]) == (0.5, False)
     assert "knows only 7 classes: a, b, c" in str(page.config)
+
+
+def test_a_model_of_few_classes_names_them() -> None:
+    names = [str(n) for n in range(40)]
+    assert classes(names).endswith(f"knows only 40 classes: {', '.join(names)}.")
+    assert classes([str(n) for n in range(1000)]) == classes(None) == ""
 
 
 def test_every_use_of_the_model_waits_in_one_line(predictor: Predictor) -> None:

@@ -10,10 +10,12 @@ import pytest
 import skimage.data
 from PIL import Image
 
+import iared2
 from iared2 import paper_figures
 from iared2.cli import main
 
 CHEAP = ["-m", "attention", "interpreter"]
+NUM_GROUPS = iared2.load().num_groups
 
 
 @pytest.fixture
@@ -36,8 +38,9 @@ def test_one_command_makes_one_file(photos, tmp_path, capsys, figure, kind):
     file = tmp_path / "new" / f"figure.{kind}"
     assert main(["figure", figure, str(photos), "-o", str(file), *(CHEAP if figure == "maps" else [])]) == 0
     assert [path.name for path in file.parent.iterdir()] == [file.name]
-    columns = "photo, raw attention, ours" if figure == "maps" else "photo, group 1, group 2, group 3"
-    assert capsys.readouterr().out == f"{file}: 2 photos, {columns}\n"
+    columns = ["photo", *(f"group {group + 1}" for group in range(NUM_GROUPS))]
+    columns = ["photo", "raw attention", "ours"] if figure == "maps" else columns
+    assert capsys.readouterr().out == f"{file}: 2 photos, {', '.join(columns)}\n"
     assert file.read_bytes().startswith(b"%PDF" if kind == "pdf" else b"\x89PNG")
 
 
@@ -57,11 +60,11 @@ def test_columns_show_what_they_say(photos, tmp_path):
     assert np.abs(both[right] - blue[right]).mean() > 20
 
     whole, none = figure("hierarchy", "-t", "0"), figure("hierarchy", "-t", "1")
-    quarter = 2100 // 4
-    last = np.s_[150:-5, 3 * quarter + 20 : -20]  # below the ratio
+    panel = 2100 // (NUM_GROUPS + 1)
+    last = np.s_[150:-5, NUM_GROUPS * panel + 20 : -20]  # below the ratio
     assert (none[last] == 235).all()
-    assert np.abs(whole[last][:, :400] - whole[150:-5, 20 : quarter - 20][:, :400]).mean() < 25
-    assert not np.array_equal(figure("hierarchy", "-t", "0", "1", "1")[last], whole[last])
+    assert np.abs(whole[last] - whole[150:-5, 20 : panel - 20]).mean() < 25
+    assert not np.array_equal(figure("hierarchy", "-t", "0", *"1" * (NUM_GROUPS - 1))[last], whole[last])
 
 
 def test_memorability_is_left_out_and_said_so_where_it_is_not_installed(photos, tmp_path, capsys, monkeypatch):
@@ -92,7 +95,7 @@ def test_a_bad_photo_is_named_and_the_others_are_drawn(photos, tmp_path, capsys)
         (["-o", "figure.tiff"], "figure.tiff: give the name of a file that ends in .png or .pdf"),
         (["-o", "cat.png/figure.png"], "is a file, not a folder"),
         (["--colormap", "rainbows"], "unknown colour map 'rainbows'"),
-        (["-t", "0.5", "0.4"], "give one finite number, or 3, one for each group"),
+        (["-t", "0.5", "0.4"], f"give one finite number, or {NUM_GROUPS}, one for each group"),
         (["-c", "nowhere.safetensors"], "there is no checkpoint nowhere.safetensors"),
         (["--device", "cuda:99"], "device cuda:99 cannot be used here"),
         (["-m", "saliency"], "there is no method 'saliency': take one of interpreter"),

@@ -140,12 +140,13 @@ def build(predictor: Predictor) -> gr.Blocks:
                 default = min(1, model.num_groups - 1)
                 group = gr.Radio(groups, value=default, label="Group", info=info, elem_id="group")
                 by, info = rules[0][1], "A score to exceed, or a cost to keep to."
+                usual = thresholds[0] if by == "threshold" else round(max(thresholds), 2)  # a first group may keep all
                 rule = gr.Radio(rules, value=by, label="Drop patches by", info=info, elem_id="rule")
                 info = "Patches that score above it stay. 0 keeps all."
                 threshold = gr.Slider(
                     0,
                     1,
-                    thresholds[0],
+                    usual,
                     step=0.01,
                     label="Threshold",
                     info=info,

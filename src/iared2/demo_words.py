@@ -22,7 +22,7 @@ INTRO = """
 
 The model cuts a photo into patches. At the entrance of each of its {groups} groups of layers a small *interpreter*
 scores every patch, and the patches below the threshold **leave**: later layers never see them. What stays is the
-explanation, what left is the saving. Drop a photo, then move the slider. The method is
+explanation, what left is the saving. Drop a photo, then try other thresholds and budgets. The method is
 [IA-RED²](https://arxiv.org/abs/2106.12620). {classes}
 """
 HELP = """
@@ -90,4 +90,4 @@ def facts(one: Comparison) -> str:
 
 def classes(names: Sequence[str] | None) -> str:
     """A model of few classes calls everything one of them: say so."""
-    return f"This model knows only {len(names)} classes: {', '.join(names)}." if names and len(names) <= 20 else ""
+    return f"This model knows only {len(names)} classes: {', '.join(names)}." if names and len(names) <= 50 else ""

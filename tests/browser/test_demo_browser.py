@@ -36,7 +36,8 @@ if not CHROMIUM:
     pytest.skip("the page in a browser: install chromium", allow_module_level=True)
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-ALL, NONE = "100 → 100 → 100 %", "0 → 0 → 0 %"
+NUM_GROUPS = iared2.load().num_groups
+ALL, NONE = (" → ".join([share] * NUM_GROUPS) + " %" for share in ("100", "0"))
 WAIT = 30_000  # milliseconds; the machine may be busy
 NewPage = Callable[..., Any]
 
@@ -82,6 +83,7 @@ def upload(page: Any, *photos: Path) -> None:
 
 
 def set_threshold(page: Any, value: float) -> None:
+    page.locator("#rule").get_by_label("Threshold", exact=True).check()
     number = page.locator("#threshold input[type=number]")
     number.fill(str(value))
     number.press("Enter")
@@ -111,12 +113,13 @@ def difference(a: Image.Image, b: Image.Image) -> float:
 
 def test_first_visit(new_page: NewPage) -> None:
     page = new_page()
-    result = iared2.Predictor(iared2.load())(EXAMPLES / "chelsea.jpg")
+    predictor = iared2.Predictor(iared2.load())
+    result, dense = predictor(EXAMPLES / "chelsea.jpg"), predictor(EXAMPLES / "chelsea.jpg", 0.0)
     shows(page, "chelsea.jpg", f"{1 - result.macs / result.dense_macs:.0%} saved", result.top5[0][0])
     assert difference(picture(page, "heat"), result.overlay()) < 5  # the browser got a compressed one
     assert difference(picture(page, "hierarchy"), result.hierarchy()) < 5
     expect(page.locator("#after")).to_contain_text(result.top5[4][0])
-    expect(page.locator("#before")).to_contain_text("frog")
+    expect(page.locator("#before")).to_contain_text(dense.top5[0][0])
     page.get_by_text("How to read this").click()
     expect(page.get_by_text("The model sees the whole photo")).to_be_visible()
 
@@ -256,7 +259,7 @@ def test_download(new_page: NewPage) -> None:
     with page.expect_download(timeout=WAIT) as download:
         page.locator("#prepare").click()
     assert download.value.suggested_filename == "iared2.zip"
-    expected = iared2.Predictor(iared2.load())(EXAMPLES / "coffee.jpg", 0.5)
+    expected = iared2.Predictor(iared2.load())(EXAMPLES / "coffee.jpg")
     with zipfile.ZipFile(download.value.path()) as archive:
         files = ("heatmap.png", "hierarchy.png", "result.json")
         assert archive.namelist() == [f"{folder}/{file}" for folder in ("astronaut", "coffee") for file in files]
