@@ -193,3 +193,18 @@ def test_a_senseless_limit_is_refused(model, images, max_tokens):
             model(images[:1])
     finally:
         model.max_tokens = None
+
+
+def test_a_whole_group_is_given_up_before_the_last_ones_have_next_to_nothing(images):
+    torch.manual_seed(0)
+    size = {"img_size": 64, "patch_size": 8, "embed_dim": 48, "num_heads": 3, "depth": 8, "num_classes": 5}
+    model = iared2.from_timm("deit_tiny_patch16_224", groups=4, interpreter="attention", **size).eval()
+    model.calibrate(images, keep=(1.0, 0.5, 0.3, 0.18))
+    shares = {}
+    for budget in (0.5, 0.4, 0.3, 0.2):
+        output = kept(model, images, thresholds_for(model, images, gmacs=budget * model.dense_macs / 1e9))
+        assert output.macs.double().mean().item() == pytest.approx(budget * model.dense_macs, rel=0.01)
+        shares[budget] = output.keep_ratio.mean(1).tolist()
+    assert shares[0.5][0] == shares[0.4][0] == 1, "a group that drops nothing keeps dropping nothing"
+    assert shares[0.3][0] < 0.8
+    assert shares[0.3][3] > shares[0.4][3] / 2 > 0.01

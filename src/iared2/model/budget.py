@@ -29,6 +29,7 @@ from .tokens import PackedTokens
 BATCH_SIZE = 64
 TIMED_IMAGES = 16
 MAX_ALPHA = 64.0  # a share of 0.9 to the power of 64 is 0.001
+MIN_SHARE = 0.02  # of the patches for the last group: with less, groups that drop nothing cost more than they are worth
 TOLERANCE = 1e-3  # of the budget; the shares themselves are exact to one patch of the sample
 
 
@@ -110,13 +111,15 @@ def _for_shares(model: Any, sample: list[PackedTokens], keep: list[float]) -> li
 def _family(
     model: Any, sample: list[PackedTokens], meets: Callable[[list[float]], bool]
 ) -> Callable[[float], list[float]]:
-    """alpha -> the shares of each group: the policy's own to the power of alpha, if their end meets the budget.
+    """alpha -> the shares of each group: the policy's own to the power of alpha, if the last keeps ``MIN_SHARE`` so.
 
-    If it does not, since groups that drop nothing hold it up, each group keeps the same part of what it is given.
+    If not, since groups that drop nothing hold it up, each group keeps the same part of what it is given.
     """
     kept = torch.cat([torch.stack(model.reduce(packed)[2]).sum(-1) for packed in sample], 1)  # (D, B)
     own = (kept.cpu().double().mean(1) / sample[0].num_patches).clamp_min(1e-3).tolist()
-    if own[-1] > 0.99 or not meets([share**MAX_ALPHA for share in own]):
+    whole = own[-1] > 0.99
+    most = 1.0 if whole else max(1.0, math.log(MIN_SHARE) / math.log(own[-1]))
+    if whole or not meets([share**most for share in own]):
         own = [2.0 ** -(group + 1) for group in range(model.num_groups)]
     return lambda alpha: [share**alpha for share in own]
 
