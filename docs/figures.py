@@ -58,8 +58,7 @@ def evaluation(result: dict[str, Any]) -> str:
         [
             f"The model in the box, its shipped weights, on the {result['images']:,} validation photos of its classes",
             "in Tiny-ImageNet: `OMP_NUM_THREADS=1 iared2 evaluate box DATA --json docs/figures/box.json`. Images/s:",
-            "forward passes alone in batches of 64, float32, taking turns on a CPU core that other work shared: the",
-            "least disturbed of five runs.",
+            "forward passes alone in batches of 64, float32, the three taking turns on one CPU core.",
             "",
             *rows,
             "",
