@@ -248,7 +248,7 @@ def test_ctrl_c_ends_it_and_nothing_is_left(server: Server) -> None:
     """The last test of the server."""
     assert list((server.folder / "uploads").rglob("*.*"))
     server.process.send_signal(signal.SIGINT)
-    assert server.process.wait(30) == 130
+    assert server.process.wait(120) == 130
     left = {path.name for path in (server.folder / "uploads").rglob("*.*")}
     assert left <= {Path(path).name for path in examples()}
     assert "Traceback" not in server.log()
