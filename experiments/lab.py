@@ -195,6 +195,16 @@ def versus(a: Sequence[Measured], b: Sequence[Measured]) -> str:
     return f"{100 * difference.mean():+.1f} ({low:+.1f} … {high:+.1f})"
 
 
+def shares(keep: list[float]) -> str:
+    """Percentages after each group."""
+    return " · ".join(f"{100 * k:.0f} %" for k in keep)
+
+
+def row(name: str, m: Measured, *more: str) -> list[str]:
+    """What every table says of a model: name, top-1, patches alive, multiply-adds."""
+    return [name, f"{m.top1:.1f}", shares(m.keep_ratio), f"{100 * m.share:.0f} %", *more]
+
+
 @dataclass(frozen=True)
 class Table:
     """What an experiment found."""

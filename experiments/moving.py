@@ -19,9 +19,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from lab import Measured, Part, Table, Trained
+from lab import Measured, Part, Table, Trained, row
 from PIL import Image
-from tables import row
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from iared2 import InputError, ReducedVisionTransformer, keyed
@@ -31,7 +30,7 @@ from iared2.explain.figures import blank, fit, grid
 from iared2.model.decide import Decide, keep_all
 from iared2.resident import ResidentImages
 from iared2.train.augment import AugmentConfig
-from iared2.train.curriculum import RunData, check, train_on
+from iared2.train.curriculum import RunData, train
 from iared2.train.loop import StageConfig
 from iared2.train.policy_gradient import PolicyConfig
 from iared2.train.recipe import ModelConfig, Recipe
@@ -115,10 +114,9 @@ class MovingRun(Trained):
         assert self.folder is not None
         if (self.folder / "done").exists():
             return
-        check(self.recipe)
-        train, held_out = self.clips["train"], self.clips["eval"]
+        clips, held_out = self.clips["train"], self.clips["eval"]
         names = tuple(f"number {i + 1}" for i in range(self.num_classes))
-        train_on(self.recipe, self.folder, RunData(names, len(train), True, lambda _: (train, held_out)))
+        train(self.recipe, self.folder, RunData(names, len(clips), True, lambda _: (clips, held_out)))
         (self.folder / "done").touch()
 
     def batches(self, part: Part, model: ReducedVisionTransformer, batch_size: int = 250) -> Iterator[Batch]:

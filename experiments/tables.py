@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from lab import Lab, Measured, Table, Trained, versus
+from lab import Lab, Measured, Table, Trained, row, versus
 from looks import centre_like, enrichment, maps, score_share, upside_down
 from matplotlib.figure import Figure
 from variants import CLUTTER, CLUTTER_BACKBONE, CLUTTER_OURS, GENTLE, SHORT, SIGMOID
@@ -34,15 +34,6 @@ from iared2.regions import open_regions
 
 BUDGETS = (0.65, 0.5)
 PHOTO = 64, 64  # the frame of Tiny-ImageNet's boxes
-
-
-def shares(keep: list[float]) -> str:
-    """Percentages after each group."""
-    return " · ".join(f"{100 * k:.0f} %" for k in keep)
-
-
-def row(name: str, m: Measured, *more: str) -> list[str]:
-    return [name, f"{m.top1:.1f}", shares(m.keep_ratio), f"{100 * m.share:.0f} %", *more]
 
 
 class Experiments:
@@ -274,28 +265,31 @@ class Experiments:
             [self.truth(batch, dense_run.model) for batch in dense_run.batches("eval", dense_run.model)]
         )
         rows = [row("dense", dense, *["–"] * 6)]
+
+        def add(name: str, m: Measured, *over: str) -> None:
+            kept = m.kept[-1]
+            precision, recall = (truth * kept).sum() / kept.sum(), (truth * kept).sum() / truth.sum()
+            found = f"{100 * precision:.0f} %", f"{precision / truth.mean():.2f}", f"{100 * recall:.0f} %"
+            rows.append(row(name, m, versus([m], [dense]), *found, *over, *[""] * (2 - len(over))))
+
         ours = [*common, *CLUTTER_OURS]
-        for name, kind, settings, rivals in (
-            ("ours", "ours", ours, ("random", "attention")),
-            ("ours, the paper's interpreter", "ours", [*ours, *SIGMOID], ("random",)),
-            ("paper", "paper", common, ("random",)),
-        ):
-            learned = lab.run(f"cluttered-{kind}" + ("-sigmoid" if "interpreter" in name else ""), kind, settings)
+        for kind, settings, rivals in (("ours", ours, ("random", "attention")), ("paper", common, ("random",))):
+            learned = lab.run(f"cluttered-{kind}", kind, settings)
             keep = list(learned.recipe.policy.keep) or self.measured_keep(learned)
+            chosen = [f"policy.keep={keep}"]
+            others = {
+                decisions: lab.run(
+                    f"cluttered-{kind}-{decisions}", kind, [*settings, *chosen, f"policy.decisions={decisions}"]
+                ).measure()
+                for decisions in rivals
+            }
             own = learned.measure()
-            measured = [(name, own, [])]
-            for decisions in rivals:
-                rival = [*(ours if kind == "ours" else common), f"policy.keep={keep}", f"policy.decisions={decisions}"]
-                other = lab.run(f"cluttered-{kind}-{decisions}", kind, rival).measure()
-                if name != "ours, the paper's interpreter":
-                    measured.append((f"{decisions}, as many as {name}", other, []))
-                measured[0][2].append(versus([own], [other]))
-            for label, m, over in measured:
-                kept = m.kept[-1]
-                precision, recall = (truth * kept).sum() / kept.sum(), (truth * kept).sum() / truth.sum()
-                found = [f"{100 * precision:.0f} %", f"{precision / truth.mean():.2f}", f"{100 * recall:.0f} %"]
-                over += [""] * (2 - len(over))
-                rows.append(row(label, m, versus([m], [dense]), *found, *over))
+            add(kind, own, *(versus([own], [other]) for other in others.values()))
+            if kind == "ours":
+                plain = lab.run("cluttered-ours-sigmoid", kind, [*ours, *SIGMOID]).measure()
+                add("ours, the paper's interpreter", plain, *(versus([plain], [other]) for other in others.values()))
+            for decisions, other in others.items():
+                add(f"{decisions}, as many as {kind}", other)
         columns = [
             "model",
             "top-1 %",

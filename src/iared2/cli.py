@@ -163,8 +163,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         raise InputError(f"{arguments.data} has {len(samples.class_names)} classes, the model {model.num_classes}")
     if arguments.limit:
         samples = replace(samples, rows=samples.rows[: arguments.limit], labels=samples.labels[: arguments.limit])
-    cfg, several = model.pretrained_cfg, arguments.clips * arguments.crops > 1
-    transform = views_transform(cfg, arguments.crops) if several else model_transform(cfg)
+    cfg, crops = model.pretrained_cfg, arguments.crops
+    transform = views_transform(cfg, crops) if crops > 1 else model_transform(cfg)  # which shows the whole frame
     batches = eval_batches(samples, transform, batch_size=arguments.batch_size, workers=arguments.workers)
     steps = -(-len(samples) // arguments.batch_size)
     console = Console(stderr=True)

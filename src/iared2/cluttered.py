@@ -33,8 +33,9 @@ from .resident import (
     COLOUR_DRAWS,
     CROP_DRAWS,
     ERASE_DRAWS,
+    EVAL_SEED,
     BatchAugment,
-    OnDevice,
+    MadeOfPhotos,
     ResidentImages,
     grey,
     normalise,
@@ -43,8 +44,6 @@ from .resident import (
 
 SITE = 4 << 20  # sites of keyed draws, apart from those of resident.py
 SITE_SIDES, SITE_WHOLE, SITE_LOOSE, SITE_CELLS, SITE_SOURCES, SITE_AUGMENT, SITE_ERASE = range(SITE, SITE + 7)
-EVAL_SEED = -1
-"""Not the run's seed: all runs are evaluated on the same canvases."""
 WHOLE, LOOSE = 4, 6  # layers of each kind
 CHUNK = 32  # canvases that are made at once, for the sake of memory
 MAX_FILLING = 4000
@@ -66,7 +65,7 @@ class _Layers(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class ClutteredImages(OnDevice):
+class ClutteredImages(MadeOfPhotos):
     """Labelled photos at random places of canvases that are filled with pieces of other photos.
 
     Attributes:
@@ -109,16 +108,6 @@ class ClutteredImages(OnDevice):
         object.__setattr__(self, "filling", self.filling[order])
         object.__setattr__(self, "filling_labels", self.filling_labels[order])
 
-    @property
-    def rows(self) -> Tensor:  # type: ignore[override]
-        """Of the labelled photos."""
-        return self.photos.rows
-
-    @property
-    def skipped(self) -> list[tuple[str, str]]:  # type: ignore[override]
-        """Of the labelled photos."""
-        return self.photos.skipped
-
     def canvases(self, rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Canvases with whole photos in their own colours.
 
@@ -143,7 +132,7 @@ class ClutteredImages(OnDevice):
 
     def as_it_is(self, places: Tensor, mean: Sequence[float], std: Sequence[float]) -> Batch:
         """``(B, 3, V, V)`` canvases, always the same of a photo."""
-        pixels, boxes = self.canvases(places, keyed.sample_keys(EVAL_SEED, 0, self.rows[places]))
+        pixels, boxes = self.canvases(places, self.eval_keys(places))
         return Batch(
             normalise(pixels.float() / 255, mean, std), self.photos.labels[places], self.rows[places], [], boxes
         )

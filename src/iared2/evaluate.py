@@ -69,13 +69,16 @@ def trace(model: ReducedVisionTransformer, images: Tensor, decide: Decide | None
     """
     if images.ndim < 6:
         return model.trace(images, decide)
-    views = images.shape[:2]
-    output = model.trace(images.flatten(0, 1), decide)
+    return by_video(model.trace(images.flatten(0, 1), decide), images.shape[1])
+
+
+def by_video(output: Output, views: int) -> Output:
+    """What was found in ``B·V`` clips, as of B videos of V views each; see `trace`."""
     return Output(
-        logits=output.logits.float().softmax(-1).unflatten(0, views).mean(1).log(),
-        scores=output.scores.unflatten(1, views).flatten(2),
-        kept=output.kept.unflatten(1, views).flatten(2),
-        macs=output.macs.unflatten(0, views).sum(1),
+        logits=output.logits.float().softmax(-1).unflatten(0, (-1, views)).mean(1).log(),
+        scores=output.scores.unflatten(1, (-1, views)).flatten(2),
+        kept=output.kept.unflatten(1, (-1, views)).flatten(2),
+        macs=output.macs.unflatten(0, (-1, views)).sum(1),
     )
 
 
@@ -159,10 +162,9 @@ def evaluate(
     def add(name: str, run: Callable[..., Output], *args: Any) -> None:
         with torch.inference_mode():
             output, seconds = timed(device, run, *args)
-        votes = output.logits.float().softmax(-1).unflatten(0, (-1, views)).mean(1) if views > 1 else output.logits
-        right = (votes.argmax(1) == labels).sum()
-        kept = output.keep_ratio.sum(1) / views
-        found = torch.stack([t.cpu().double() for t in (right, output.macs.sum(), *kept)])
+        output = by_video(output, views) if views > 1 else output
+        right = (output.logits.argmax(1) == labels).sum()
+        found = torch.stack([t.cpu().double() for t in (right, output.macs.sum(), *output.keep_ratio.sum(1))])
         sums[name] = sums.get(name, torch.zeros(len(found) + 1)) + torch.cat([found, torch.tensor([seconds])])
 
     def dense(x: Tensor) -> Output:

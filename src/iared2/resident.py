@@ -22,6 +22,8 @@ from .data import Samples
 
 SITE_AUGMENT = 3 << 20  # a site of keyed draws, apart from those of model/decide.py
 CROP_DRAWS, COLOUR_DRAWS, ERASE_DRAWS = 5, 3, 5
+EVAL_SEED = -1
+"""No run's."""
 
 
 @dataclass(frozen=True)
@@ -175,6 +177,26 @@ class ResidentImages(OnDevice):
         """``(B, 3, H, W)`` images, only normalised."""
         images = normalise(self.images[places].float() / 255, mean, std)
         return Batch(images, self.labels[places], self.rows[places], [])
+
+
+class MadeOfPhotos(OnDevice):
+    """Made on the fly of photos in memory, one sample a photo."""
+
+    photos: ResidentImages
+
+    @property
+    def rows(self) -> Tensor:  # type: ignore[override]
+        """Of the photos."""
+        return self.photos.rows
+
+    @property
+    def skipped(self) -> list[tuple[str, str]]:  # type: ignore[override]
+        """Of the photos."""
+        return self.photos.skipped
+
+    def eval_keys(self, places: Tensor) -> Tensor:
+        """``(B,)`` keys of what is evaluated on: not the run's, so all runs are evaluated on the same."""
+        return keyed.sample_keys(EVAL_SEED, 0, self.rows[places])
 
 
 def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

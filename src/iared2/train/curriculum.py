@@ -119,24 +119,6 @@ class RunData:
     read: Callable[[torch.device], tuple[Images, Images]]
 
 
-def train(recipe: Recipe, output: Path) -> Path:
-    """Run a recipe on the data that it names, or go on with it where it was killed.
-
-    Args:
-        recipe: what to do.
-        output: the run's folder: ``state.safetensors`` (resume), ``model.safetensors`` (result), ``metrics.jsonl`` and
-            ``tensorboard/``.
-
-    Returns:
-        The path of the finished model.
-
-    Raises:
-        InputError: the data or the recipe is wrong, or ``output`` holds a run of another recipe; before any training.
-    """
-    check(recipe)
-    return train_on(recipe, output, open_data(recipe))
-
-
 def open_data(recipe: Recipe) -> RunData:
     """The data that a recipe names.
 
@@ -167,8 +149,23 @@ def open_data(recipe: Recipe) -> RunData:
     return RunData(opened["train"].class_names, len(opened["train"]), on_device, read)
 
 
-def train_on(recipe: Recipe, output: Path, data: RunData) -> Path:
-    """Run a recipe on other data than it names; all else as `train`, for which `check` has been called."""
+def train(recipe: Recipe, output: Path, data: RunData | None = None) -> Path:
+    """Run a recipe, or go on with it where it was killed.
+
+    Args:
+        recipe: what to do.
+        output: the run's folder: ``state.safetensors`` (resume), ``model.safetensors`` (result), ``metrics.jsonl`` and
+            ``tensorboard/``.
+        data: other data than the recipe names.
+
+    Returns:
+        The path of the finished model.
+
+    Raises:
+        InputError: the data or the recipe is wrong, or ``output`` holds a run of another recipe; before any training.
+    """
+    check(recipe)
+    data = data or open_data(recipe)
     accelerator = Accelerator(mixed_precision=recipe.precision)
     identity = {
         **_comparable(recipe),

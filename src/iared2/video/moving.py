@@ -31,12 +31,10 @@ from torch import Tensor
 from .. import keyed
 from ..batches import Batch
 from ..errors import InputError
-from ..resident import COLOUR_DRAWS, BatchAugment, OnDevice, ResidentImages, normalise, recolour
+from ..resident import COLOUR_DRAWS, BatchAugment, MadeOfPhotos, ResidentImages, normalise, recolour
 
 SITE = 5 << 20  # sites of keyed draws, apart from those of cluttered.py
 SITE_ORDER, SITE_SIDE, SITE_PLACE, SITE_PICTURES, SITE_COLOUR = range(SITE, SITE + 5)
-EVAL_SEED = -1
-"""Not the run's seed: all runs are evaluated on the same clips."""
 RIM = 1.5
 """Pixels of the object's outline."""
 COLOUR = 1.0, 0.1, 0.9
@@ -44,7 +42,7 @@ COLOUR = 1.0, 0.1, 0.9
 
 
 @dataclass(frozen=True, eq=False)
-class MovingClips(OnDevice):
+class MovingClips(MadeOfPhotos):
     """One clip a photo and epoch: the photo lies still, and a disc cut from another one moves over it.
 
     Attributes:
@@ -74,16 +72,6 @@ class MovingClips(OnDevice):
             raise InputError(f"moving: {number} photos {photo}; give two or more squares of {self.size} pixels or more")
 
     @property
-    def rows(self) -> Tensor:  # type: ignore[override]
-        """Of the photos."""
-        return self.photos.rows
-
-    @property
-    def skipped(self) -> list[tuple[str, str]]:  # type: ignore[override]
-        """Of the photos."""
-        return self.photos.skipped
-
-    @property
     def num_classes(self) -> int:
         """P."""
         return self.frames + 1
@@ -102,7 +90,7 @@ class MovingClips(OnDevice):
 
     def as_it_is(self, places: Tensor, mean: Sequence[float], std: Sequence[float]) -> Batch:
         """``(B, 3, T, V, V)`` clips, always the same of a photo."""
-        pixels, labels, boxes = self.clips(places, keyed.sample_keys(EVAL_SEED, 0, self.rows[places]))
+        pixels, labels, boxes = self.clips(places, self.eval_keys(places))
         return Batch(_normalise(pixels, mean, std), labels, self.rows[places], [], boxes)
 
     def clips(self, rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
