@@ -20,6 +20,7 @@ from iared2 import ReducedVisionTransformer
 from iared2.batches import Batch
 from iared2.cluttered import ClutteredImages, open_cluttered
 from iared2.data import DataConfig, open_samples
+from iared2.errors import InputError
 from iared2.model.budget import thresholds_for
 from iared2.model.decide import Decide, by_share
 from iared2.model.rivals import KINDS as RIVALS
@@ -123,7 +124,7 @@ class Trained:
         if self.folder is not None:
             _, _, parts = load_state(self.folder / "state.safetensors")
             model.load_state_dict(parts["model"])
-            if policy.keep and policy.decisions not in RIVALS:
+            if policy.keep and not self.by_count:
                 model.calibrate(self.sample(model), keep=policy.keep)
         return model
 
@@ -138,13 +139,29 @@ class Trained:
     @property
     def decide(self) -> Decide:
         """The decision with which it was fine-tuned."""
-        policy = self.recipe.policy
-        return by_share(policy.keep) if policy.decisions in RIVALS else self.model.policy()
+        return by_share(self.recipe.policy.keep) if self.by_count else self.model.policy()
+
+    @property
+    def by_count(self) -> bool:
+        """Whether every image keeps as many patches as the others."""
+        return self.recipe.policy.decisions in RIVALS or self.recipe.policy.equal_counts
 
     def at(self, share: float) -> Decide:
-        """The learned decision at a share of the dense multiply-adds: thresholds chosen on the holdout."""
+        """The learned decision at a share of the dense multiply-adds: thresholds chosen on the holdout, or counts."""
+        if self.by_count:
+            return by_share(self.shares_at(share))
         gmacs = share * self.model.dense_macs / 1e9
         return self.model.policy(thresholds_for(self.model, self.sample(self.model), gmacs=gmacs))
+
+    def shares_at(self, share: float) -> list[float]:
+        """The recipe's shares to the one power with which they cost at most ``share`` of the dense multiply-adds."""
+        patches = self.model.backbone.patch_embed.num_patches
+        for alpha in np.arange(0, 8, 0.002):
+            shares = [keep**alpha for keep in self.recipe.policy.keep]
+            counts = torch.tensor([[round(patches * s)] for s in shares])
+            if int(self.model.count_macs(counts)) <= share * self.model.dense_macs:
+                return shares
+        raise InputError(f"no counts cost less than {share:.0%} of the dense multiply-adds")
 
     def measure(self, decide: Decide | None = None, part: Part = "eval") -> Measured:
         """One pass over the images of a split, in float32."""

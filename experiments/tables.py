@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from lab import Lab, Measured, Table, Trained, row, versus
 from looks import centre_like, enrichment, maps, score_share, upside_down
 from matplotlib.figure import Figure
-from variants import CLUTTER, CLUTTER_BACKBONE, CLUTTER_OURS, GENTLE, SHORT, SIGMOID
+from variants import CLUTTER, CLUTTER_BACKBONE, CLUTTER_OURS, GENTLE, MERGED, SHORT, SIGMOID
 
 from iared2 import ReducedVisionTransformer
 from iared2.batches import Batch
@@ -32,6 +32,7 @@ from iared2.errors import InputError
 from iared2.model.decide import Decide, keep_all
 from iared2.regions import open_regions
 
+VARIANTS: dict[str, tuple[str, list[str]]] = {"paper": ("paper", []), "ours": ("ours", []), "merged": ("ours", MERGED)}
 BUDGETS = (0.65, 0.5)
 PHOTO = 64, 64  # the frame of Tiny-ImageNet's boxes
 
@@ -48,17 +49,17 @@ class Experiments:
 
     # ---- variants ------------------------------------------------------------------------------------------------
 
-    def paper(self, seed: int = 0, name: str = "paper", *settings: str) -> Trained:
-        return self.lab.run(name, "paper", settings, seed)
+    def learned(self, name: str, seed: int = 0) -> Trained:
+        """One of ``VARIANTS``."""
+        kind, settings = VARIANTS[name]
+        return self.lab.run(name, kind, settings, seed)
 
-    def ours(self, seed: int = 0, name: str = "ours", *settings: str) -> Trained:
-        return self.lab.run(name, "ours", settings, seed)
-
-    def rival(self, of: Trained, kind: str, seed: int, decisions: str) -> Trained:
-        """A rival that keeps what ``of`` keeps in the mean, on images that neither has seen."""
+    def rival(self, of: Trained, name: str, seed: int, decisions: str) -> Trained:
+        """A rival that keeps what ``of``, the variant ``name``, keeps in the mean, on images that neither has seen."""
+        kind, settings = VARIANTS[name]
         keep = of.recipe.policy.keep or self.measured_keep(of)
-        settings = [f"policy.keep={list(keep)}", f"policy.decisions={decisions}"]
-        return self.lab.run(f"{kind}-{decisions}", kind, settings, seed)
+        chosen = [f"policy.keep={list(keep)}", f"policy.decisions={decisions}"]
+        return self.lab.run(f"{name}-{decisions}", kind, [*settings, *chosen], seed)
 
     @staticmethod
     def measured_keep(of: Trained) -> list[float]:
@@ -87,7 +88,8 @@ class Experiments:
         dense = max(before, tuned, key=lambda m: m.top1)
         rows = [row("dense, before Algorithm 1", before, "–"), row("dense, trained on as long", tuned, "–")]
         points: dict[str, list[tuple[float, float]]] = {}
-        for name, run in (("paper", self.paper()), ("ours", self.ours())):
+        for name in VARIANTS:
+            run = self.learned(name)
             settings: list[tuple[str, Decide]] = [
                 (f"{name}, as trained", run.decide),
                 (f"{name}, threshold 0", keep_all),
@@ -97,7 +99,7 @@ class Experiments:
                 m = run.measure(decide)
                 rows.append(row(label, m, versus([m], [dense])))
                 points.setdefault(name, []).append((m.share, m.top1))
-        gentle = self.ours(0, "ours-gentle", f"policy.keep={GENTLE}").measure()
+        gentle = self.lab.run("ours-gentle", "ours", [f"policy.keep={GENTLE}"]).measure()
         rows.append(row("ours, trained at 65 %", gentle, versus([gentle], [dense])))
         notes = ["The last column: points against the better dense model, 95 % of paired bootstraps."]
         notes += ["Thresholds of a budget are chosen on a holdout of the training images; reported on validation."]
@@ -116,11 +118,12 @@ class Experiments:
     def table1(self) -> None:
         """Random dropping and other rivals against the learned policy, each fine-tuned with its own decisions."""
         rows, notes = [], []
-        for name, kind, rivals in (
-            ("paper", "paper", ("random",)),
-            ("ours", "ours", ("random", "attention", "centre")),
+        for name, rivals in (
+            ("paper", ("random",)),
+            ("ours", ("random", "attention", "centre")),
+            ("merged", ("random", "attention")),
         ):
-            learned = [self.lab.run(name, kind, (), seed) for seed in self.seeds]
+            learned = [self.learned(name, seed) for seed in self.seeds]
             measured = [run.measure() for run in learned]
             rows += [row(f"{name}, seed {seed}", m, "") for seed, m in zip(self.seeds, measured, strict=True)]
             for decisions in rivals:
@@ -141,7 +144,7 @@ class Experiments:
 
     def gumbel(self) -> None:
         """Section 4: REINFORCE against straight-through Gumbel at equal multiply-adds, and where each looks."""
-        learned = self.paper()
+        learned = self.learned("paper")
         keep = self.measured_keep(learned)
         gumbel = self.lab.run("gumbel", "paper", [f"policy.keep={keep}", "policy.decisions=gumbel"])
         inside = self.inside()
@@ -168,7 +171,7 @@ class Experiments:
 
     def table2(self) -> None:
         """The threshold swept after training."""
-        run = self.paper()
+        run = self.learned("paper")
         rows = []
         for t in (0.2, 0.4, 0.45, 0.48, 0.49, 0.5, 0.51, 0.52, 0.55, 0.6, 0.8):
             rows.append(row(f"{t:.2f}", run.measure(run.model.policy([t] * run.model.num_groups))))
@@ -202,7 +205,7 @@ class Experiments:
     def cost(self) -> None:
         """Section 2: what share of the training time each stage takes."""
         rows = []
-        for name, run in (("paper", self.paper()), ("ours", self.ours())):
+        for name, run in ((name, self.learned(name)) for name in ("paper", "ours")):
             assert run.folder is not None
             seconds: dict[str, float] = {}
             for line in (run.folder / "metrics.jsonl").read_text().splitlines():
@@ -221,7 +224,7 @@ class Experiments:
         inside = self.inside()
         degenerate = ~inside.any(1)
         rows = []
-        for name, run in (("paper", self.paper()), ("ours", self.ours())):
+        for name, run in ((name, self.learned(name)) for name in ("paper", "ours")):
             m = run.measure()
             for group, kept in enumerate(m.kept):
                 if kept.all():
@@ -239,7 +242,7 @@ class Experiments:
 
     def ablation(self) -> None:
         """`ours` without each of its parts."""
-        full = self.ours().measure()
+        full = self.learned("ours").measure()
         columns, rows = ["recipe", "top-1 %", "alive", "MACs", "− ours"], [row("ours", full, "")]
         longer = "policy_gradient.epochs=0.8" if self.lab.size == "tiny_imagenet_cpu" else "policy_gradient.epochs=10"
         for name, settings in {
@@ -248,12 +251,16 @@ class Experiments:
             "hard reward for the true label": ["reward.graded=false", "reward.label='true'"],
             "one sample, greedy baseline": ["policy.samples=1", "policy.leave_one_out=false"],
             "no distillation": ["finetune.distill=0.0"],
+            "dropped patches merged": MERGED[:1],
+            "as many patches of every photo": MERGED[1:],
             "three groups, none whole": ["model.groups=3", "policy.keep=[0.75, 0.45, 0.28]"],
         }.items():
             folder = "ours-" + name.replace(", ", "-").replace(" ", "-").replace("'", "")
             m = self.lab.run(folder, "ours", settings).measure()
             rows.append(row(name, m, versus([m], [full])))
-            self.write("ablation", "`ours`, one part taken out.", columns, rows, [])  # of the rows that are there
+            self.write(
+                "ablation", "`ours`, one part taken out or put in.", columns, rows, []
+            )  # of the rows that are there
 
     def cluttered(self) -> None:
         """The set where the answer is known, a backbone of its own, and what each decision keeps there."""

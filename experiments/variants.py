@@ -9,28 +9,29 @@ CLUTTER = {
         "data.clutter=96",
         "model.timm={ img_size = 96, patch_size = 8 }",
         f"data.classes={list(CLASSES)}",
-        "policy_gradient.epochs=1",
+        "policy_gradient.epochs=4",
         "policy_gradient.augment={ min_scale = 0.8, color_jitter = 0.0 }",
-        "finetune.epochs=1",
+        "finetune.epochs=2",
         "finetune.augment={ min_scale = 0.6, color_jitter = 0.2 }",
     ],
 }
 CLUTTER_BACKBONE = {
     "tiny_imagenet": ["model.checkpoint=''"],  # from scratch: its patches are larger than the reference model's
-    "tiny_imagenet_cpu": [  # from the weights of the whole photos, for six passes
-        "backbone.epochs=6",
+    "tiny_imagenet_cpu": [  # from the weights of the whole photos
+        "backbone.epochs=18",
         "backbone.lr=1e-3",
         "backbone.warmup_epochs=0.2",
-        "backbone.patch_drop=0.5",
+        "backbone.patch_drop=0.75",
         "backbone.mixup=0.0",
         "backbone.cutmix=0.0",
-        "backbone.ema_decay=0.98",
+        "backbone.ema_decay=0.99",
         "backbone.augment={ min_scale = 0.6, color_jitter = 0.2 }",
         "policy_gradient.epochs=0",
         "finetune.epochs=0",
     ],
 }
-CLUTTER_OURS = ["policy.keep=[1.0, 0.28, 0.18, 0.14]"]
+CLUTTER_OURS = ["policy.keep=[1.0, 0.2, 0.12, 0.08]"]
+MERGED = ["model.dropped='merged'", "policy.equal_counts=true"]
 GENTLE = [1.0, 0.7, 0.5, 0.4]  # at 65 % of the multiply-adds
 SIGMOID = [  # the paper's interpreter, from noise, and what suits it
     "model.interpreter='sigmoid'",

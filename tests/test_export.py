@@ -23,9 +23,9 @@ FAMILIES = {
 }
 
 
-def make(name="deit_tiny_patch16_224"):
+def make(name="deit_tiny_patch16_224", dropped="gone"):
     torch.manual_seed(0)
-    model = iared2.from_timm(name, **{**KWARGS, **FAMILIES[name]}).eval()
+    model = iared2.from_timm(name, **{**KWARGS, **FAMILIES[name], "dropped": dropped}).eval()
     with torch.no_grad():
         for interpreter in model.interpreters:  # at birth the scores of an image hardly differ
             interpreter.query.weight.mul_(30)
@@ -40,9 +40,12 @@ def by_count(scores, alive, group):
     return top_k(scores, alive, torch.full((len(scores),), COUNTS[group]))
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+MERGED = [(name, "merged") for name in ("deit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2")]
+
+
+@pytest.fixture(scope="module", params=[*((name, "gone") for name in FAMILIES), *MERGED], ids="-".join)
 def fixed(request):
-    model = make(request.param)
+    model = make(*request.param)
     with torch.no_grad():
         return model, FixedCount(model, COUNTS), model.trace(images(4, model.pretrained_cfg["input_size"]), by_count)
 
@@ -88,10 +91,12 @@ def test_onnx(fixed, tmp_path, batch_size):
     assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
 
 
+@pytest.mark.parametrize("dropped", ["gone", "merged"])
 @pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
-def test_adaptive_keeps_what_the_threshold_keeps(tmp_path, suffix):
-    model, x = make(), images(8)
+def test_adaptive_keeps_what_the_threshold_keeps(tmp_path, suffix, dropped):
+    model, x = make(dropped=dropped), images(8)
     model.calibrate(x, keep=(0.8, 0.5, 0.2))
+    model.threshold = [t + 1e-6 for t in model.thresholds]  # not a score itself, lest rounding decides
     export(Adaptive(model), tmp_path / f"m{suffix}")
     with torch.no_grad():
         outputs = [model.trace(image) for image in x.split(1)]
@@ -104,8 +109,9 @@ def test_adaptive_keeps_what_the_threshold_keeps(tmp_path, suffix):
         check(logits, ids[None], output, 1)
 
 
-def test_adaptive_survives_an_image_that_loses_everything(tmp_path):
-    model = make()
+@pytest.mark.parametrize("dropped", ["gone", "merged"])
+def test_adaptive_survives_an_image_that_loses_everything(tmp_path, dropped):
+    model = make(dropped=dropped)
     model.threshold = [0.5, 1.0, 0.5]
     export(Adaptive(model), tmp_path / "m.onnx")
     logits, ids = run_onnx(tmp_path / "m.onnx", images(1))

@@ -43,8 +43,8 @@ def load(path: Path | str | None = None) -> ReducedVisionTransformer:
 def _load_ours(path: Path) -> ReducedVisionTransformer:
     tensors, config = saved.read(path)
     try:
-        kind = config.get("interpreter", "sigmoid")  # the first files say nothing of it
-        model = from_timm(config["architecture"], groups=config["groups"], interpreter=kind, **config["model_args"])
+        kind = {key: config[key] for key in ("interpreter", "dropped") if key in config}  # the first files have none
+        model = from_timm(config["architecture"], groups=config["groups"], **kind, **config["model_args"])
         model.threshold = config["threshold"]
         model.threshold = model.thresholds if len(set(model.thresholds)) > 1 else model.thresholds[0]
         model.max_tokens = config.get("max_tokens")  # files of version 0.1.0 have none

@@ -39,7 +39,7 @@ class _Dense(nn.Module):
         self.backbone: Any = model.backbone
         self.interpreters: Any = model.interpreters
         self.groups = model.groups
-        self.prefix = model.backbone.num_prefix_tokens
+        self.prefix, self.merged = model.backbone.num_prefix_tokens, model.dropped == "merged"
         cfg = model.pretrained_cfg
         self.input_size = tuple(cfg["input_size"])
         self.about = {name: cfg.get(name) for name in ("input_size", "mean", "std", "interpolation")}
@@ -58,9 +58,26 @@ class _Dense(nn.Module):
         u, bias = interpreter.directions(p_hat)
         return interpreter.compare(x_hat[:, self.prefix :], u, bias)
 
-    def run_group(self, x: Tensor, group: int) -> Tensor:
+    def drop(self, x: Tensor, sizes: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+        """``x (B, S, C)``, and of how many patches each is the mean ``(B, S)``: what ``keep (B, k)`` names is left."""
+        prefix, patches = x[:, : self.prefix], x[:, self.prefix :]
+        kept = patches.gather(1, keep[..., None].expand(-1, -1, x.shape[2]))
+        if not self.merged:
+            return torch.cat([prefix, kept], 1), sizes[:, : self.prefix + keep.shape[1]]
+        alike = F.normalize(patches, dim=2) @ F.normalize(kept, dim=2).mT  # (B, n, k)
+        # place 0 takes what has nowhere to go; a patch that stays goes to itself
+        place = F.pad(alike, (1, 0), value=-2.0).argmax(2)
+        number = torch.arange(1, keep.shape[1] + 1, device=x.device)
+        place = place.scatter(1, keep, number.expand_as(keep))
+        shares = (place[..., None] == number) * sizes[:, self.prefix :, None]  # (B, n, k)
+        total = shares.sum(1)
+        kept = shares.mT @ patches / total[..., None]
+        return torch.cat([prefix, kept], 1), torch.cat([sizes[:, : self.prefix], total], 1)
+
+    def run_group(self, x: Tensor, sizes: Tensor, group: int) -> Tensor:
+        bias = sizes.log()[:, None, None] if self.merged else None
         for index in self.groups[group]:
-            x = self.backbone.blocks[index](x)
+            x = self.backbone.blocks[index](x, attn_mask=bias)
         return x
 
     def head(self, x: Tensor) -> Tensor:
@@ -92,14 +109,14 @@ class FixedCount(_Dense):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """``(B, in_chans, height, width) -> logits (B, K), patch_ids (B, num_keep[-1])``, what is left."""
         x = vit.embed(self.backbone, images)
+        sizes = torch.ones_like(x[..., 0])
         ids = torch.arange(x.shape[1] - self.prefix, device=x.device).expand(x.shape[0], -1)
         for group, num_keep in enumerate(self.num_keep):
             if num_keep < ids.shape[1]:
                 best = self.score(x, group).topk(num_keep).indices
                 ids = ids.gather(1, best)
-                patches = x[:, self.prefix :].gather(1, best[..., None].expand(-1, -1, x.shape[2]))
-                x = torch.cat([x[:, : self.prefix], patches], 1)
-            x = self.run_group(x, group)
+                x, sizes = self.drop(x, sizes, best)
+            x = self.run_group(x, sizes, group)
         return self.head(x), ids
 
 
@@ -124,13 +141,14 @@ class Adaptive(_Dense):
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """``(1, in_chans, height, width) -> logits (1, K), patch_ids (number left,) int64``."""
         x = vit.embed(self.backbone, image)
+        sizes = torch.ones_like(x[..., 0])
         ids = torch.arange(x.shape[1] - self.prefix, device=x.device)
         for group, threshold in enumerate(self.thresholds):
             if threshold > 0:
                 keep = (self.score(x, group)[0] > threshold).nonzero()[:, 0]
                 ids = ids[keep]
-                x = torch.cat([x[:, : self.prefix], x[:, self.prefix :].index_select(1, keep)], 1)
-            x = self.run_group(x, group)
+                x, sizes = self.drop(x, sizes, keep[None])
+            x = self.run_group(x, sizes, group)
         return self.head(x), ids
 
 

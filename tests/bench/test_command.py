@@ -167,3 +167,17 @@ def test_bad_arguments_are_one_line(checkpoint, capsys, more, message):
 def test_an_unknown_model_is_one_line(capsys):
     assert main(["bench", "deit_smal_patch16_224"]) == 1
     assert "no model 'deit_smal_patch16_224'" in capsys.readouterr().err
+
+
+def test_merging_costs_its_cosines_and_is_not_compared_with_who_does_not_merge(checkpoint, capsys):
+    args = ["bench", str(checkpoint), "--batch-size", "2", "--seconds", "0", "--no-compile", "--keep", "0.5,0.5,0.5"]
+    gmacs = []
+    for more in ([], ["--merge"]):
+        assert main([*args, "--spread", "0", *more]) == 0
+        _, result = last_line(capsys)
+        rows = {row["name"]: row for row in result["speed"][0]["rows"]}
+        gmacs.append(rows[speed.OURS]["gmacs"])
+        assert (speed.MASKED in rows) == (speed.PADDED in rows) == (not more)
+    model = iared2.load(checkpoint)
+    patches, width = model.backbone.patch_embed.num_patches, model.backbone.embed_dim
+    assert gmacs[1] - gmacs[0] == pytest.approx(patches**2 * width / 1e9)

@@ -176,16 +176,29 @@ def test_what_is_no_number_is_said(model, images):
     model.eval()
 
 
-def test_max_tokens_is_saved(model, tmp_path):
-    model.max_tokens = 7
+@pytest.mark.parametrize("limit", [7, [30, 20, 7]])
+def test_max_tokens_is_saved(model, tmp_path, limit):
+    model.max_tokens = limit
     try:
         model.save(tmp_path / "m.safetensors")
     finally:
         model.max_tokens = None
-    assert iared2.load(tmp_path / "m.safetensors").max_tokens == 7
+    assert iared2.load(tmp_path / "m.safetensors").max_tokens == limit
 
 
-@pytest.mark.parametrize("max_tokens", [-1, 2.5, True])
+def test_a_limit_for_each_group_keeps_as_many_of_every_image(model, images):
+    threshold, model.threshold, model.max_tokens = model.threshold, 0.0, (30, 20, 7)
+    try:
+        with torch.inference_mode():
+            out = model.trace(images)
+    finally:
+        model.threshold, model.max_tokens = threshold, None
+    assert (out.kept.sum(-1) == torch.tensor([[30], [20], [7]])).all()
+    best = out.scores[0].sort(descending=True).values[:, 29:30]
+    assert torch.equal(out.kept[0], out.scores[0] >= best)
+
+
+@pytest.mark.parametrize("max_tokens", [-1, 2.5, True, "many", [30, 20], [30, -1, 7], [[1], [2], [3]]])
 def test_a_senseless_limit_is_refused(model, images, max_tokens):
     model.max_tokens = max_tokens
     try:

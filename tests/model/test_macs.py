@@ -15,14 +15,17 @@ def count(run):
     return counter.get_total_flops() / 2
 
 
-def test_equal_to_torchs_counter(family):
+@pytest.mark.parametrize("dropped", ["gone", "merged"])
+def test_equal_to_torchs_counter(family, dropped):
     torch.manual_seed(0)
     name, kwargs = family
-    model, x = iared2.from_timm(name, **kwargs).eval().requires_grad_(False), torch.randn(4, 3, 48, 32)
+    model, x = iared2.from_timm(name, dropped=dropped, **kwargs).eval().requires_grad_(False), torch.randn(4, 3, 48, 32)
     assert count(lambda: model.backbone(x)) == 4 * model.dense_macs
     model.threshold = float(model.trace(x).scores[0].median())
     out = model.trace(x)
     assert out.kept.float().mean() < 0.9
+    if dropped == "merged":
+        assert (out.kept[0].sum(1) < 24).all(), "an image that drops nothing here would not be counted"
     assert count(lambda: model(x)) == out.macs.sum()
 
 

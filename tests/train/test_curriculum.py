@@ -310,9 +310,10 @@ def timeless(output: Path) -> list[dict]:
     return [{k: v for k, v in r.items() if k != "images_per_second"} for r in records(output)]
 
 
-def test_a_run_with_a_budget_resumes_exactly_and_meets_it(tmp_path, folder, budget, monkeypatch):
+@pytest.mark.parametrize("more", [(), ("model.dropped='merged'", "policy.equal_counts=true")], ids=["", "merged"])
+def test_a_run_with_a_budget_resumes_exactly_and_meets_it(tmp_path, folder, budget, monkeypatch, more):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert main(command(budget, folder, whole)) == 0
+    assert main(command(budget, folder, whole, *settings(*more))) == 0
     names = ["backbone", "policy_gradient 2", "finetune 2", "policy_gradient 4", "finetune 4"]
     assert stages(whole) == [name for name in names for _ in range(2)], "groups that keep all they get have no stages"
 
@@ -325,7 +326,7 @@ def test_a_run_with_a_budget_resumes_exactly_and_meets_it(tmp_path, folder, budg
 
     monkeypatch.setattr(RunLog, "step", step)
     for stop in (2, 4, 6, 7, 10, 0):  # the step is done and logged, but not saved: it has to be done again
-        arguments = command(budget, folder, broken, *settings("checkpoint_minutes=0"))
+        arguments = command(budget, folder, broken, *settings("checkpoint_minutes=0", *more))
         if stop:
             with pytest.raises(Killed):
                 main(arguments)
@@ -338,6 +339,7 @@ def test_a_run_with_a_budget_resumes_exactly_and_meets_it(tmp_path, folder, budg
     model = iared2.load(whole)
     assert iared2.load(broken).threshold == model.threshold
     assert model.thresholds[0] == 0
+    assert model.max_tokens == ([16, 12, 12, 8] if more else None)
 
     # the images on which the thresholds were found, the long way round
     samples = open_samples(DataConfig(str(folder), workers=0), "train")
@@ -411,6 +413,8 @@ def test_canvases(tmp_path, folder, budget):
         (["policy.keep=[0.5, 0.5, 0.5, 0.0]"], "that do not rise"),
         (["policy.decisions=gumbel", "policy.keep=[]"], "policy.decisions = 'gumbel' needs policy.keep, 4 shares"),
         (["policy.decisions=centre", "policy.keep=[]"], "policy.decisions = 'centre' needs policy.keep, 4 shares"),
+        (["policy.equal_counts=true", "policy.keep=[]"], "policy.equal_counts needs policy.keep, 4 shares"),
+        (["policy.decisions=gumbel", "model.dropped=merged"], 'model.dropped = "gone"'),
         (["policy.samples=0", "policy.leave_one_out=false"], "policy.samples = 0 should be at least 1"),
         (["policy.samples=1"], "policy.samples = 1 should be at least 1, and 2 to leave one out"),
         (["policy.temperature=0"], "policy.temperature = 0.0 should be in (0, 1]"),

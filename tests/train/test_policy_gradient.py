@@ -254,6 +254,8 @@ def test_the_budget_is_of_all_patches_and_drawn_from_the_living(scale, offset, s
     logits = logits.masked_fill(~alive, 1e4)  # whatever stands there
     drawn = (logits + budget_shift(logits.masked_fill(~alive, 0), alive, share)).sigmoid() * alive
     assert drawn.mean().item() == pytest.approx(share, abs=2e-3 if scale == 46 else 1e-4)
+    drawn = (logits + budget_shift(logits.masked_fill(~alive, 0), alive, share, each=True)).sigmoid() * alive
+    assert drawn.mean(1).tolist() == pytest.approx([share] * 16, abs=2e-2 if scale == 46 else 1e-4)
 
 
 @pytest.mark.parametrize("offset", [-46.0, 0.0, 46.0])

@@ -40,6 +40,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--keep", type=_numbers, default=[0.85, 0.6, 0.35], help="else: mean share of patches alive after each group"
     )
     command.add_argument("--spread", type=float, default=0.12, help="standard deviation of that share between images")
+    command.add_argument("--merge", action="store_true", help="dropped patches merge into kept ones")
     command.add_argument("--img-size", type=int, nargs=2, metavar=("H", "W"), help="of a timm name, in pixels")
     command.add_argument("--frames", type=int, help="of a name as timesformer_joint_base_patch16_224")
     command.add_argument("--batch-size", type=int, nargs="+", default=[1, 8, 32])
@@ -61,6 +62,8 @@ def run(arguments: argparse.Namespace, more: Callable[[ReducedVisionTransformer,
         torch.set_num_threads(arguments.threads)
     device = usable_device(arguments.device)
     model = _model(arguments).to(device, PRECISIONS[arguments.precision])
+    if arguments.merge:
+        model.dropped = "merged"
     console = Console(stderr=True)
     title = f"{arguments.model}, {device}, {arguments.precision}, {torch.get_num_threads()} threads"
     if arguments.train:

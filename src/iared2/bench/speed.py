@@ -110,10 +110,11 @@ def measure(
         WHOLE: (whole, dense),
         RANDOM: (lambda x: model(x, at_random(num_keep, keys)), gmacs),
         TOP_K: (lambda x: model(x, lambda scores, alive, group: top_k(scores, alive, num_keep[group])), gmacs),
-        MASKED: (lambda x: masked(model, x, decide), dense),
-        PADDED: (lambda x: padded(model, x, decide), _padded_gmacs(model, num_keep)),
-        **(more or {}),
     }
+    if model.dropped == "gone":  # these two do not merge
+        rivals[MASKED] = (lambda x: masked(model, x, decide)), dense
+        rivals[PADDED] = (lambda x: padded(model, x, decide)), _padded_gmacs(model, num_keep)
+    rivals |= more or {}
     if compiled:
         torch.compiler.reset()  # else a second batch size would be compiled for any, which is slower
         rivals[DENSE_COMPILED] = torch.compile(model.backbone, dynamic=False), dense

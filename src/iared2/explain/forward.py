@@ -9,7 +9,6 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..model import backbone as vit
@@ -42,17 +41,10 @@ def tokens_by_block(model: Any, images: Tensor, decide: Decide | None = None) ->
     """
     backbone = backbone_of(model)
     packed = PackedTokens.from_dense(vit.embed(backbone, images), backbone.num_prefix_tokens)
-    if isinstance(model, ReducedVisionTransformer):
-        groups = model.groups
-        decide = decide or model.policy()
-    else:
-        groups, decide = [range(len(backbone.blocks))], None
+    groups = model.groups if isinstance(model, ReducedVisionTransformer) else [range(len(backbone.blocks))]
     for group, blocks in enumerate(groups):
-        if decide:
-            with torch.no_grad():  # as in ReducedVisionTransformer.reduce, whose blocks cannot be watched one by one
-                alive, scores = packed.alive, model.score(packed, group)
-                keep = model.keep_one(decide(scores, alive, group) & alive, scores, alive)
-            packed = packed.select(keep)
+        if isinstance(model, ReducedVisionTransformer):
+            packed, _, _ = model.enter(packed, group, decide or model.policy())
         for index in blocks:
             yield packed
             packed = vit.run_blocks(backbone, range(index, index + 1), packed)

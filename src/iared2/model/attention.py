@@ -16,11 +16,13 @@ from torch import Tensor
 
 from .tokens import PackedTokens
 
+EXTRA = 8
+"""Channels that `with_bias_channel` adds to each head: the kernel wants a multiple of as many."""
 Attend = Callable[[Tensor, Tensor, Tensor, PackedTokens, float], Tensor]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, packed: PackedTokens, dropout: float = 0.0) -> Tensor:
-    """Softmax attention of every token to the tokens of its own image.
+    """Softmax attention of every token to the tokens of its own image; the mean of m patches counts m times.
 
     Args:
         q, k, v: ``(T, H, head_dim)`` in the row order of ``packed``.
@@ -35,14 +37,23 @@ def attend(q: Tensor, k: Tensor, v: Tensor, packed: PackedTokens, dropout: float
     if ragged and dropout == 0 and _has_varlen_kernel(v):
         return _attend_varlen(q, k, v, packed)
     out = []
-    for run in zip(packed.runs(q), packed.runs(k), packed.runs(v), strict=True):
+    for *run, bias in zip(packed.runs(q), packed.runs(k), packed.runs(v), key_biases(packed, v.dtype), strict=True):
         q_run, k_run, v_run = (rows.transpose(1, 2) for rows in run)  # (images, H, length, head_dim)
         if dropout == 0 and plain_is_faster(v_run):
-            y = (q_run * q.shape[-1] ** -0.5 @ k_run.transpose(2, 3)).softmax(-1) @ v_run
+            logits = q_run * q.shape[-1] ** -0.5 @ k_run.transpose(2, 3)
+            y = (logits if bias is None else logits.add_(bias)).softmax(-1) @ v_run
         else:
-            y = F.scaled_dot_product_attention(q_run, k_run, v_run, dropout_p=dropout)
+            y = F.scaled_dot_product_attention(q_run, k_run, v_run, attn_mask=bias, dropout_p=dropout)
         out.append(y.transpose(1, 2).flatten(0, 1))
     return out[0] if len(out) == 1 else torch.cat(out)
+
+
+def key_biases(packed: PackedTokens, dtype: torch.dtype) -> Iterator[Tensor | None]:
+    """What is added to the logits, the same for all queries: ``(images, 1, 1, length)``, or None, for each run."""
+    if packed.log_sizes is None:
+        yield from (None for _ in packed.runs(packed.token_ids))
+    else:
+        yield from (run[:, None, None] for run in packed.runs(packed.log_sizes.to(dtype)))
 
 
 def plain_is_faster(v: Tensor) -> bool:
@@ -65,21 +76,41 @@ def attention_weights(q: Tensor, k: Tensor, packed: PackedTokens) -> Iterator[Te
         ``(images, H, length, length)``, query × key; every row sums to 1.
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
-    for run in zip(packed.runs(q), packed.runs(k), strict=True):
+    for *run, bias in zip(packed.runs(q), packed.runs(k), key_biases(packed, dtype), strict=True):
         q_run, k_run = (rows.transpose(1, 2).to(dtype) for rows in run)
-        yield (q_run @ k_run.mT * q.shape[-1] ** -0.5).softmax(-1)
+        logits = q_run @ k_run.mT * q.shape[-1] ** -0.5
+        yield (logits if bias is None else logits + bias).softmax(-1)
 
 
 def _has_varlen_kernel(v: Tensor) -> bool:
     """Half precision, a width of a head that the kernel takes, and an Ampere or newer GPU."""
     half = v.is_cuda and v.dtype in (torch.float16, torch.bfloat16)
-    return half and v.shape[-1] % 8 == 0 and v.shape[-1] <= 256 and torch.cuda.get_device_capability(v.device) >= (8, 0)
+    return (
+        half
+        and v.shape[-1] % 8 == 0
+        and v.shape[-1] + EXTRA <= 256
+        and torch.cuda.get_device_capability(v.device) >= (8, 0)
+    )
 
 
 def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, packed: PackedTokens) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    cu_seqlens, max_seqlen = packed.cu_seqlens, packed.max_seqlen
+    cu_seqlens, max_seqlen, width = packed.cu_seqlens, packed.max_seqlen, v.shape[-1]
+    if packed.log_sizes is not None:
+        q, k, v = with_bias_channel(q, k, v, packed.log_sizes)
     out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
     assert isinstance(out, Tensor)  # a pair only if return_aux asks for one
-    return out
+    return out[..., :width]
+
+
+def with_bias_channel(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``(T, H, head_dim + EXTRA)`` each: what a kernel that takes no bias needs to add ``bias (T,)`` of the keys.
+
+    Logits are ``q · k / sqrt(head_dim)`` of the width that comes in, though the kernel divides by the root of the new.
+    """
+    width = q.shape[-1]
+    scale = ((width + EXTRA) / width) ** 0.5
+    q, k, v = F.pad(q * scale, (0, EXTRA)), F.pad(k, (0, EXTRA)), F.pad(v, (0, EXTRA))
+    q[..., width], k[..., width] = (width + EXTRA) ** 0.5, bias[:, None].to(k.dtype)
+    return q, k, v

@@ -136,7 +136,7 @@ def _at_shares(model: Any, sample: list[PackedTokens], shares: Sequence[float]) 
         decide = at_most(model.max_tokens, by_threshold(thresholds[-1]))
         keep = [model.keep_one(decide(s, p.alive, group), s, p.alive) for s, p in zip(scores, sample, strict=True)]
         sample = [
-            model.run_blocks(packed.select(k), group) if group + 1 < len(shares) else packed
+            model.run_blocks(model.drop(packed, k), group) if group + 1 < len(shares) else packed
             for packed, k in zip(sample, keep, strict=True)
         ]
         kept.append(torch.cat([k.sum(1) for k in keep]))

@@ -43,20 +43,27 @@ def by_threshold(threshold: float | Sequence[float]) -> Decide:
     return decide
 
 
-def at_most(max_tokens: int | None, decide: Decide) -> Decide:
+def at_most(max_tokens: int | Sequence[int] | None, decide: Decide) -> Decide:
     """``decide``, but of what it keeps of an image only the ``max_tokens`` best-scored patches; None for all of it.
 
+    Args:
+        max_tokens: one number, or one for each group.
+        decide: the decision that is limited.
+
     Raises:
-        InputError: ``max_tokens`` is not a whole number, or below 0.
+        InputError: ``max_tokens`` is not made of whole numbers, or one is below 0.
     """
     if max_tokens is None:
         return decide
-    if not isinstance(max_tokens, Integral) or isinstance(max_tokens, bool) or max_tokens < 0:
-        raise InputError(f"max_tokens={max_tokens}: give a number of patches, 0 or more, or None for no limit")
+    limits = max_tokens if isinstance(max_tokens, Sequence) else [max_tokens]
+    if not all(isinstance(n, Integral) and not isinstance(n, bool) and n >= 0 for n in limits):
+        raise InputError(f"max_tokens={max_tokens}: give a number of patches, 0 or more, or one a group, or None")
 
     def capped(scores: Tensor, alive: Tensor, group: int) -> Tensor:
-        keep = decide(scores, alive, group)
-        return top_k(scores, keep, keep.new_full((len(keep),), min(max_tokens, keep.shape[1]), dtype=torch.int64))
+        if isinstance(max_tokens, Sequence) and group >= len(max_tokens):
+            raise InputError(f"max_tokens={max_tokens}: give one number, or one for each group")
+        keep, limit = decide(scores, alive, group), limits[group % len(limits)]
+        return top_k(scores, keep, keep.new_full((len(keep),), min(limit, keep.shape[1]), dtype=torch.int64))
 
     return capped
 

@@ -43,6 +43,12 @@ def interpreter_macs(interpreter: Any, num_patches: Tensor) -> Tensor:
     return 2 * width * width + width + num_patches.to(torch.int64) * interpreter.num_heads * width
 
 
+def merge_macs(width: int, num_patches: Tensor, num_kept: Tensor) -> Tensor:
+    """Multiply-adds of merge.py's cosines, each patch with each, where any patch goes."""
+    n = num_patches.to(torch.int64)
+    return torch.where(num_kept < n, n * n * width, 0)
+
+
 def head_macs(backbone: VisionTransformer, num_tokens: Tensor) -> Tensor:
     """Multiply-adds of pooling and classifier for each of ``num_tokens`` final tokens, prefix included."""
     n = num_tokens.to(torch.int64)

@@ -21,9 +21,11 @@ from .budget import thresholds_for
 from .config import config_of
 from .decide import Decide, at_most, by_threshold
 from .interpreter import MultiHeadInterpreter
+from .merge import merge
 from .tokens import PackedTokens
 
 INTERPRETERS = "sigmoid", "attention"
+DROPPED = "gone", "merged"
 
 
 @dataclass(frozen=True)
@@ -60,12 +62,14 @@ class ReducedVisionTransformer(nn.Module):
         threshold: see ``threshold`` below.
         interpreter: "sigmoid", the paper's, or "attention": relative scores, which start as what the class token
             attends to in the block that follows (docs/method.md).
+        dropped: what becomes of dropped patches: "gone", the paper's, or "merged" into kept ones (merge.py).
 
     Attributes:
         threshold: a patch stays if its score is above it. One number, or one for each group; ``t <= 0`` keeps every
             patch, ``t >= 1`` none. A plain attribute: set it at any time, it trades accuracy against compute.
-        max_tokens: at most so many patches of an image, the best-scored ones, leave each group; None for no limit.
-            Bounds the worst case, which ``threshold`` does not. A ``decide`` that is passed in is not limited.
+        max_tokens: at most so many patches of an image, the best-scored ones, leave each group: a number, or one for
+            each group; None for no limit. Bounds the worst case, which ``threshold`` does not; with threshold 0 every
+            image keeps as many. A ``decide`` that is passed in is not limited.
         class_names: names of the K classes, or None.
 
     Raises:
@@ -73,7 +77,12 @@ class ReducedVisionTransformer(nn.Module):
     """
 
     def __init__(
-        self, backbone: Any, groups: int = 3, threshold: float | Sequence[float] = 0.5, interpreter: str = "sigmoid"
+        self,
+        backbone: Any,
+        groups: int = 3,
+        threshold: float | Sequence[float] = 0.5,
+        interpreter: str = "sigmoid",
+        dropped: str = "gone",
     ) -> None:
         super().__init__()
         vit.check_supported(backbone)
@@ -82,12 +91,13 @@ class ReducedVisionTransformer(nn.Module):
             raise InputError(f"groups={groups} does not fit a backbone of {depth} blocks: give 1 to {depth}")
         if backbone.embed_dim % backbone.blocks[0].attn.num_heads:
             raise InputError(f"width {backbone.embed_dim} is not divisible by the number of heads")
-        if interpreter not in INTERPRETERS:
-            raise InputError(f"interpreter={interpreter!r} should be one of {', '.join(INTERPRETERS)}")
+        for name, value, known in (("interpreter", interpreter, INTERPRETERS), ("dropped", dropped, DROPPED)):
+            if value not in known:
+                raise InputError(f"{name}={value!r} should be one of {', '.join(known)}")
         self.backbone: Any = backbone
-        self.interpreter = interpreter
+        self.interpreter, self.dropped = interpreter, dropped
         self.threshold: float | Sequence[float] = threshold
-        self.max_tokens: int | None = None
+        self.max_tokens: int | Sequence[int] | None = None
         self.compiled = False
         self.class_names: tuple[str, ...] | None = None
         self.model_args: dict[str, Any] = {}  # what the backbone was built with, for save()
@@ -153,13 +163,18 @@ class ReducedVisionTransformer(nn.Module):
         decide = decide or self.policy()
         scores, kept = [], []
         for group in range(self.num_groups) if groups is None else groups:
-            with torch.no_grad():  # a decision is discrete: no gradient passes through it
-                alive = packed.alive
-                scores.append(self.score(packed, group))
-                kept.append(self.keep_one(decide(scores[-1], alive, group) & alive, scores[-1], alive))
-            packed = packed.select(kept[-1])
+            packed, score, keep = self.enter(packed, group, decide)
             packed = self.run_blocks(packed, group)
+            scores.append(score)
+            kept.append(keep)
         return packed, scores, kept
+
+    def enter(self, packed: PackedTokens, group: int, decide: Decide) -> tuple[PackedTokens, Tensor, Tensor]:
+        """Score, decide, drop: the tokens on which the blocks of ``group`` run, scores and kept patches ``(B, N)``."""
+        with torch.no_grad():  # a decision is discrete: no gradient passes through it
+            scores, alive = self.score(packed, group), packed.alive
+            keep = self.keep_one(decide(scores, alive, group) & alive, scores, alive)
+        return self.drop(packed, keep), scores, keep
 
     def policy(self, thresholds: Sequence[float] | None = None) -> Decide:
         """The decision that is deployed: ``threshold``, or other thresholds in its place, and ``max_tokens``."""
@@ -175,6 +190,10 @@ class ReducedVisionTransformer(nn.Module):
             return keep
         best = scores.masked_fill(~alive, -1).argmax(1, keepdim=True)
         return keep | (torch.zeros_like(keep).scatter_(1, best, True) & ~keep.any(1, keepdim=True))
+
+    def drop(self, packed: PackedTokens, keep: Tensor) -> PackedTokens:
+        """Without the patches that ``keep (B, N)`` leaves out; or several selections, as `PackedTokens.select`."""
+        return merge(packed, keep) if self.dropped == "merged" else packed.select(keep)
 
     def run_blocks(self, packed: PackedTokens, group: int) -> PackedTokens:
         """The MSA-FFN blocks of ``group`` on the tokens that are there."""
@@ -203,6 +222,8 @@ class ReducedVisionTransformer(nn.Module):
         patches = torch.full_like(num_kept[0], num_patches)
         for group, interpreter in enumerate(self.interpreters):
             total += macs.interpreter_macs(interpreter, patches)
+            if self.dropped == "merged":
+                total += macs.merge_macs(self.backbone.embed_dim, patches, num_kept[group])
             total += macs.blocks_macs([self.backbone.blocks[i] for i in self.groups[group]], tokens[group])
             patches = num_kept[group]
         return total

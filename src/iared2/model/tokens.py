@@ -36,6 +36,7 @@ class PackedTokens:
         num_prefix_tokens: P.
         num_patches: N, of the whole image.
         keys: ``(B,)`` int64 keys of the images' random draws (keyed.py), or None for torch's generator.
+        sizes: ``(T,)`` float32, of how many patches each row is the mean (merge.py), or None: of one.
     """
 
     x: Tensor
@@ -45,6 +46,7 @@ class PackedTokens:
     num_prefix_tokens: int
     num_patches: int
     keys: Tensor | None = None
+    sizes: Tensor | None = None
 
     @classmethod
     def from_dense(
@@ -100,14 +102,22 @@ class PackedTokens:
         return self.to_dense(torch.ones_like(self.token_ids, dtype=torch.bool))[:, self.num_prefix_tokens :]
 
     @cached_property
+    def log_sizes(self) -> Tensor | None:
+        """``(T,)`` float32, what attention adds to the logit of each row as a key."""
+        return None if self.sizes is None else self.sizes.log()
+
+    @cached_property
     def _runs(self) -> list[tuple[int, int]]:
         """``(length, images)`` of each run."""
         return [(length, len(list(images))) for length, images in groupby(self.lengths)]
 
-    def with_x(self, x: Tensor) -> PackedTokens:
-        """The same rows with other features; what the layout has been asked for is not computed anew."""
+    def with_x(self, x: Tensor, sizes: Tensor | None = None) -> PackedTokens:
+        """The same rows with other features, and sizes; what the layout has been asked for is not computed anew."""
         other = copy(self)
         object.__setattr__(other, "x", x)
+        if sizes is not None:
+            object.__setattr__(other, "sizes", sizes)
+            other.__dict__.pop("log_sizes", None)
         return other
 
     def runs(self, rows: Tensor) -> Iterator[Tensor]:
@@ -128,7 +138,8 @@ class PackedTokens:
                 if len(lengths) == len(self.lengths):
                     yield self
                 else:
-                    yield replace(self, x=self.x[rows], token_ids=self.token_ids[rows], lengths=lengths)
+                    sizes = None if self.sizes is None else self.sizes[rows]
+                    yield replace(self, x=self.x[rows], token_ids=self.token_ids[rows], lengths=lengths, sizes=sizes)
                 first = image
 
     def to_dense(self, rows: Tensor) -> Tensor:
@@ -183,6 +194,7 @@ class PackedTokens:
             lengths=tuple(sorted(lengths)),
             num_images=num_images,
             keys=None if self.keys is None else self.keys.repeat(num_images // self.num_images),
+            sizes=None if self.sizes is None else self.sizes[rows],
         )
         selected.__dict__["alive"] = keep  # known, so the cached property need not find it out
         return selected

@@ -88,6 +88,7 @@ def build_model(recipe: Recipe, num_classes: int, weights: bool = True) -> Reduc
         groups=config.groups,
         pretrained=pretrained,
         interpreter=config.interpreter,
+        dropped=config.dropped,
         num_classes=num_classes,
         **config.timm,
     )
@@ -185,6 +186,8 @@ def train(recipe: Recipe, output: Path, data: RunData | None = None) -> Path:
     if parts:
         load_strictly(model, parts["model"], state)
         model.threshold = parts["decision"]["threshold"].tolist()
+        if "max_tokens" in parts["decision"]:
+            model.max_tokens = parts["decision"]["max_tokens"].tolist()
     teacher = None
     if recipe.reward.label == "dense" or recipe.finetune.distill:
         teacher = copy.deepcopy(model.backbone).eval().requires_grad_(False)
@@ -225,6 +228,7 @@ def train(recipe: Recipe, output: Path, data: RunData | None = None) -> Path:
             workers=recipe.data.workers,
             checkpoint_minutes=recipe.checkpoint_minutes,
             eval_epochs=recipe.eval_epochs,
+            equal_counts=recipe.policy.equal_counts,
         )
         for index in range(position.stage, len(stages)):
             position = run.stage(index, stages[index], position, parts)
@@ -282,6 +286,12 @@ def _check_policy(recipe: Recipe) -> None:
     if not falls or len(policy.keep) not in (0, groups):
         raise InputError(
             f"recipe: policy.keep = {list(policy.keep)} should be {groups} shares in (0, 1] that do not rise"
+        )
+    if policy.equal_counts and not policy.keep:
+        raise InputError(f"recipe: policy.equal_counts needs policy.keep, {groups} shares")
+    if policy.decisions == "gumbel" and recipe.model.dropped != "gone":
+        raise InputError(
+            'recipe: policy.decisions = "gumbel" masks patches, which cannot merge; model.dropped = "gone"'
         )
     if policy.decisions != "learned" and not policy.keep:
         raise InputError(f"recipe: policy.decisions = {policy.decisions!r} needs policy.keep, {groups} shares")

@@ -110,7 +110,7 @@ class Run:
     Attributes:
         identity: what a resumed run must agree on, as JSON types; written into every checkpoint.
         teacher: the dense model that some stages learn from.
-        seed, workers, checkpoint_minutes, eval_epochs: of the recipe.
+        seed, workers, checkpoint_minutes, eval_epochs, equal_counts: of the recipe.
     """
 
     output: Path
@@ -125,6 +125,7 @@ class Run:
     workers: int
     checkpoint_minutes: float
     eval_epochs: int
+    equal_counts: bool = False
 
     def stage(self, index: int, stage: Stage, position: Position, parts: dict[str, dict[str, Tensor]]) -> Position:
         """Run one stage from ``position`` to its end, checkpointing on the way.
@@ -205,7 +206,11 @@ class Run:
         return position
 
     def calibrate(self, keep: tuple[float, ...]) -> None:
-        """Set the thresholds so that these shares of the patches stay, on training images as they are."""
+        """Set the thresholds so that these shares of the patches stay of training images as they are; or the counts."""
+        if self.equal_counts:
+            num_patches = self.model.backbone.patch_embed.num_patches
+            self.model.threshold, self.model.max_tokens = 0.0, [round(share * num_patches) for share in keep]
+            return
         plain = AugmentConfig(min_scale=1.0, hflip=0.0, color_jitter=0.0)
         size = min(CALIBRATION_IMAGES, len(self.samples))
         order = {"seed": CALIBRATION_SEED, "epoch": 0, "batch_size": size}
@@ -293,7 +298,10 @@ class Run:
     def save(self, position: Position, optimizer: Any = None, ema: ModelEmaV3 | None = None) -> None:
         """Write the checkpoint from which a killed run goes on."""
         if self.accelerator.is_main_process:
-            parts = {"model": self.model.state_dict(), "decision": {"threshold": torch.tensor(self.model.thresholds)}}
+            decision = {"threshold": torch.tensor(self.model.thresholds)}
+            if self.model.max_tokens is not None:
+                decision["max_tokens"] = torch.tensor(self.model.max_tokens)
+            parts = {"model": self.model.state_dict(), "decision": decision}
             if self.teacher is not None:
                 parts["teacher"] = self.teacher.state_dict()
             if optimizer is not None:

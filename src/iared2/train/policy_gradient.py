@@ -47,6 +47,9 @@ class PolicyConfig:
     keep: tuple[float, ...] = ()
     """Shares of the patches alive after each group, D numbers that do not rise: the budget of the draws and of the
     threshold, or what a rival keeps. A group that keeps what it is given has no stages. Empty: the threshold is 0.5."""
+    equal_counts: bool = False
+    """Every image keeps as many patches as the others, its best-scored ones (``max_tokens`` of the model, one number a
+    group); false: one threshold for all images. Needs keep."""
     samples: int = 1
     """Sampled decisions of each image in a step."""
     leave_one_out: bool = False
@@ -115,7 +118,7 @@ class PolicyGradientStage(nn.Module):
             greedy = alive & (probability > GREEDY_PROBABILITY)
             several = samples + 1
             keep = model.keep_one(torch.cat([u, greedy]), scores.repeat(several, 1), alive.repeat(several, 1))
-            all_of_them = model.run_blocks(packed.select(keep), group)
+            all_of_them = model.run_blocks(model.drop(packed, keep), group)
             all_of_them, _, _ = model.reduce(all_of_them, range(group + 1, model.num_groups), keep_all)
             logits = model.head(all_of_them)
             labels = labels.repeat(several)
@@ -155,23 +158,33 @@ class PolicyGradientStage(nn.Module):
         logits = scores.masked_fill(~alive, 0.5).logit(eps=1e-6) / policy.temperature**self.progress
         if not policy.keep:
             return logits.sigmoid(), none
-        shift = budget_shift(logits.detach(), alive, policy.keep[self.group])
+        shift = budget_shift(logits.detach(), alive, policy.keep[self.group], policy.equal_counts)
         if self.model.interpreters[self.group].relative:  # has no such freedom
             return (logits + shift).sigmoid(), none
         mean = (logits * alive).sum() / alive.sum().clamp_min(1)
-        return (logits + shift).sigmoid(), -ANCHOR * shift.clamp(-5, 5) * mean  # 20 where too few are alive
+        # 20 where too few are alive
+        return (logits + shift).sigmoid(), -ANCHOR * shift.clamp(-5, 5).mean() * mean
 
 
-def budget_shift(logits: Tensor, alive: Tensor, share: float) -> Tensor:
-    """The scalar b for which ``sigmoid(logits + b)`` of living patches adds up to ``share`` of all patches ``(B, N)``.
+def budget_shift(logits: Tensor, alive: Tensor, share: float, each: bool = False) -> Tensor:
+    """The b for which ``sigmoid(logits + b)`` of living patches adds up to ``share`` of all patches ``(B, N)``.
 
     By bisection; if fewer patches are alive than that, a shift that keeps nearly all of them.
+
+    Args:
+        logits: ``(B, N)``.
+        alive: ``(B, N)`` bool.
+        share: 0…1.
+        each: of every image, not of the batch.
+
+    Returns:
+        ``(1, 1)``, or ``(B, 1)``.
     """
-    high = logits.abs().amax() + 20
+    high = logits.abs().amax().expand(len(logits) if each else 1, 1) + 20
     low = -high
     for _ in range(40):
         middle = (low + high) / 2
-        over = ((logits + middle).sigmoid() * alive).mean() > share
+        over = ((logits + middle).sigmoid() * alive).mean(1 if each else (0, 1), keepdim=True) > share
         low, high = torch.where(over, low, middle), torch.where(over, middle, high)
     return high
 

@@ -39,6 +39,8 @@ class ModelConfig:
     interpreter: str = "sigmoid"
     """How patches are scored: "sigmoid" as published, or "attention": against each other, starting as the class token's
     attention in the block that follows."""
+    dropped: str = "gone"
+    """What becomes of dropped patches: "gone" as published, or "merged" into the kept ones they are most like."""
     timm: dict[str, Any] = field(default_factory=dict)
     """Arguments for timm.create_model: img_size, patch_size, embed_dim, drop_path_rate …"""
     mean: tuple[float, ...] = ()
