@@ -205,7 +205,8 @@ class Experiments:
     def cost(self) -> None:
         """Section 2: what share of the training time each stage takes."""
         rows = []
-        for name, run in ((name, self.learned(name)) for name in ("paper", "ours")):
+        for name in ("paper", "ours"):
+            run = self.learned(name)
             assert run.folder is not None
             seconds: dict[str, float] = {}
             for line in (run.folder / "metrics.jsonl").read_text().splitlines():
@@ -224,7 +225,8 @@ class Experiments:
         inside = self.inside()
         degenerate = ~inside.any(1)
         rows = []
-        for name, run in ((name, self.learned(name)) for name in ("paper", "ours")):
+        for name in ("paper", "ours"):
+            run = self.learned(name)
             m = run.measure()
             for group, kept in enumerate(m.kept):
                 if kept.all():
@@ -292,6 +294,8 @@ class Experiments:
             }
             own = learned.measure()
             add(kind, own, *(versus([own], [other]) for other in others.values()))
+            if kind == "paper":
+                add("paper at 40 %", learned.measure(learned.at(0.4)))
             if kind == "ours":
                 plain = lab.run("cluttered-ours-sigmoid", kind, [*ours, *SIGMOID]).measure()
                 add("ours, the paper's interpreter", plain, *(versus([plain], [other]) for other in others.values()))

@@ -47,6 +47,10 @@ def _load_ours(path: Path) -> ReducedVisionTransformer:
         model = from_timm(config["architecture"], groups=config["groups"], **kind, **config["model_args"])
         model.threshold = config["threshold"]
         model.threshold = model.thresholds if len(set(model.thresholds)) > 1 else model.thresholds[0]
+        if (num_keep := config.get("num_keep")) is not None:
+            if len(num_keep) != model.num_groups:
+                raise ValueError(f"num_keep has {len(num_keep)} numbers for {model.num_groups} groups")
+            model.num_keep = num_keep
         model.max_tokens = config.get("max_tokens")  # files of version 0.1.0 have none
         model.backbone.pretrained_cfg = {**model.backbone.pretrained_cfg, **config["pretrained_cfg"]}
         if config["class_names"]:

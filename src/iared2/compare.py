@@ -42,7 +42,7 @@ class Choice:
         method: one of `explain.methods.METHODS`.
         group: whose scores make the map of the method `interpreter`, from 0, or "all"; None: the second's.
         rule: what is dropped: by `threshold`, by a budget of multiply-adds (`macs`) or of `patches`; `own`: by the
-            model's own thresholds.
+            model's own thresholds or counts.
         threshold: for every group, in [0, 1].
         budget: share of the dense multiply-adds, or of the patches, in (0, 1]; the photos meet it together.
     """
@@ -126,7 +126,7 @@ def _read(file: Path) -> Image.Image:
 
 
 def _compare(
-    predictor: Predictor, name: str, photo: Image.Image, thresholds: list[float], choice: Choice
+    predictor: Predictor, name: str, photo: Image.Image, thresholds: list[float] | None, choice: Choice
 ) -> Comparison:
     passes = [[predictor(photo, t) for _ in range(PASSES)] for t in (0.0, thresholds)]
     before, after = (replace(min(results, key=lambda r: r.milliseconds), file=name) for results in passes)
@@ -134,17 +134,19 @@ def _compare(
         heat = after.heatmap(choice.group)
     else:
         model = copy.copy(predictor.model)  # shares the weights, and has thresholds of its own
-        model.threshold = thresholds
+        if thresholds is not None:
+            model.threshold = thresholds
         maps = heatmap(model, predictor.prepare(photo), choice.method, group=choice.group)
         size = photo.height, photo.width
         heat = F.interpolate(maps[None], size, mode="bicubic", antialias=True).clamp(0, 1)[0, 0].cpu().numpy()
     return Comparison(name, before, after, heat, choice.method)
 
 
-def _thresholds(predictor: Predictor, photos: Sequence[Image.Image], choice: Choice) -> list[float]:
+def _thresholds(predictor: Predictor, photos: Sequence[Image.Image], choice: Choice) -> list[float] | None:
+    """None: what the model itself decides."""
     model = predictor.model
     if choice.rule in ("own", "threshold"):
-        return model.thresholds if choice.rule == "own" else [choice.threshold] * model.num_groups
+        return None if choice.rule == "own" else [choice.threshold] * model.num_groups
     images = torch.cat([predictor.prepare(photo) for photo in photos])
     if choice.rule == "macs":
         return thresholds_for(model, images, gmacs=choice.budget * model.dense_macs / 1e9)

@@ -110,8 +110,8 @@ def build(predictor: Predictor) -> gr.Blocks:
     height, width = model.pretrained_cfg["input_size"][1:]
     thresholds = model.thresholds
     rules = [("Threshold", "threshold"), ("Budget of multiply-adds", "macs"), ("Budget of patches", "patches")]
-    if len(set(thresholds)) > 1:
-        rules.insert(0, ("The model's own thresholds", "own"))
+    if len(set(thresholds)) > 1 or model.num_keep is not None:
+        rules.insert(0, (f"The model's own {'thresholds' if model.num_keep is None else 'counts'}", "own"))
     groups = [(str(g + 1), g) for g in range(model.num_groups)] + [("all", "all")]
     nothing = torch.zeros(model.num_groups, 1, dtype=torch.int64)
     least = math.ceil(100 * model.count_macs(nothing).item() / model.dense_macs)

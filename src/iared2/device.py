@@ -1,10 +1,11 @@
-"""The device a model runs on: whether it is there, time on it, since it may run ahead of Python, and memory."""
+"""The device a model runs on: whether it is there, its precision and memory, and time on it, which may run ahead."""
 
 from __future__ import annotations
 
 import ctypes
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -70,3 +71,9 @@ def _resident(field: str) -> int:
 def _wait(device: torch.device | str) -> None:
     if torch.device(device).type != "cpu":  # a CPU has always done what it was asked to
         torch.accelerator.synchronize(device)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """For what must be computed in float32 whatever the precision of the rest."""
+    on = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()

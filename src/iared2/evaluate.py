@@ -154,7 +154,8 @@ def evaluate(
         seed: of the random baseline.
         budgets: name -> thresholds (`model.budget.thresholds_for`), measured beside the model's own.
     """
-    settings = {"": model.thresholds, **{f", {name}": thresholds for name, thresholds in (budgets or {}).items()}}
+    own = model.thresholds if model.num_keep is None else None
+    settings = {"": own, **{f", {name}": thresholds for name, thresholds in (budgets or {}).items()}}
     sums: dict[str, Tensor] = {}  # right, multiply-adds, patches kept of all after each group, seconds
     images = 0
     skipped: list[str] = []

@@ -127,15 +127,17 @@ class Adaptive(_Dense):
         model: is copied. Its head must not pool patches: an image may lose all of them.
 
     Raises:
-        InputError: the head pools patches, or the model has ``max_tokens``.
+        InputError: the head pools patches, or the model has ``max_tokens`` or ``num_keep``.
     """
 
     def __init__(self, model: ReducedVisionTransformer) -> None:
         super().__init__(model)
         if vit.pools_patches(model.backbone):
             raise InputError("the adaptive form needs a model whose head reads the class token; export fixed counts")
-        if model.max_tokens is not None:
-            raise InputError("the adaptive form has no max_tokens: set it to None, or export fixed counts")
+        if model.max_tokens is not None or model.num_keep is not None:
+            raise InputError(
+                "the adaptive form has no max_tokens or num_keep: set them to None, or export fixed counts"
+            )
         self.thresholds = model.thresholds
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:

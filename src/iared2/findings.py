@@ -40,7 +40,7 @@ class Findings:
         scores: ``(D, N)`` float32 in (0, 1), 0 where the patch was already gone.
         kept: ``(D, N)`` bool, the patches on which each group's blocks ran.
         grid_size: rows and columns of patches, N = rows × columns, before them T' in a clip; the grid covers it all.
-        thresholds: one for each group.
+        thresholds: one for each group; of a model that keeps counts, the lowest score that stayed, 0 where all did.
         macs, dense_macs: multiply-adds of this one, and of any with every patch kept and no interpreter.
         milliseconds: of the forward pass alone, after a warm-up; neither reading nor resizing.
         model: what made it, for `result.json`: architecture, input size, checkpoint.
@@ -152,29 +152,29 @@ class Finder:
         self._transform = model_transform(cfg)
         self._warm = False
 
-    def thresholds(self, threshold: float | Sequence[float] | None) -> list[float]:
-        """One number for each of the D groups, of one number for all, or of None for the model's own.
+    def thresholds(self, threshold: float | Sequence[float] | None) -> list[float] | None:
+        """One number for each of the D groups, of one number for all, or None, for what the model itself decides.
 
         Raises:
             InputError: not finite, or not as many as there are groups.
         """
         if threshold is None:
-            return self.model.thresholds
+            return None
         groups = self.model.num_groups
         values = [threshold] if isinstance(threshold, (int, float)) else list(threshold)
         if len(values) not in (1, groups) or not all(map(math.isfinite, values)):
             raise InputError(f"threshold {threshold}: give one finite number, or {groups}, one for each group")
         return values * (groups // len(values))
 
-    def find(self, inputs: Tensor, thresholds: list[float]) -> dict[str, Any]:
-        """The fields of ``Findings``, but for `file`, from what ``on_device`` made."""
+    def find(self, inputs: Tensor, thresholds: list[float] | None) -> dict[str, Any]:
+        """The fields of ``Findings``, but for `file`, from what ``on_device`` and `thresholds` made."""
         output, seconds = self._trace(inputs, self.model.policy(thresholds))
         return {
             "top5": self._top5(output.logits[0]),
             "scores": output.scores[:, 0].cpu().numpy(),
             "kept": output.kept[:, 0].cpu().numpy(),
             "grid_size": self.model.grid_size,
-            "thresholds": tuple(thresholds),
+            "thresholds": tuple(thresholds or self._met(output)),
             "macs": int(output.macs[0]),
             "dense_macs": self.model.dense_macs,
             "milliseconds": 1000 * seconds,
@@ -184,6 +184,13 @@ class Finder:
     def on_device(self, one: Tensor) -> Tensor:
         """One photo or clip as a batch of it, on the model's device and in its precision."""
         return one[None].to(next(self.model.parameters()))
+
+    def _met(self, output: Output) -> list[float]:
+        """The model's own thresholds, or, if it keeps counts, the lowest score that stayed."""
+        if self.model.num_keep is None:
+            return self.model.thresholds
+        scores, kept = output.scores[:, 0], output.kept[:, 0]
+        return [float(s[k].min()) if k.any() and not k.all() else 0.0 for s, k in zip(scores, kept, strict=True)]
 
     @torch.inference_mode()
     def _trace(self, inputs: Tensor, decide: Decide) -> tuple[Output, float]:

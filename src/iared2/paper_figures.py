@@ -72,7 +72,8 @@ def run(args: argparse.Namespace) -> int:
     photos = find_photos(args.photo)
     colors(args.colormap)
     predictor = Predictor(load(args.checkpoint), usable_device(args.device))
-    predictor.model.threshold = predictor.thresholds(args.threshold)
+    if (thresholds := predictor.thresholds(args.threshold)) is not None:
+        predictor.model.threshold = thresholds
     titles, row = (_maps if args.figure == "maps" else _hierarchy)(predictor, args)
 
     rows, height = [], 0

@@ -176,29 +176,43 @@ def test_what_is_no_number_is_said(model, images):
     model.eval()
 
 
-@pytest.mark.parametrize("limit", [7, [30, 20, 7]])
-def test_max_tokens_is_saved(model, tmp_path, limit):
-    model.max_tokens = limit
+def test_max_tokens_is_saved(model, tmp_path):
+    model.max_tokens = 7
     try:
         model.save(tmp_path / "m.safetensors")
     finally:
         model.max_tokens = None
-    assert iared2.load(tmp_path / "m.safetensors").max_tokens == limit
+    assert iared2.load(tmp_path / "m.safetensors").max_tokens == 7
 
 
-def test_a_limit_for_each_group_keeps_as_many_of_every_image(model, images):
-    threshold, model.threshold, model.max_tokens = model.threshold, 0.0, (30, 20, 7)
+def test_as_many_of_every_image_until_a_threshold_is_set(model, images, tmp_path):
+    threshold, model.num_keep = model.threshold, (30, 20, 7)
     try:
         with torch.inference_mode():
-            out = model.trace(images)
+            out, all_kept = model.trace(images), model.trace(images, model.policy([0.0] * 3)).kept
+        model.save(tmp_path / "m.safetensors")
+        model.calibrate(images, keep=0.5)
+        assert model.num_keep is None
     finally:
-        model.threshold, model.max_tokens = threshold, None
+        model.threshold = threshold
     assert (out.kept.sum(-1) == torch.tensor([[30], [20], [7]])).all()
     best = out.scores[0].sort(descending=True).values[:, 29:30]
     assert torch.equal(out.kept[0], out.scores[0] >= best)
+    assert all_kept.all(), "thresholds that are asked for are not limited by counts"
+    assert iared2.load(tmp_path / "m.safetensors").num_keep == [30, 20, 7]
 
 
-@pytest.mark.parametrize("max_tokens", [-1, 2.5, True, "many", [30, 20], [30, -1, 7], [[1], [2], [3]]])
+@pytest.mark.parametrize("num_keep", [(30, 20), (30, -1, 7), (30, 2.5, 1), "abc"])
+def test_senseless_counts_are_refused(model, images, num_keep):
+    threshold, model.num_keep = model.threshold, num_keep
+    try:
+        with pytest.raises(InputError, match="num_keep="):
+            model(images[:1])
+    finally:
+        model.threshold = threshold
+
+
+@pytest.mark.parametrize("max_tokens", [-1, 2.5, True])
 def test_a_senseless_limit_is_refused(model, images, max_tokens):
     model.max_tokens = max_tokens
     try:

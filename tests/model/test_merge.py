@@ -18,6 +18,7 @@ from iared2.model.tokens import PackedTokens
 B, P, N, C = 4, 1, 6, 8
 FIRST = torch.tensor([[1, 1, 1, 1, 0, 1], [1, 1, 0, 0, 1, 1], [1] * 6, [0, 1, 1, 0, 1, 1]], dtype=torch.bool)
 THEN = torch.tensor([[1, 0, 0, 1, 0, 1], [0] * 6, [1, 1, 0, 1, 1, 1], [0, 1, 0, 0, 0, 0]], dtype=torch.bool)
+LAST = torch.tensor([[1, 0, 0, 0, 0, 1], [0] * 6, [0, 1, 0, 1, 0, 1], [0, 1, 0, 0, 0, 0]], dtype=torch.bool)
 
 
 @pytest.fixture
@@ -38,23 +39,29 @@ def plainly(x, sizes, alive, keep):
         x[j] = (before[members] * old[members, None]).sum(0) / sizes[j]
 
 
-def plain_twice(dense):
-    x, sizes = dense.clone(), torch.ones(B, N)
-    for b in range(B):
-        plainly(x[b, P:], sizes[b], [True] * N, FIRST[b])
-        plainly(x[b, P:], sizes[b], FIRST[b], THEN[b])
-    return x, sizes
-
-
-def test_equals_plain_loops(dense):
-    packed = merge(merge(PackedTokens.from_dense(dense, P), FIRST), THEN)
-    x, sizes = plain_twice(dense)
-    assert torch.equal(packed.alive, THEN)
-    here = F.pad(THEN, (P, 0), value=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equals_plain_loops(dense, dtype):
+    packed = PackedTokens.from_dense(dense := dense.to(dtype), P)
+    x, sizes, alive = dense.clone(), dense.new_ones(B, N), torch.ones(B, N, dtype=torch.bool)
+    for keep in (FIRST, THEN, LAST):  # an image has lost everything before the last
+        packed = merge(packed, keep)
+        for b in range(B):
+            plainly(x[b, P:], sizes[b], alive[b], keep[b])
+        alive = keep
+    assert torch.equal(packed.alive, LAST)
+    here = F.pad(LAST, (P, 0), value=True)
     torch.testing.assert_close(packed.to_dense(packed.x)[here], x[here])
-    torch.testing.assert_close(packed.to_dense(packed.sizes)[:, P:][THEN], sizes[THEN])
+    torch.testing.assert_close(packed.to_dense(packed.sizes)[:, P:][LAST], sizes[LAST])
     of_image = packed.to_dense(packed.sizes)[:, P:].sum(1)
     assert of_image.tolist() == [6, 0, 6, 6], "no patch is lost but where none is kept"
+
+
+def test_half_precision_of_training_merges_what_is_deployed(dense):
+    packed = PackedTokens.from_dense(dense + 30, P)  # cosines of nearly 1
+    expected = merge(packed, THEN).sizes
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(merge(packed, THEN).sizes, expected)
+    assert len(set(expected.tolist())) > 2
 
 
 def test_several_selections_are_one_batch(dense):
@@ -87,7 +94,6 @@ def test_attention_counts_a_mean_as_often_as_it_stands_for_a_patch(dense):
     found, weights = attend(q, k, v, packed), list(attention_weights(q, k, packed))
     wide = [F.pad(t, (0, 4)) for t in (q, k)]
     biased = with_bias_channel(*wide, F.pad(v, (0, 4)), packed.log_sizes)
-    image = 0
     for start, stop in zip(packed.starts[:-1], packed.starts[1:], strict=True):
         rows, repeated = slice(start, stop), torch.arange(start, stop).repeat_interleave(times[start:stop])
         logits = torch.einsum("ihd,jhd->hij", q[rows], k[repeated]) / 2
@@ -98,9 +104,7 @@ def test_attention_counts_a_mean_as_often_as_it_stands_for_a_patch(dense):
         by_channel = F.scaled_dot_product_attention(qb, kb, vb)[..., :4].transpose(0, 1)
         logits = torch.einsum("ihd,jhd->hij", q[rows], k[repeated]) / 8**0.5
         torch.testing.assert_close(by_channel, torch.einsum("hij,jhd->ihd", logits.softmax(-1), v[repeated]))
-        image += 1
     torch.testing.assert_close(weights[-1].sum(-1), torch.ones(weights[-1].shape[:-1]))
-    assert image == B
 
 
 def plain_forward(model, image):

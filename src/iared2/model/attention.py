@@ -9,6 +9,7 @@ a CPU infers in bfloat16.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import repeat
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, packed: PackedTokens, dropout: float
     """
     q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast, query-key norm gives float32
     ragged = packed.lengths[0] != packed.lengths[-1]
-    if ragged and dropout == 0 and _has_varlen_kernel(v):
+    if ragged and dropout == 0 and _has_varlen_kernel(v, 0 if packed.sizes is None else EXTRA):
         return _attend_varlen(q, k, v, packed)
     out = []
     for *run, bias in zip(packed.runs(q), packed.runs(k), packed.runs(v), key_biases(packed, v.dtype), strict=True):
@@ -51,7 +52,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, packed: PackedTokens, dropout: float
 def key_biases(packed: PackedTokens, dtype: torch.dtype) -> Iterator[Tensor | None]:
     """What is added to the logits, the same for all queries: ``(images, 1, 1, length)``, or None, for each run."""
     if packed.log_sizes is None:
-        yield from (None for _ in packed.runs(packed.token_ids))
+        yield from repeat(None, packed.num_runs)
     else:
         yield from (run[:, None, None] for run in packed.runs(packed.log_sizes.to(dtype)))
 
@@ -82,13 +83,13 @@ def attention_weights(q: Tensor, k: Tensor, packed: PackedTokens) -> Iterator[Te
         yield (logits if bias is None else logits + bias).softmax(-1)
 
 
-def _has_varlen_kernel(v: Tensor) -> bool:
-    """Half precision, a width of a head that the kernel takes, and an Ampere or newer GPU."""
+def _has_varlen_kernel(v: Tensor, extra: int) -> bool:
+    """Half precision, a width of a head that the kernel takes with so many more, and an Ampere or newer GPU."""
     half = v.is_cuda and v.dtype in (torch.float16, torch.bfloat16)
     return (
         half
         and v.shape[-1] % 8 == 0
-        and v.shape[-1] + EXTRA <= 256
+        and v.shape[-1] + extra <= 256
         and torch.cuda.get_device_capability(v.device) >= (8, 0)
     )
 

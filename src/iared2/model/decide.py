@@ -43,36 +43,42 @@ def by_threshold(threshold: float | Sequence[float]) -> Decide:
     return decide
 
 
-def at_most(max_tokens: int | Sequence[int] | None, decide: Decide) -> Decide:
+def at_most(max_tokens: int | None, decide: Decide) -> Decide:
     """``decide``, but of what it keeps of an image only the ``max_tokens`` best-scored patches; None for all of it.
 
-    Args:
-        max_tokens: one number, or one for each group.
-        decide: the decision that is limited.
-
     Raises:
-        InputError: ``max_tokens`` is not made of whole numbers, or one is below 0.
+        InputError: ``max_tokens`` is not a whole number, or below 0.
     """
     if max_tokens is None:
         return decide
-    limits = max_tokens if isinstance(max_tokens, Sequence) else [max_tokens]
-    if not all(isinstance(n, Integral) and not isinstance(n, bool) and n >= 0 for n in limits):
-        raise InputError(f"max_tokens={max_tokens}: give a number of patches, 0 or more, or one a group, or None")
+    if not isinstance(max_tokens, Integral) or isinstance(max_tokens, bool) or max_tokens < 0:
+        raise InputError(f"max_tokens={max_tokens}: give a number of patches, 0 or more, or None for no limit")
 
     def capped(scores: Tensor, alive: Tensor, group: int) -> Tensor:
-        if isinstance(max_tokens, Sequence) and group >= len(max_tokens):
-            raise InputError(f"max_tokens={max_tokens}: give one number, or one for each group")
-        keep, limit = decide(scores, alive, group), limits[group % len(limits)]
-        return top_k(scores, keep, keep.new_full((len(keep),), min(limit, keep.shape[1]), dtype=torch.int64))
+        keep = decide(scores, alive, group)
+        return top_k(scores, keep, keep.new_full((len(keep),), min(max_tokens, keep.shape[1]), dtype=torch.int64))
 
     return capped
 
 
 def by_share(keep: Sequence[float]) -> Decide:
     """Keep the best-scored share of each image's patches: one number a group, of all N patches."""
+    return lambda scores, alive, group: by_count([round(k * alive.shape[1]) for k in keep])(scores, alive, group)
+
+
+def by_count(num_keep: Sequence[int]) -> Decide:
+    """Keep as many patches of every image, its best-scored living ones: one number a group.
+
+    Raises:
+        InputError: they are not whole numbers from 0 on, or, when it decides, fewer than there are groups.
+    """
+    if not all(isinstance(n, Integral) and not isinstance(n, bool) and n >= 0 for n in num_keep):
+        raise InputError(f"num_keep={num_keep}: give a number of patches, 0 or more, for each group")
 
     def decide(scores: Tensor, alive: Tensor, group: int) -> Tensor:
-        return top_k(scores, alive, alive.new_full((1,), round(keep[group] * alive.shape[1]), dtype=torch.int64))
+        if group >= len(num_keep):
+            raise InputError(f"num_keep={num_keep}: give as many numbers as the model has groups")
+        return top_k(scores, alive, torch.full((1,), int(num_keep[group]), device=alive.device))
 
     return decide
 

@@ -8,13 +8,13 @@ use two thirds of a query-key product against *one* query; here the query goes t
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..device import without_autocast
 from ..errors import InputError
 from .tokens import PackedTokens
 
@@ -72,8 +72,7 @@ class MultiHeadInterpreter(nn.Module):
             ``(B, N)`` in (0, 1), 0 where the patch is gone. Computed in float32 whatever the precision of the model
             (float64 for a float64 model), since scores that crowd around 0.5 would tie in half precision.
         """
-        device = packed.x.device.type
-        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+        with without_autocast(packed.x.device):
             width, prefix = packed.x.shape[1], packed.num_prefix_tokens
             x = packed.x.to(torch.promote_types(packed.x.dtype, torch.float32))
             x_hat = F.layer_norm(x, (width,), eps=1e-5)  # (T, C)

@@ -44,7 +44,7 @@ def interpreter_macs(interpreter: Any, num_patches: Tensor) -> Tensor:
 
 
 def merge_macs(width: int, num_patches: Tensor, num_kept: Tensor) -> Tensor:
-    """Multiply-adds of merge.py's cosines, each patch with each, where any patch goes."""
+    """Multiply-adds of merge.py's cosines, each patch with each, where any patch goes, as if the image were alone."""
     n = num_patches.to(torch.int64)
     return torch.where(num_kept < n, n * n * width, 0)
 
@@ -62,3 +62,25 @@ def head_macs(backbone: VisionTransformer, num_tokens: Tensor) -> Tensor:
         per_latent = linear_macs(pool) - pool.kv.weight.numel()
         return macs + queries * per_latent + keys * pool.kv.weight.numel() + 2 * queries * keys * pool.q.out_features
     return macs + 2 * keys * keys * backbone.embed_dim  # AttentionPoolPrr: attention without weights
+
+
+def dense_macs(backbone: Any) -> int:
+    """Multiply-adds of an image through the timm backbone alone."""
+    num_patches = backbone.patch_embed.num_patches
+    tokens = torch.tensor(num_patches + backbone.num_prefix_tokens)
+    return int(blocks_macs(backbone.blocks, tokens) + head_macs(backbone, tokens)) + embed_macs(backbone, num_patches)
+
+
+def reduced_macs(model: Any, num_kept: Tensor, num_patches: int) -> Tensor:
+    """``(B,)`` int64, as if each image were alone; see `ReducedVisionTransformer.count_macs`."""
+    backbone = model.backbone
+    tokens = num_kept + backbone.num_prefix_tokens
+    total = head_macs(backbone, tokens[-1]) + embed_macs(backbone, num_patches)
+    patches = torch.full_like(num_kept[0], num_patches)
+    for group, interpreter in enumerate(model.interpreters):
+        total += interpreter_macs(interpreter, patches)
+        if model.dropped == "merged":
+            total += merge_macs(backbone.embed_dim, patches, num_kept[group])
+        total += blocks_macs([backbone.blocks[i] for i in model.groups[group]], tokens[group])
+        patches = num_kept[group]
+    return total

@@ -2,7 +2,8 @@
 
 The paper's dropped patches are gone (`PackedTokens.select`). Joined, they leave their mean in the patch they join, and
 attention counts that patch as often as it stands for a patch, as in token merging (Bolya et al., ICLR 2023). There a
-matching of all tokens says which of them go; here the policy does, and only where they go follows from likeness.
+matching of all tokens says which of them go; here the policy does, and only where they go follows from likeness. Only
+attention counts: heads that pool patches, and policy tokens that are their mean, take each kept patch once.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..device import without_autocast
 from .tokens import PackedTokens
 
 
@@ -37,33 +39,39 @@ def merge(packed: PackedTokens, keep: Tensor) -> PackedTokens:
     leaving = torch.nonzero_static(~stays.flatten(), size=several * rows - rows_left)[:, 0]
     place, leaving = place[leaving], leaving % rows
 
-    sizes = packed.x.new_ones(rows, dtype=torch.float32) if packed.sizes is None else packed.sizes
-    own = F.pad(sizes.new_ones(rows_left) if selected.sizes is None else selected.sizes, (0, 1))
-    total = own.index_add(0, place, sizes[leaving])[:-1]
-    x = F.pad(selected.x.float() * own[:-1, None], (0, 0, 0, 1))
-    x = x.index_add(0, place, packed.x[leaving].float() * sizes[leaving, None])[:-1] / total[:, None]
+    dtype = torch.promote_types(packed.x.dtype, torch.float32)
+    sizes = packed.x.new_ones(rows, dtype=dtype) if packed.sizes is None else packed.sizes
+    own = sizes.new_ones(rows_left) if selected.sizes is None else selected.sizes
+    total = F.pad(own, (0, 1)).index_add_(0, place, sizes[leaving])[:-1]
+    x = F.pad(selected.x.to(dtype) * own[:, None], (0, 0, 0, 1))
+    x = x.index_add_(0, place, packed.x[leaving].to(dtype) * sizes[leaving, None])[:-1] / total[:, None]
     return selected.with_x(x.to(packed.x.dtype), total)
 
 
 def most_alike(packed: PackedTokens, stays: Tensor) -> Tensor:
-    """For each row that leaves, the patch of its image that stays and has the largest cosine with it.
+    """For each row that leaves, the patch of its image that stays and has the largest cosine with it, in float32.
 
     Args:
-        packed: the tokens.
+        packed: the tokens; what is compared is their features as they are, not normalised.
         stays: ``(k, T)`` bool, k selections of its rows.
 
     Returns:
         ``(k, T)`` int64 rows of ``packed``; what it says of rows that stay, and where no patch does, means nothing.
     """
     prefix, first, found = packed.num_prefix_tokens, 0, []
-    with torch.no_grad():
+    with (
+        torch.no_grad(),
+        without_autocast(packed.x.device),
+    ):  # half precision would merge otherwise than what is deployed
         for x in packed.runs(packed.x):  # (b, length, C)
             images, length = x.shape[:2]
-            x = F.normalize(x[:, prefix:].float(), dim=2)
-            alike = x @ x.mT  # (b, n, n)
             there = stays[:, first : first + images * length].view(-1, images, 1, length)[..., prefix:]
-            best = torch.stack([alike.masked_fill(~t, -torch.inf).argmax(2) for t in there])  # (k, b, n)
+            best = torch.zeros(len(stays), images, length - prefix, dtype=torch.int64, device=x.device)
+            if length > prefix:  # these images have patches
+                x = F.normalize(x[:, prefix:].to(torch.promote_types(x.dtype, torch.float32)), dim=2)
+                alike = x @ x.mT  # (b, n, n)
+                best = torch.stack([alike.masked_fill(~t, -torch.inf).argmax(2) for t in there])  # (k, b, n)
             start = first + prefix + length * torch.arange(images, device=x.device)[:, None]
-            found.append(F.pad(best + start, (prefix, 0)).flatten(1))
+            found.append(F.pad(best + start, (prefix, 0), value=first).flatten(1))
             first += images * length
     return torch.cat(found, 1)

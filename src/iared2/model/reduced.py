@@ -19,7 +19,7 @@ from . import backbone as vit
 from . import macs, onednn, saved
 from .budget import thresholds_for
 from .config import config_of
-from .decide import Decide, at_most, by_threshold
+from .decide import Decide, at_most, by_count, by_threshold
 from .interpreter import MultiHeadInterpreter
 from .merge import merge
 from .tokens import PackedTokens
@@ -66,10 +66,11 @@ class ReducedVisionTransformer(nn.Module):
 
     Attributes:
         threshold: a patch stays if its score is above it. One number, or one for each group; ``t <= 0`` keeps every
-            patch, ``t >= 1`` none. A plain attribute: set it at any time, it trades accuracy against compute.
-        max_tokens: at most so many patches of an image, the best-scored ones, leave each group: a number, or one for
-            each group; None for no limit. Bounds the worst case, which ``threshold`` does not; with threshold 0 every
-            image keeps as many. A ``decide`` that is passed in is not limited.
+            patch, ``t >= 1`` none. Set it at any time: it trades accuracy against compute.
+        num_keep: D numbers, or None: every image keeps so many patches, its best-scored ones, in place of those above a
+            threshold. To set ``threshold`` makes it None.
+        max_tokens: at most so many patches of an image, the best-scored ones, leave each group; None for no limit.
+            Bounds the worst case, which ``threshold`` does not. A ``decide`` that is passed in is not limited.
         class_names: names of the K classes, or None.
 
     Raises:
@@ -96,8 +97,9 @@ class ReducedVisionTransformer(nn.Module):
                 raise InputError(f"{name}={value!r} should be one of {', '.join(known)}")
         self.backbone: Any = backbone
         self.interpreter, self.dropped = interpreter, dropped
-        self.threshold: float | Sequence[float] = threshold
-        self.max_tokens: int | Sequence[int] | None = None
+        self.num_keep: Sequence[int] | None
+        self.threshold = threshold
+        self.max_tokens: int | None = None
         self.compiled = False
         self.class_names: tuple[str, ...] | None = None
         self.model_args: dict[str, Any] = {}  # what the backbone was built with, for save()
@@ -177,7 +179,9 @@ class ReducedVisionTransformer(nn.Module):
         return self.drop(packed, keep), scores, keep
 
     def policy(self, thresholds: Sequence[float] | None = None) -> Decide:
-        """The decision that is deployed: ``threshold``, or other thresholds in its place, and ``max_tokens``."""
+        """The decision that is deployed, or other thresholds in its place; at most ``max_tokens``."""
+        if thresholds is None and self.num_keep is not None:
+            return at_most(self.max_tokens, by_count(self.num_keep))
         return at_most(self.max_tokens, by_threshold(self.thresholds if thresholds is None else thresholds))
 
     def score(self, packed: PackedTokens, group: int) -> Tensor:
@@ -215,25 +219,12 @@ class ReducedVisionTransformer(nn.Module):
         Returns:
             ``(B,)`` int64, interpreters included.
         """
-        num_patches = num_patches or self.backbone.patch_embed.num_patches
-        prefix = self.backbone.num_prefix_tokens
-        tokens = num_kept + prefix
-        total = macs.head_macs(self.backbone, tokens[-1]) + macs.embed_macs(self.backbone, num_patches)
-        patches = torch.full_like(num_kept[0], num_patches)
-        for group, interpreter in enumerate(self.interpreters):
-            total += macs.interpreter_macs(interpreter, patches)
-            if self.dropped == "merged":
-                total += macs.merge_macs(self.backbone.embed_dim, patches, num_kept[group])
-            total += macs.blocks_macs([self.backbone.blocks[i] for i in self.groups[group]], tokens[group])
-            patches = num_kept[group]
-        return total
+        return macs.reduced_macs(self, num_kept, num_patches or self.backbone.patch_embed.num_patches)
 
     @property
     def dense_macs(self) -> int:
         """Multiply-adds of the timm backbone alone: every patch kept, no interpreter."""
-        tokens = torch.tensor(self.backbone.patch_embed.num_patches + self.backbone.num_prefix_tokens)
-        dense = macs.blocks_macs(self.backbone.blocks, tokens) + macs.head_macs(self.backbone, tokens)
-        return int(dense) + macs.embed_macs(self.backbone, self.backbone.patch_embed.num_patches)
+        return macs.dense_macs(self.backbone)
 
     def calibrate(
         self,
@@ -294,6 +285,15 @@ class ReducedVisionTransformer(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade compute for memory in training: recompute each block's activations in the backward pass."""
         self.backbone.set_grad_checkpointing(enable)
+
+    @property
+    def threshold(self) -> float | Sequence[float]:
+        """See the class."""
+        return self._threshold
+
+    @threshold.setter
+    def threshold(self, threshold: float | Sequence[float]) -> None:
+        self._threshold, self.num_keep = threshold, None
 
     @property
     def thresholds(self) -> list[float]:

@@ -111,6 +111,10 @@ class PackedTokens:
         """``(length, images)`` of each run."""
         return [(length, len(list(images))) for length, images in groupby(self.lengths)]
 
+    @property
+    def num_runs(self) -> int:
+        return len(self._runs)
+
     def with_x(self, x: Tensor, sizes: Tensor | None = None) -> PackedTokens:
         """The same rows with other features, and sizes; what the layout has been asked for is not computed anew."""
         other = copy(self)

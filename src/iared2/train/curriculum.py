@@ -186,8 +186,8 @@ def train(recipe: Recipe, output: Path, data: RunData | None = None) -> Path:
     if parts:
         load_strictly(model, parts["model"], state)
         model.threshold = parts["decision"]["threshold"].tolist()
-        if "max_tokens" in parts["decision"]:
-            model.max_tokens = parts["decision"]["max_tokens"].tolist()
+        if "num_keep" in parts["decision"]:
+            model.num_keep = parts["decision"]["num_keep"].tolist()
     teacher = None
     if recipe.reward.label == "dense" or recipe.finetune.distill:
         teacher = copy.deepcopy(model.backbone).eval().requires_grad_(False)
@@ -289,9 +289,10 @@ def _check_policy(recipe: Recipe) -> None:
         )
     if policy.equal_counts and not policy.keep:
         raise InputError(f"recipe: policy.equal_counts needs policy.keep, {groups} shares")
-    if policy.decisions == "gumbel" and recipe.model.dropped != "gone":
+    if policy.decisions == "gumbel" and (recipe.model.dropped != "gone" or policy.equal_counts):
         raise InputError(
-            'recipe: policy.decisions = "gumbel" masks patches, which cannot merge; model.dropped = "gone"'
+            'recipe: policy.decisions = "gumbel" masks patches of a batch; set model.dropped = "gone" and'
+            " policy.equal_counts = false"
         )
     if policy.decisions != "learned" and not policy.keep:
         raise InputError(f"recipe: policy.decisions = {policy.decisions!r} needs policy.keep, {groups} shares")

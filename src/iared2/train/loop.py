@@ -209,7 +209,7 @@ class Run:
         """Set the thresholds so that these shares of the patches stay of training images as they are; or the counts."""
         if self.equal_counts:
             num_patches = self.model.backbone.patch_embed.num_patches
-            self.model.threshold, self.model.max_tokens = 0.0, [round(share * num_patches) for share in keep]
+            self.model.num_keep = [round(share * num_patches) for share in keep]
             return
         plain = AugmentConfig(min_scale=1.0, hflip=0.0, color_jitter=0.0)
         size = min(CALIBRATION_IMAGES, len(self.samples))
@@ -299,8 +299,8 @@ class Run:
         """Write the checkpoint from which a killed run goes on."""
         if self.accelerator.is_main_process:
             decision = {"threshold": torch.tensor(self.model.thresholds)}
-            if self.model.max_tokens is not None:
-                decision["max_tokens"] = torch.tensor(self.model.max_tokens)
+            if self.model.num_keep is not None:
+                decision["num_keep"] = torch.tensor(self.model.num_keep)
             parts = {"model": self.model.state_dict(), "decision": decision}
             if self.teacher is not None:
                 parts["teacher"] = self.teacher.state_dict()

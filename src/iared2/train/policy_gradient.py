@@ -48,8 +48,8 @@ class PolicyConfig:
     """Shares of the patches alive after each group, D numbers that do not rise: the budget of the draws and of the
     threshold, or what a rival keeps. A group that keeps what it is given has no stages. Empty: the threshold is 0.5."""
     equal_counts: bool = False
-    """Every image keeps as many patches as the others, its best-scored ones (``max_tokens`` of the model, one number a
-    group); false: one threshold for all images. Needs keep."""
+    """Every image keeps as many patches as the others, its best-scored ones (``num_keep`` of the model), and the draws
+    keep to the budget image by image; false: one threshold for all images. Needs keep."""
     samples: int = 1
     """Sampled decisions of each image in a step."""
     leave_one_out: bool = False
@@ -161,9 +161,10 @@ class PolicyGradientStage(nn.Module):
         shift = budget_shift(logits.detach(), alive, policy.keep[self.group], policy.equal_counts)
         if self.model.interpreters[self.group].relative:  # has no such freedom
             return (logits + shift).sigmoid(), none
-        mean = (logits * alive).sum() / alive.sum().clamp_min(1)
+        over = 1 if policy.equal_counts else (0, 1)
+        mean = (logits * alive).sum(over, keepdim=True) / alive.sum(over, keepdim=True).clamp_min(1)
         # 20 where too few are alive
-        return (logits + shift).sigmoid(), -ANCHOR * shift.clamp(-5, 5).mean() * mean
+        return (logits + shift).sigmoid(), -ANCHOR * (shift.clamp(-5, 5) * mean).mean()
 
 
 def budget_shift(logits: Tensor, alive: Tensor, share: float, each: bool = False) -> Tensor:
