@@ -260,9 +260,8 @@ class Experiments:
             folder = "ours-" + name.replace(", ", "-").replace(" ", "-").replace("'", "")
             m = self.lab.run(folder, "ours", settings).measure()
             rows.append(row(name, m, versus([m], [full])))
-            self.write(
-                "ablation", "`ours`, one part taken out or put in.", columns, rows, []
-            )  # of the rows that are there
+            title = "`ours`, one part taken out or put in."
+            self.write("ablation", title, columns, rows, [])  # of the rows that are there
 
     def cluttered(self) -> None:
         """The set where the answer is known, a backbone of its own, and what each decision keeps there."""
@@ -296,9 +295,6 @@ class Experiments:
             add(kind, own, *(versus([own], [other]) for other in others.values()))
             if kind == "paper":
                 add("paper at 40 %", learned.measure(learned.at(0.4)))
-            if kind == "ours":
-                plain = lab.run("cluttered-ours-sigmoid", kind, [*ours, *SIGMOID]).measure()
-                add("ours, the paper's interpreter", plain, *(versus([plain], [other]) for other in others.values()))
             for decisions, other in others.items():
                 add(f"{decisions}, as many as {kind}", other)
         columns = [

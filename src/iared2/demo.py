@@ -23,7 +23,7 @@ import gradio as gr
 import torch
 
 from .compare import Choice, Comparison, compare, write_archive
-from .demo_words import CSS, HELP, INTRO, LABELS, caption, classes, facts
+from .demo_words import CSS, FATE, HELP, INTRO, LABELS, caption, classes, facts
 from .errors import InputError
 from .explain.methods import METHODS
 from .predictor import Predictor
@@ -121,7 +121,7 @@ def build(predictor: Predictor) -> gr.Blocks:
     with gr.Blocks(title="IA-RED²", analytics_enabled=False, delete_cache=(600, KEEP_SECONDS)) as page:
         found = gr.State([], time_to_live=KEEP_SECONDS)
         selected = gr.State(0)
-        gr.Markdown(INTRO.format(groups=model.num_groups, classes=classes(model.class_names)))
+        gr.Markdown(INTRO.format(groups=model.num_groups, fate=FATE[model.dropped], classes=classes(model.class_names)))
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
                 label = f"Photos (up to {MAX_PHOTOS})"

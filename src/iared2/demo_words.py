@@ -17,11 +17,15 @@ LABELS = {
     "random": "Random numbers (a control)",
     "center": "Centre of the photo (a control)",
 }
+FATE = {
+    "gone": "later layers never see them",
+    "merged": "later layers see them only as a part of the patch that each is most like",
+}
 INTRO = """
 # What does a vision transformer look at, and what can it do without?
 
 The model cuts a photo into patches. At the entrance of each of its {groups} groups of layers a small *interpreter*
-scores every patch, and the patches below the threshold **leave**: later layers never see them. What stays is the
+scores every patch, and the patches below the threshold **leave**: {fate}. What stays is the
 explanation, what left is the saving. Drop a photo, then try other thresholds and budgets. The method is
 [IA-RED²](https://arxiv.org/abs/2106.12620). {classes}
 """

@@ -180,9 +180,8 @@ class ReducedVisionTransformer(nn.Module):
 
     def policy(self, thresholds: Sequence[float] | None = None) -> Decide:
         """The decision that is deployed, or other thresholds in its place; at most ``max_tokens``."""
-        if thresholds is None and self.num_keep is not None:
-            return at_most(self.max_tokens, by_count(self.num_keep))
-        return at_most(self.max_tokens, by_threshold(self.thresholds if thresholds is None else thresholds))
+        count = thresholds is None and self.num_keep
+        return at_most(self.max_tokens, by_count(count) if count else by_threshold(thresholds or self.thresholds))
 
     def score(self, packed: PackedTokens, group: int) -> Tensor:
         """``(B, N)`` informativeness of the living patches at the entrance of ``group``, 0 where a patch is gone."""
@@ -293,6 +292,7 @@ class ReducedVisionTransformer(nn.Module):
 
     @threshold.setter
     def threshold(self, threshold: float | Sequence[float]) -> None:
+        """Ends ``num_keep``."""
         self._threshold, self.num_keep = threshold, None
 
     @property

@@ -55,9 +55,9 @@ def from_timesformer(
         groups: D, the number of groups.
         frames: T, by default the model's; 8 of a fresh one.
         size: pixels of a frame's sides, or its height and width; by default the model's, 224 of a fresh one.
-        timm_kwargs: as for `from_timm`, and its ``interpreter``. A fresh model has ``patch_size=16, embed_dim=768,
-            depth=12, num_heads=12, num_classes=400`` by default; an original checkpoint does not say its ``num_heads``,
-            64 wide by default; any may have a ``drop_path_rate`` …
+        timm_kwargs: as for `from_timm`, and its ``interpreter`` and ``dropped``. A fresh model has ``patch_size=16,
+            embed_dim=768, depth=12, num_heads=12, num_classes=400`` by default; an original checkpoint does not say its
+            ``num_heads``, 64 wide by default; any may have a ``drop_path_rate`` …
 
     Returns:
         The model in evaluation mode, with class names if the model given has some. Threshold 0 gives its logits.
