@@ -45,15 +45,18 @@ def planted_model() -> ReducedVisionTransformer:
 
 
 def untrained_model(misled: bool = False) -> ReducedVisionTransformer:
-    """One group of two blocks, whose interpreter is as it was born: by chance, it scores the planted patches highest.
+    """One group of two blocks, its interpreter as it was born but for a sign: it scores the planted patches highest.
 
-    ``misled``: lowest.
+    ``misled``: lowest. Which sign that takes is up to the draws, and they to the versions of timm and torch.
     """
     torch.manual_seed(0)
     size = {"img_size": GRID * PATCH, "patch_size": PATCH, "embed_dim": WIDTH, "depth": 2, "num_heads": 1}
     model = iared2.from_timm("deit_tiny_patch16_224", groups=1, num_classes=2, **size)
     _plant(model.backbone)
-    if misled:
+    with torch.no_grad():
+        scores = model.eval().trace(planted_images(64)[0]).scores[0].mean(0)
+    model.train()
+    if (scores[PLANTED].mean() > scores.mean()) == misled:
         for parameter in model.interpreters[0].query.parameters():
             parameter.data.neg_()
     return model

@@ -12,6 +12,11 @@ from iared2.errors import InputError
 from iared2.export import Adaptive, FixedCount, export
 from iared2.model.decide import top_k
 
+# torch 2.10, of itself
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:The given buffer is not writable"),
+]
 COUNTS = (50, 30, 12)
 KWARGS = {"img_size": 64, "patch_size": 8, "embed_dim": 48, "num_heads": 3, "depth": 3, "num_classes": 5}
 FAMILIES = {
@@ -70,7 +75,6 @@ def test_fixed_count_is_the_models_own_top_k(fixed):
 
 
 @pytest.mark.parametrize("batch_size", [1, None])
-@pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # torch 2.10, of its own reading
 def test_torch_export(fixed, tmp_path, batch_size):
     _, form, output = fixed
     export(form, tmp_path / "m.pt2", batch_size)

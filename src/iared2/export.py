@@ -38,7 +38,7 @@ class _Dense(nn.Module):
         model = copy.deepcopy(model).eval().requires_grad_(False).float().cpu()
         self.backbone: Any = model.backbone
         self.interpreters: Any = model.interpreters
-        self.groups = model.groups
+        self.groups, self.num_heads = model.groups, model.backbone.blocks[0].attn.num_heads
         self.prefix, self.merged = model.backbone.num_prefix_tokens, model.dropped == "merged"
         cfg = model.pretrained_cfg
         self.input_size = tuple(cfg["input_size"])
@@ -75,7 +75,8 @@ class _Dense(nn.Module):
         return torch.cat([prefix, kept], 1), torch.cat([sizes[:, : self.prefix], total], 1)
 
     def run_group(self, x: Tensor, sizes: Tensor, group: int) -> Tensor:
-        bias = sizes.log()[:, None, None] if self.merged else None
+        # whole: torch 2.10 cannot tell whether a number of tokens that it does not know is 1, and would be broadcast
+        bias = sizes.log()[:, None, None].expand(-1, self.num_heads, x.shape[1], -1) if self.merged else None
         for index in self.groups[group]:
             x = self.backbone.blocks[index](x, attn_mask=bias)
         return x
