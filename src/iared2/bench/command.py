@@ -66,6 +66,8 @@ def run(arguments: argparse.Namespace, more: Callable[[ReducedVisionTransformer,
         model.dropped = "merged"
     console = Console(stderr=True)
     title = f"{arguments.model}, {device}, {arguments.precision}, {torch.get_num_threads()} threads"
+    if model.dropped == "merged":
+        title += ", dropped patches merge"
     if arguments.train:
         title += f"; group 1 keeps {arguments.keep[0]:g}"
     elif not arguments.data:

@@ -59,10 +59,8 @@ def most_alike(packed: PackedTokens, stays: Tensor) -> Tensor:
         ``(k, T)`` int64 rows of ``packed``; what it says of rows that stay, and where no patch does, means nothing.
     """
     prefix, first, found = packed.num_prefix_tokens, 0, []
-    with (
-        torch.no_grad(),
-        without_autocast(packed.x.device),
-    ):  # half precision would merge otherwise than what is deployed
+    # training in half precision would merge otherwise than the model that is deployed
+    with torch.no_grad(), without_autocast(packed.x.device):
         for x in packed.runs(packed.x):  # (b, length, C)
             images, length = x.shape[:2]
             there = stays[:, first : first + images * length].view(-1, images, 1, length)[..., prefix:]

@@ -90,7 +90,7 @@ class Stage:
         trained: the module whose unfrozen parameters learn.
         policy: labels stay hard, there is no moving average.
         decide: the decision, if it is not the model's own.
-        budget: shares of the patches, D numbers, to which the model's thresholds are calibrated before the stage.
+        budget: shares of the patches, D numbers, to which the model's thresholds, or counts, are set before the stage.
     """
 
     name: str
@@ -276,7 +276,7 @@ class Run:
         return {name: float(value) for name, value in accelerator.reduce(totals, "mean").items()}
 
     def evaluate(self, stage: Stage, position: Position, ema: ModelEmaV3 | None = None) -> None:
-        """Measure the thresholded model, the one that is deployed, on held-out images."""
+        """Measure the model with its own decision, the one that is deployed, on held-out images."""
         model = self.model
         live = None
         if ema:  # judge the average, then put the live weights back

@@ -14,7 +14,8 @@ Deviations from the paper, all of them settings that are off by default:
 
 1. ``keep``: decisions are drawn around a budget. One shift of all logits, found anew for each batch, makes the mean
    share that is drawn what was asked for; the threshold that is deployed is calibrated to the same share. So the policy
-   learns which patches, not how many, and what it samples is what it will be asked for.
+   learns which patches, not how many, and what it samples is what it will be asked for. With ``equal_counts`` there is
+   a shift for each image, and the counts themselves are deployed.
 2. ``temperature``: the logits are divided by a number that falls during the stage, so that the samples become as sharp
    as the threshold.
 3. ``samples`` and ``leave_one_out``: several decisions an image, each judged by the mean of the others (Kool et al.,
