@@ -10,8 +10,8 @@ import sys
 
 from merging import merging, merging_gmacs, r_for
 
-from iared2.bench import command
 from iared2.errors import InputError
+from iared2.evaluate.speed import command
 
 
 def more(model, workload):

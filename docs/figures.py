@@ -13,8 +13,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from iared2.explain.results import Benchmark, Estimate, MethodResult
-from iared2.explain_bench import ARROWS, headline
+from iared2.evaluate.explanations.command import ARROWS, headline
+from iared2.evaluate.explanations.results import Benchmark, Estimate, MethodResult
 
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES = ROOT / "docs" / "figures"

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from iared2 import ReducedVisionTransformer
-from iared2.batches import Batch
-from iared2.cluttered import ClutteredImages, open_cluttered
-from iared2.data import DataConfig, open_samples
+from iared2.data.batches import Batch
+from iared2.data.cluttered import ClutteredImages, open_cluttered
+from iared2.data.device_dataset import ResidentImages
+from iared2.data.images import DataConfig, open_samples
 from iared2.errors import InputError
-from iared2.model.budget import thresholds_for
+from iared2.model.baselines import KINDS as RIVALS
+from iared2.model.calibrate import thresholds_for
 from iared2.model.decide import Decide, by_share
-from iared2.model.rivals import KINDS as RIVALS
-from iared2.resident import ResidentImages
 from iared2.train.curriculum import build_model, train
 from iared2.train.recipe import Recipe, read_recipe
 from iared2.train.state import load_state

@@ -11,7 +11,7 @@ from lab import Trained
 from matplotlib.figure import Figure
 from PIL import Image
 
-from iared2.batches import model_transform
+from iared2.data.batches import model_transform
 from iared2.model.decide import Decide, keep_all, top_k
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"

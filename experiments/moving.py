@@ -24,18 +24,18 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from iared2 import InputError, ReducedVisionTransformer, keyed
-from iared2.batches import Batch
-from iared2.data import DataConfig, open_samples
+from iared2.data.batches import Batch
+from iared2.data.device_dataset import ResidentImages
+from iared2.data.images import DataConfig, open_samples
+from iared2.data.moving import MovingClips
 from iared2.explain.figures import blank, fit, grid
 from iared2.model.decide import Decide, keep_all
-from iared2.resident import ResidentImages
 from iared2.train.augment import AugmentConfig
 from iared2.train.curriculum import RunData, train
-from iared2.train.loop import StageConfig
 from iared2.train.policy_gradient import PolicyConfig
 from iared2.train.recipe import ModelConfig, Recipe
 from iared2.train.reward import RewardConfig
-from iared2.video.moving import MovingClips
+from iared2.train.trainer import StageConfig
 
 FRAMES, SIZE, PATCH = 8, 32, 8
 PHOTO = 40

@@ -62,7 +62,7 @@ def state_dict_of(graph: onnx.GraphProto) -> dict[str, Tensor]:
     """The backbone's tensors under timm's names, without a head.
 
     Args:
-        graph: an exported ``Dinov2Model``. Its linear weights are the second inputs of ``MatMul`` nodes, transposed, and
+        graph: an exported ``Dinov2Model``. Its linear weights are the second inputs of ``MatMul`` nodes, transposed,
             known by the node's name (``/backbone/encoder/layer.0/mlp/fc1/MatMul``); biases, norms and layer scales are
             initialisers with the module's own name; the class token's position and the patch positions are the unnamed
             initialisers of the embeddings.

@@ -25,12 +25,12 @@ from matplotlib.figure import Figure
 from variants import CLUTTER, CLUTTER_BACKBONE, CLUTTER_OURS, GENTLE, MERGED, SHORT, SIGMOID
 
 from iared2 import ReducedVisionTransformer
-from iared2.batches import Batch
-from iared2.cluttered import patch_truth
-from iared2.data import open_samples
+from iared2.data.batches import Batch
+from iared2.data.cluttered import patch_truth
+from iared2.data.images import open_samples
+from iared2.data.regions import open_regions
 from iared2.errors import InputError
 from iared2.model.decide import Decide, keep_all
-from iared2.regions import open_regions
 
 VARIANTS: dict[str, tuple[str, list[str]]] = {"paper": ("paper", []), "ours": ("ours", []), "merged": ("ours", MERGED)}
 BUDGETS = (0.65, 0.5)

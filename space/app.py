@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from iared2 import Predictor, load
-from iared2.demo import build, serve
+from iared2.demo.page import build, serve
 
 checkpoint = Path(__file__).with_name("model.safetensors")
 page = build(Predictor(load(checkpoint if checkpoint.exists() else None)))

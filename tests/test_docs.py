@@ -44,7 +44,7 @@ def broken_links(page: Path) -> list[str]:
 def logged_names(source: Path) -> set[str]:
     """What is written: keys of every dictionary called ``metrics`` or ``totals``, and of what ``measure`` returns."""
     names = set()
-    for file in [*source.glob("train/*.py"), source / "evaluate.py"]:
+    for file in [*source.glob("train/*.py"), source / "measure.py"]:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             values: list[ast.AST] = []
             if isinstance(node, ast.Assign):

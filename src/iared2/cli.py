@@ -11,9 +11,12 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from . import explain_bench, export, interpret, paper_figures
-from .bench import command as bench
+from . import export
 from .errors import InputError, NoSplit
+from .evaluate.explanations import command as explain_bench
+from .evaluate.speed import command as bench
+from .predict import command as interpret
+from .predict import figure as paper_figures
 
 CALIBRATION_IMAGES = 512
 
@@ -128,14 +131,14 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import track
 
-    from .batches import eval_batches, model_transform
-    from .checkpoint import load
-    from .data import DataConfig
+    from .data.batches import eval_batches, model_transform
+    from .data.images import DataConfig
+    from .data.videos import ClipConfig, open_for, views_transform
     from .device import usable_device
-    from .evaluate import evaluate
+    from .evaluate.accuracy import evaluate
     from .keyed import permutation
-    from .model.budget import thresholds_for
-    from .video.data import ClipConfig, open_for, views_transform
+    from .model.calibrate import thresholds_for
+    from .pretrained.checkpoint import load
 
     device = usable_device(arguments.device)
     model = load(None if arguments.checkpoint == "box" else arguments.checkpoint).to(device)
@@ -199,11 +202,11 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    from .checkpoint import load
-    from .predictor import Predictor
+    from .predict.photo import Predictor
+    from .pretrained.checkpoint import load
 
     try:
-        from .demo import build, serve
+        from .demo.page import build, serve
     except ModuleNotFoundError as error:
         raise InputError(f"the page needs the package {error.name}: pip install 'iared2[demo]'") from None
     checkpoint = arguments.checkpoint and Path(arguments.checkpoint)

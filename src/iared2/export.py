@@ -24,10 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checkpoint import load
 from .errors import InputError
 from .model import backbone as vit
 from .model.reduced import ReducedVisionTransformer
+from .pretrained.checkpoint import load
 
 
 class _Dense(nn.Module):

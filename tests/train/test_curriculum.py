@@ -18,16 +18,16 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import iared2
-from iared2.batches import model_transform, train_batches
 from iared2.cli import main
-from iared2.data import DataConfig, open_samples
+from iared2.data.batches import model_transform, train_batches
+from iared2.data.images import DataConfig, open_samples
 from iared2.errors import InputError
 from iared2.train.curriculum import check
 from iared2.train.log import RunLog
-from iared2.train.loop import Run
 from iared2.train.policy_gradient import PolicyGradientStage
 from iared2.train.recipe import Recipe, read_recipe
 from iared2.train.state import load_state
+from iared2.train.trainer import Run
 
 RECIPE = """
 seed = 3

@@ -19,10 +19,10 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import keyed
 from ..errors import InputError
-from ..video.transformer import TubeletEmbed
 from . import onednn
 from .attention import Attend, attend
 from .tokens import PackedTokens
+from .video_transformer import TubeletEmbed
 
 
 def check_supported(backbone: Any) -> None:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from . import backbone as vit
-from . import macs, onednn, saved
-from .budget import thresholds_for
+from . import file as saved
+from . import macs, onednn
+from .calibrate import thresholds_for
 from .config import config_of
 from .decide import Decide, at_most, by_count, by_threshold
 from .interpreter import MultiHeadInterpreter
@@ -235,7 +236,7 @@ class ReducedVisionTransformer(nn.Module):
     ) -> list[float]:
         """Set ``threshold`` so that one budget is met on ``images (B, in_chans, height, width)``, and return it.
 
-        The budgets, and when an `InputError` is raised: see `iared2.model.budget.thresholds_for`.
+        The budgets, and when an `InputError` is raised: see `iared2.model.calibrate.thresholds_for`.
         """
         self.threshold = thresholds_for(self, images, keep=keep, gmacs=gmacs, latency_ms=latency_ms)
         return self.threshold

@@ -8,11 +8,11 @@ from timm.data import Mixup, create_transform
 from timm.data.mixup import mixup_target
 from torch import Tensor
 
-from ..batches import Transform
+from ..data.batches import Transform
+from ..data.device_dataset import BatchAugment
+from ..data.videos import train_transform
 from ..errors import InputError
 from ..model.reduced import ReducedVisionTransformer
-from ..resident import BatchAugment
-from ..video.data import train_transform
 
 
 @dataclass(frozen=True)

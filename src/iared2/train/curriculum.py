@@ -23,26 +23,26 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ..batches import steps_per_epoch
-from ..checkpoint import load_backbone_weights, load_strictly
-from ..cluttered import open_cluttered
+from ..data.batches import steps_per_epoch
+from ..data.cluttered import open_cluttered
+from ..data.device_dataset import OnDevice, ResidentImages
+from ..data.videos import open_for
 from ..errors import InputError
 from ..model.backbone import pools_patches
-from ..model.build import from_timm
+from ..model.baselines import KINDS as RIVALS
+from ..model.baselines import rival_scores
 from ..model.config import config_of
 from ..model.decide import by_share
 from ..model.reduced import ReducedVisionTransformer
-from ..model.rivals import KINDS as RIVALS
-from ..model.rivals import rival_scores
-from ..resident import OnDevice, ResidentImages
-from ..video.data import open_for
+from ..pretrained.build import from_timm
+from ..pretrained.checkpoint import load_backbone_weights, load_strictly
 from .finetune import FinetuneStage
 from .gumbel import GumbelStage
 from .log import RunLog
-from .loop import Images, Run, Stage
 from .policy_gradient import PolicyGradientStage
 from .recipe import Recipe
 from .state import Position, load_state
+from .trainer import Images, Run, Stage
 
 SPLITS: tuple[Literal["train", "eval"], ...] = ("train", "eval")
 

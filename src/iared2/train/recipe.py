@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..data import DataConfig
+from ..data.images import DataConfig
+from ..data.videos import ClipConfig
 from ..errors import InputError
-from ..video.data import ClipConfig
-from .loop import StageConfig
 from .policy_gradient import PolicyConfig
 from .reward import RewardConfig
+from .trainer import StageConfig
 
 if sys.version_info >= (3, 11):
     import tomllib

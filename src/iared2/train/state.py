@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..model import saved
+from ..model import file as saved
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Photos, videos and labelled sets of them: files -> samples -> batches. Knows nothing of models."""

@@ -1,0 +1,235 @@
+"""Samples in batches that depend on nothing but their keys.
+
+The order and the augmentation of the samples are pure functions of seed, epoch and sample (keyed.py), whatever the
+number of processes. Transforms are timm's. Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_transform, resolve_data_config
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from .. import keyed
+from ..errors import InputError
+from .images import Samples
+
+Transform = Callable[[Any], Tensor]
+"""Of an image, or of the images of a clip."""
+
+MAX_UNREADABLE = 100
+"""So many unreadable images in a row end a run: it is the data set that is broken, not an image."""
+
+
+@dataclass
+class Batch:
+    """Images that were read together."""
+
+    images: Tensor
+    """``(B, 3, H, W)`` float32, transformed; clips are ``(B, 3, T, H, W)``, V views of each ``(B, V, 3, T, H, W)``."""
+    labels: Tensor
+    """``(B,)`` int64."""
+    samples: Tensor
+    """``(B,)`` int64, positions in the data set, which key the draws, even where another image had to step in."""
+    skipped: list[tuple[str, str]]
+    """File name and reason of each image that could not be read."""
+    boxes: Tensor | None = None
+    """``(B, 4)`` float32 x0, y0, x1, y1 in pixels, where the labelled photo lies, if that is known; of clips
+    ``(B, T, 4)``, where the object lies."""
+
+
+def steps_per_epoch(samples: Sized, batch_size: int, world_size: int = 1) -> int:
+    """Whole batches of ``batch_size`` images for each of ``world_size`` processes in one pass.
+
+    Raises:
+        InputError: not even one.
+    """
+    steps = len(samples) // (batch_size * world_size)
+    if steps == 0:
+        raise InputError(
+            f"{len(samples)} training images do not fill one batch of {batch_size} × {world_size} processes;"
+            " set a smaller batch_size"
+        )
+    return steps
+
+
+def train_batches(
+    samples: Samples,
+    transform: Transform,
+    *,
+    seed: int,
+    epoch: int,
+    batch_size: int,
+    start_step: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int = 0,
+) -> Iterator[Batch]:
+    """One shuffled pass, the incomplete batch at its end left out.
+
+    Batch k of all processes together is the same ``batch_size * world_size`` images however many they are and however
+    they are read. An image that cannot be read is replaced by the next one in the data set.
+
+    Args:
+        samples: the data set.
+        transform: image -> ``(3, H, W)``; may draw from the global generators of Python, numpy and torch's CPU.
+        seed, epoch: key of the order and, with the sample, of the transform's draws.
+        batch_size: images of a batch in this process.
+        start_step: begin with this batch, as if those before had been read.
+        rank, world_size: which process this is, of how many.
+        workers: reading processes; 0: this one reads.
+
+    Raises:
+        InputError: the data set is smaller than one batch, or has ``MAX_UNREADABLE`` unreadable images in a row.
+    """
+    steps = steps_per_epoch(samples, batch_size, world_size)
+    order = keyed.permutation(seed, epoch, len(samples))[: steps * world_size * batch_size]
+    rows = order.view(steps, world_size, batch_size)[start_step:, rank].unbind()
+    return _load(_Reading(samples, transform, rows, seed, epoch, MAX_UNREADABLE), workers)
+
+
+def eval_batches(
+    samples: Samples, transform: Transform, *, batch_size: int, rank: int = 0, world_size: int = 1, workers: int = 0
+) -> Iterator[Batch]:
+    """One pass in order; process ``rank`` reads every ``world_size``-th batch.
+
+    Arguments as in ``train_batches``. An image that cannot be read is left out: a batch may be short, or empty.
+
+    Raises:
+        InputError: none of this process's images can be read.
+    """
+    rows = torch.arange(len(samples)).split(batch_size)[rank::world_size]
+    return _load(_Reading(samples, transform, rows, seed=0, epoch=0, tries=1), workers)
+
+
+def eval_transform(
+    input_size: Sequence[int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    interpolation: str = "bicubic",
+    crop_pct: float | None = None,
+) -> Transform:
+    """timm's transform for evaluation, of the *whole* image: a heat map must cover the photo.
+
+    Args:
+        input_size: ``(H, W)`` or ``(3, H, W)``.
+        mean, std: of each channel, of values in [0, 1].
+        interpolation: "bicubic", "bilinear" …
+        crop_pct: None resizes the whole image to H × W; a number in (0, 1] crops the centre as timm does by default.
+    """
+    height, width = input_size[-2:]
+    return create_transform(
+        (height, width),
+        interpolation=interpolation,
+        mean=tuple(mean),
+        std=tuple(std),
+        crop_pct=crop_pct or 1.0,
+        crop_mode="squash" if crop_pct is None else "center",
+    )
+
+
+def model_transform(pretrained_cfg: dict[str, Any]) -> Transform:
+    """The evaluation transform for a model: the whole image, in the size and normalisation of its ``pretrained_cfg``.
+
+    Of a model for clips, whose input size is ``(3, T, H, W)``, it takes the frames of a clip, or of several, in a row.
+    What the dictionary leaves out is timm's default. Training, evaluation and the tool all look through this one.
+    """
+    cfg = resolve_data_config(pretrained_cfg=pretrained_cfg)
+    frame = eval_transform(cfg["input_size"], cfg["mean"], cfg["std"], cfg["interpolation"])
+    return frame if len(cfg["input_size"]) == 3 else partial(_transform_clip, frame, cfg["input_size"][1])
+
+
+def _transform_clip(frame: Transform, length: int, images: Iterable[Image.Image]) -> Tensor:
+    return as_clips(torch.stack([frame(image) for image in images]), length)
+
+
+def as_clips(frames: Tensor, length: int) -> Tensor:
+    """Frames ``(V·T, 3, H, W)`` of V clips, one after the other -> ``(V, 3, T, H, W)``; of one ``(3, T, H, W)``."""
+    clips = frames.unflatten(0, (-1, length)).transpose(1, 2)
+    return clips[0] if len(clips) == 1 else clips
+
+
+@dataclass(frozen=True)
+class _Reading(Dataset[Batch]):
+    """Batches by number, for a DataLoader without batching of its own."""
+
+    samples: Samples
+    transform: Transform
+    rows: Sequence[Tensor]
+    seed: int
+    epoch: int
+    tries: int
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, step: int) -> Batch:
+        rows = self.rows[step]
+        seeds = keyed.python_seeds(keyed.sample_keys(self.seed, self.epoch, rows))
+        images, labels, slots = [], [], []
+        skipped: list[tuple[str, str]] = []
+        with _own_generators():
+            for row, seed in zip(rows.tolist(), seeds, strict=True):
+                _seed_generators(seed)  # reading draws as well, if clips are taken at random
+                if (found := self._read(row, skipped)) is not None:
+                    images.append(self.transform(found[0]))
+                    labels.append(found[1])
+                    slots.append(row)
+        stacked = torch.stack(images) if images else torch.empty(0)
+        return Batch(stacked, torch.tensor(labels, dtype=torch.int64), torch.tensor(slots, dtype=torch.int64), skipped)
+
+    def _read(self, row: int, skipped: list[tuple[str, str]]) -> tuple[Any, int] | None:
+        for index in range(row, row + min(self.tries, len(self.samples))):
+            index %= len(self.samples)
+            try:
+                return self.samples[index]
+            except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error, zlib.error, …
+                reason = " ".join(str(error).split()) or type(error).__name__
+                skipped.append((self.samples.name(index), reason))
+        return None
+
+
+def _load(reading: _Reading, workers: int) -> Iterator[Batch]:
+    # a loader draws a seed for its workers: from a generator of its own, lest the run's would advance
+    loader = DataLoader(reading, batch_size=None, num_workers=workers, generator=torch.Generator())
+    read = 0
+    for rows, batch in zip(reading.rows, loader, strict=True):
+        read += len(batch.labels)
+        if reading.tries > 1 and len(batch.labels) < len(rows):
+            raise _unreadable(batch)
+        yield batch
+    if reading.rows and not read:
+        raise _unreadable(batch)
+
+
+def _unreadable(batch: Batch) -> InputError:
+    name, reason = batch.skipped[-1]
+    return InputError(f"image after image cannot be read, the last is {name} ({reason}); repair the data set")
+
+
+def _seed_generators(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 (timm's augmentations draw from the global generator)
+    torch.default_generator.manual_seed(seed)  # the CPU's; torch.manual_seed would seed every GPU, too
+
+
+@contextmanager
+def _own_generators() -> Iterator[None]:
+    """Whoever reads in the main process gets its generators back as they were."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        torch.set_rng_state(states[2])

@@ -1,0 +1,136 @@
+"""WebDataset shards, read at random access: where each image of some tar files lies, and its class number.
+
+A sample is the files of one tar that share their name up to its first dot: ``KEY.jpg`` with ``KEY.cls``, its class
+number as text, or with ``KEY.json``. Training reads in an order of its own (keyed.py), so shards are not streamed: all
+headers are read once, and what they say is kept in the user's cache, since one start would otherwise read a header for
+every file of ImageNet. Knows nothing of splits and of the names of classes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import InputError
+
+IMAGE_KINDS = ("jpg", "jpeg", "png", "webp")
+VERSION = 1
+"""Of the cached index; another one is made anew."""
+
+
+@dataclass(frozen=True, eq=False)
+class ShardReader:
+    """The part of timm's readers that we need: ``reader[i]`` is image i as an open file, and its label.
+
+    A shard is opened for each image: that takes microseconds, and a process that is forked or sent this has no file
+    position to share with its parent.
+    """
+
+    files: tuple[Path, ...]
+    """The shards."""
+    members: np.ndarray
+    """``(n,)`` records of the number of the shard, offset and size in bytes, label and name in the shard."""
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def __getitem__(self, index: int) -> tuple[io.BytesIO, int]:
+        member = self.members[index]
+        with open(self.files[member["shard"]], "rb") as file:
+            file.seek(member["offset"])
+            return io.BytesIO(file.read(member["size"])), int(member["label"])
+
+    def filename(self, index: int, absolute: bool = False) -> str:
+        """``SHARD/NAME``, where NAME is that of the file in the shard; ``absolute``: with the shard's folder."""
+        member = self.members[index]
+        shard = self.files[member["shard"]]
+        return f"{shard if absolute else shard.name}/{member['name'].decode(errors='replace')}"
+
+
+def read_shards(files: Sequence[Path], label_field: str) -> ShardReader:
+    """Find the images of some shards. ``label_field`` holds the label in a ``KEY.json`` that has no ``KEY.cls``.
+
+    Raises:
+        InputError: a file is no tar file or damaged, has no images, or has one without a class number.
+    """
+    members, cache = None, None
+    try:
+        stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        key = hashlib.sha256(json.dumps([VERSION, label_field, stats]).encode()).hexdigest()[:24]
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        cache = caches / "iared2" / f"shards-{key}.npy"
+        members = np.load(cache)
+    except (OSError, ValueError, EOFError, RuntimeError):  # not there, damaged, or nobody's home
+        pass
+    if members is None:
+        rows = [(i, *row) for i, file in enumerate(files) for row in _read_headers(file, label_field)]
+        longest = max(len(row[-1]) for row in rows)
+        record = [("shard", "i4"), ("offset", "i8"), ("size", "i8"), ("label", "i8"), ("name", f"S{longest}")]
+        members = np.array(rows, record)
+        if cache:
+            _store(cache, members)
+    return ShardReader(tuple(files), members)
+
+
+def _read_headers(file: Path, label_field: str) -> list[tuple[int, int, int, bytes]]:
+    """Offset, size, label and name of each image."""
+    samples: dict[str, dict[str, tarfile.TarInfo]] = {}
+    rows = []
+    try:
+        with open(file, "rb") as content, tarfile.open(fileobj=content, mode="r:") as tar:
+            for member in tar:
+                folder, _, base = member.name.rpartition("/")
+                key, _, kind = base.partition(".")
+                if member.isfile() and key:  # no key: a hidden file
+                    samples.setdefault(f"{folder}/{key}".lstrip("/"), {})[kind.lower()] = member
+            content.seek(tar.offset)
+            if content.read(tarfile.BLOCKSIZE).strip(b"\0"):  # tarfile takes a damaged header for the end
+                raise tarfile.ReadError(f"damaged at byte {tar.offset}")
+            for key, parts in samples.items():
+                if image := next((parts[kind] for kind in IMAGE_KINDS if kind in parts), None):
+                    text = {}
+                    for kind in ("cls", "json"):
+                        if kind in parts:
+                            content.seek(parts[kind].offset_data)
+                            text[kind] = content.read(parts[kind].size)
+                    label = _label(text, label_field, f"{file}: {key}")
+                    rows.append((image.offset_data, image.size, label, image.name.encode(errors="surrogateescape")))
+    except (tarfile.TarError, OSError) as error:
+        raise InputError(f"{file}: not a tar file, or a damaged one ({error}); fetch it again") from None
+    if not rows:
+        raise InputError(f"{file}: no images in this shard; it should have KEY.jpg and KEY.cls for each")
+    return rows
+
+
+def _label(text: dict[str, bytes], field: str, where: str) -> int:
+    try:
+        label = int(text["cls"]) if "cls" in text else json.loads(text["json"])[field]
+        if type(label) is int:
+            return label
+    except (KeyError, TypeError, ValueError):
+        pass
+    kind = "cls" if "cls" in text else "json"
+    found = f"{kind} is {text[kind][:40]!r}" if text else "there is neither"
+    raise InputError(f"{where} has no class number ({found}); give a KEY.cls, or a KEY.json with {field!r}")
+
+
+def _store(cache: Path, members: np.ndarray) -> None:
+    """Keep the index; whole or not at all, since other processes may do the same at the same time."""
+    part = cache.with_suffix(f".{os.getpid()}")
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as file:
+            np.save(file, members)
+        os.replace(part, cache)
+    except OSError:  # no home, or a full one: the next start reads the headers again
+        with suppress(OSError):
+            part.unlink()

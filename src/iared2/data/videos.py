@@ -1,0 +1,274 @@
+"""Labelled videos as clips: folders of classes or lists, which frames are taken, and how they become tensors.
+
+    open_videos(config, …)   -> VideoSamples    names and labels; no video is opened yet
+    VideoSamples[i]          -> frames, label   T Pillow images of one clip, V·T of V clips
+    train_transform, views_transform: frames -> (3, T, H, W), or (V, 3, T, H, W) of V views
+
+Splits, classes and the holdout are those of images (data.py). Deviations from TimeSformer's loader, for clips of its
+length (8 frames at a sampling rate of 32 of 30 a second are 8.53 seconds):
+
+1. Frames are taken by their time, the centres of equal segments, and not by their number from the first to the last.
+2. The test clips stand at the centres of equal parts, one clip in the middle of the video, as the paper says; the code
+   puts it at the beginning.
+3. Training crops a random share of the area, as for images, and not a fixed square of a randomly scaled frame.
+"""
+
+from __future__ import annotations
+
+import csv
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import resolve_data_config
+from torch import Tensor
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+from ..errors import InputError
+from .batches import Transform, as_clips
+from .clips import SUFFIXES, open_video
+from .images import DataConfig, Samples, choose, open_samples
+from .sources import ALL, Source, Splits, folder_splits, open_folder, readable
+
+
+@dataclass(frozen=True)
+class ClipConfig:
+    """Which clips of a video to take."""
+
+    span: float = 0.0
+    """Seconds of a clip; 0: all of the video. TimeSformer's on Kinetics are 8.53."""
+    test_clips: int = 1
+    """Clips a video at test, spread over it."""
+    root: str = ""
+    """Folder that the paths of a list are relative to; empty: the list's own folder."""
+
+
+@dataclass(frozen=True, eq=False)
+class VideoSamples(Samples):
+    """An open data set. ``samples[i]`` is the frames of video i and its label.
+
+    Frames are Pillow images, upright 8-bit RGB, all of one size; T of them, or at test those of all clips in a row. A
+    video that cannot be read raises InputError. Random clips draw from torch's generator, which ``train_batches`` seeds
+    with the sample's key.
+    """
+
+    frames: int
+    """T, of a clip."""
+    clips: ClipConfig
+    is_random: bool
+    """One clip at random: its place, or the moment within each of T segments if the clip is the whole video."""
+
+    def __getitem__(self, index: int) -> tuple[list[Image.Image], int]:
+        video = open_video(self.name(index))
+        span = self.clips.span or None
+        if self.is_random:
+            place, *moments = torch.rand(1 + self.frames).tolist()
+            taken = video.sample(self.frames, span, place, 0.5 if span else np.array(moments))
+        else:
+            places = (np.arange(self.clips.test_clips) + 0.5) / self.clips.test_clips
+            taken = np.concatenate([video.sample(self.frames, span, p, 0.5 if span else p) for p in places])
+        return video.read(taken), int(self.labels[index])
+
+
+def open_for(
+    input_size: Sequence[int],
+    config: DataConfig,
+    split: Literal["train", "holdout", "eval"],
+    clips: ClipConfig | None = None,
+    whole: bool = False,
+) -> Samples:
+    """Images for a model whose input is ``(3, H, W)``, videos for one of ``(3, T, H, W)``; see the two functions."""
+    if len(input_size) == 3:
+        return open_samples(config, split, whole)
+    return open_videos(config, split, input_size[1], clips, whole)
+
+
+def open_videos(
+    config: DataConfig,
+    split: Literal["train", "holdout", "eval"],
+    frames: int,
+    clips: ClipConfig | None = None,
+    whole: bool = False,
+) -> VideoSamples:
+    """Open one part of a data set of videos, as ``data.open_samples`` does of images. Opens no video.
+
+    Args:
+        config: its path is a folder of videos per class (directly, or in train/ and val/); a list, or a folder of
+            lists train.csv, val.csv …: rows ``path,label``, under such a header or none, or Kinetics'
+            ``label,youtube_id,time_start,time_end,split`` with files ``ID_000012_000022.mp4`` (or ``ID.mp4``), directly
+            or in a folder of their split or label. A column `split` makes the splits.
+        split, whole: see ``data.open_samples``. Only "train" takes clips at random.
+        frames: T, of a clip.
+        clips: which clips.
+
+    Raises:
+        InputError: see ``data.open_samples``; a list without such columns, or a file of it that is not there. Of
+            Kinetics' lists the files that are not there are left out, with a warning, since many are gone for ever.
+    """
+    clips = clips or ClipConfig()
+    if clips.span < 0 or clips.test_clips < 1 or frames < 1:
+        raise InputError("clips: span must not be negative, and a clip needs a frame and a video a test clip")
+    if not config.path:
+        raise InputError("no data set; give --data PATH")
+    path = Path(config.path)
+    opener = partial(open_folder, suffixes=sorted(SUFFIXES), what="video")
+    with readable():
+        if path.is_file():
+            splits = _list_splits([path], clips.root)
+        elif not path.is_dir():
+            raise InputError(f"{path}: no such file or folder; give the path of a data set")
+        elif lists := sorted(path.glob("*.csv")):
+            splits = _list_splits(lists, clips.root)
+        else:
+            splits = folder_splits(path, opener, (config.train_split, config.eval_split))
+        chosen = choose(config, splits, split, whole)
+    parts = {field.name: getattr(chosen, field.name) for field in fields(Samples)}
+    return VideoSamples(**parts, frames=frames, clips=clips, is_random=split == "train")
+
+
+def train_transform(pretrained_cfg: dict[str, Any], min_scale: float, hflip: float, color_jitter: float) -> Transform:
+    """Frames -> ``(3, T, H, W)``, changed at random, all frames of a clip alike.
+
+    Args:
+        pretrained_cfg: of a model for clips.
+        min_scale: smallest share of the area that a crop shows.
+        hflip: probability of a flip. Where left and right make classes, 0.
+        color_jitter: strength of brightness, contrast and saturation changes; 0: none.
+    """
+    cfg = resolve_data_config(pretrained_cfg=pretrained_cfg)
+    _, length, *size = cfg["input_size"]
+    change = v2.Compose(
+        [
+            v2.RandomResizedCrop(size, (min_scale, 1.0), interpolation=v2.InterpolationMode.BICUBIC),
+            v2.RandomHorizontalFlip(hflip),
+            v2.ColorJitter(color_jitter, color_jitter, color_jitter),
+            _Normalise(cfg["mean"], cfg["std"], length),
+        ]
+    )
+    return partial(_apply, change)
+
+
+def views_transform(pretrained_cfg: dict[str, Any], crops: int) -> Transform:
+    """Frames of V clips -> ``(V·crops, 3, T, H, W)``, or ``(3, T, H, W)`` of one view: short side to size, then crops.
+
+    Args:
+        pretrained_cfg: of a model for clips. ``batches.model_transform`` shows the whole frame instead.
+        crops: spread over the longer side, from end to end; 1: in the middle.
+    """
+    cfg = resolve_data_config(pretrained_cfg=pretrained_cfg)
+    _, length, *size = cfg["input_size"]
+    places = [0.5] if crops == 1 else [i / (crops - 1) for i in range(crops)]
+    return partial(_views, tuple(size), places, _Normalise(cfg["mean"], cfg["std"], length))
+
+
+class _Normalise(NamedTuple):
+    """Frames ``(V·T, 3, H, W)`` uint8 -> clips float32."""
+
+    mean: Sequence[float]
+    std: Sequence[float]
+    length: int
+
+    def __call__(self, frames: Tensor) -> Tensor:
+        frames = F.normalize(F.to_dtype(frames, torch.float32, scale=True), list(self.mean), list(self.std))
+        return as_clips(frames, self.length)
+
+
+def _apply(change: Transform, images: Sequence[Image.Image]) -> Tensor:
+    return change(torch.stack([F.pil_to_tensor(image) for image in images]))
+
+
+def _views(size: tuple[int, int], places: list[float], normalise: _Normalise, images: Sequence[Image.Image]) -> Tensor:
+    scale = max(size[0] / images[0].height, size[1] / images[0].width)
+    height, width = (max(s, round(scale * side)) for s, side in zip(size, images[0].size[::-1], strict=True))
+    frames = _apply(partial(F.resize, size=[height, width], interpolation=v2.InterpolationMode.BICUBIC), images)
+    crops = [F.crop(frames, round(p * (height - size[0])), round(p * (width - size[1])), *size) for p in places]
+    by_clip = torch.stack(crops).unflatten(1, (-1, normalise.length)).transpose(0, 1)  # (V, crops, T, 3, H, W)
+    return normalise(by_clip.flatten(0, 2))
+
+
+class _Listed(NamedTuple):
+    """In place of timm's reader."""
+
+    files: list[str]
+
+    def filename(self, row: int, absolute: bool = True) -> str:
+        return self.files[row]
+
+
+class _Row(NamedTuple):
+    where: str
+    files: list[Path]
+    """Where the video may lie."""
+    label: str
+    may_be_gone: bool
+
+
+def _list_splits(lists: list[Path], root: str) -> Splits:
+    splits: dict[str, list[_Row]] = {}
+    for file in lists:
+        for split, row in _read_list(file, Path(root) if root else file.parent):
+            split = split or (file.stem if len(lists) > 1 else ALL)
+            splits.setdefault("validation" if split == "validate" else split, []).append(row)
+    if not splits:
+        raise InputError(f"{lists[0]}: no rows; give a list of videos")
+    return {split: partial(_open_list, rows) for split, rows in splits.items()}
+
+
+def _read_list(file: Path, root: Path) -> list[tuple[str, _Row]]:
+    try:
+        with file.open(encoding="utf-8", newline="") as text:
+            lines = [line for line in csv.reader(text) if line]
+    except (UnicodeDecodeError, csv.Error):
+        raise InputError(f"{file}: not a list of videos; give a CSV file in UTF-8") from None
+    header = lines[0] if lines and "label" in lines[0] else ["path", "label"]
+    if {"path", "youtube_id"}.isdisjoint(header) or any(len(line) < len(header) for line in lines):
+        raise InputError(f"{file}: not a list of videos; give columns path,label or Kinetics' label,youtube_id,…")
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if line is header:
+            continue
+        row = dict(zip(header, line, strict=False))
+        split, label = row.get("split", ""), row["label"]
+        if "path" in row:
+            names = [row["path"]]
+        else:
+            key = row["youtube_id"]
+            times = [int(float(row[t])) for t in ("time_start", "time_end") if row.get(t)]
+            stems = ["_".join([key, *(f"{t:06d}" for t in times)]), key]
+            folders = ["", split, label, label.replace(" ", "_"), f"{split}/{label}"]
+            names = [f"{folder}/{stem}.mp4".strip("/") for folder in folders for stem in stems]
+        files = [root / name for name in dict.fromkeys(names)]
+        rows.append((split, _Row(f"{file}, row {number}", files, label, "path" not in row)))
+    return rows
+
+
+def _open_list(rows: list[_Row]) -> Source:
+    found, labels, gone = [], [], 0
+    for row in rows:
+        if not row.label:
+            raise InputError(f"{row.where}: no label; give one, or leave the row out")
+        file = next((file for file in row.files if file.is_file()), None)
+        if file is None and not row.may_be_gone:
+            raise InputError(f"{row.where}: there is no file {row.files[0]}; correct the list, or set its root")
+        gone += file is None
+        if file is not None:
+            found.append(str(file))
+            labels.append(row.label)
+    if not found:
+        raise InputError(f"{rows[0].where}: none of its videos is there, such as {rows[0].files[0]}; set its root")
+    if gone:
+        warnings.warn(f"{rows[0].where.split(',')[0]}: {gone} of {len(rows)} videos are not there", stacklevel=2)
+    if all(label.isdecimal() for label in labels):
+        names = tuple(map(str, range(max(map(int, labels)) + 1)))
+        labels = [str(int(label)) for label in labels]
+    else:
+        names = tuple(sorted({row.label for row in rows}))
+    number = {name: i for i, name in enumerate(names)}
+    return Source(_Listed(found), np.array([number[label] for label in labels]), names)

@@ -1,0 +1,1 @@
+"""The page: `iared2 demo`."""

@@ -1,0 +1,150 @@
+"""How good is it: top-1, patches kept, multiply-adds and speed; reduced, dense, and dropping at random."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from rich.table import Table
+from torch import Tensor
+
+from .. import keyed
+from ..data.batches import Batch
+from ..device import timed
+from ..measure import by_video
+from ..model.decide import at_random
+from ..model.reduced import Output, ReducedVisionTransformer
+
+RANDOM_EPOCH = 1 << 30  # keys of the random baseline, apart from those of training
+
+
+@dataclass
+class Variant:
+    """Figures of one way to run the model over a data set."""
+
+    name: str
+    top1: float
+    """Percent."""
+    keep_ratio: list[float]
+    """Share of patches alive after each group."""
+    gmacs: float
+    """Mean multiply-adds of an image, 10⁹."""
+    images_per_second: float
+    """Of the forward passes alone; the variants take turns on the same batches."""
+    thresholds: list[float] | None = None
+    """Of the groups; None where they do not decide."""
+
+
+REDUCED, DENSE, RANDOM = "reduced", "dense backbone", "random dropping, same counts (not fine-tuned)"
+
+
+@dataclass
+class Evaluation:
+    """The reduced model beside its rivals on the same images, and at other budgets if there were any."""
+
+    images: int
+    skipped: list[str]
+    """Files that could not be read."""
+    variants: list[Variant]
+    """Reduced, dense, random; then reduced and random at each budget."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON types."""
+        return asdict(self)
+
+    def table(self) -> Table:
+        """For people."""
+        title = f"{self.images} images" + (f", {len(self.skipped)} could not be read" if self.skipped else "")
+        table = Table("model", "top-1 %", "kept after each group", "GMACs", "images/s", title=title)
+        for v in self.variants:
+            kept = " ".join(f"{ratio:.2f}" for ratio in v.keep_ratio)
+            table.add_row(v.name, f"{v.top1:.2f}", kept, f"{v.gmacs:.4g}", f"{v.images_per_second:.1f}")
+        return table
+
+    def figure(self) -> Figure:
+        """Accuracy against multiply-adds, for print."""
+        figure = Figure(figsize=(5.5, 4), layout="constrained")
+        axes = figure.add_subplot(xlabel="multiply-adds of an image (10⁹, mean)", ylabel="top-1 (%)")
+        for name, style in ((REDUCED, "o-"), (RANDOM, "s--"), (DENSE, "k*")):
+            points = sorted((v.gmacs, v.top1) for v in self.variants if v.name.startswith(name))
+            axes.plot(*zip(*points, strict=True), style, label=name)
+        axes.grid(alpha=0.3)
+        axes.legend()
+        return figure
+
+
+def evaluate(
+    model: ReducedVisionTransformer,
+    batches: Iterable[Batch],
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    budgets: Mapping[str, list[float]] | None = None,
+) -> Evaluation:
+    """Reduced model, dense backbone, and random dropping with the same number of patches for each image and group.
+
+    Args:
+        model: in evaluation mode, on ``device``.
+        batches: of ``batches.eval_batches``. Of several views of a video, ``(B, V, 3, T, H, W)``, the probabilities are
+            averaged, the multiply-adds added up; shares of the patches are means over the views.
+        device: where the model is.
+        seed: of the random baseline.
+        budgets: name -> thresholds (`model.budget.thresholds_for`), measured beside the model's own.
+    """
+    own = model.thresholds if model.num_keep is None else None
+    settings = {"": own, **{f", {name}": thresholds for name, thresholds in (budgets or {}).items()}}
+    sums: dict[str, Tensor] = {}  # right, multiply-adds, patches kept of all after each group, seconds
+    images = 0
+    skipped: list[str] = []
+
+    def add(name: str, run: Callable[..., Output], *args: Any) -> None:
+        with torch.inference_mode():
+            output, seconds = timed(device, run, *args)
+        output = by_video(output, views) if views > 1 else output
+        right = (output.logits.argmax(1) == labels).sum()
+        found = torch.stack([t.cpu().double() for t in (right, output.macs.sum(), *output.keep_ratio.sum(1))])
+        sums[name] = sums.get(name, torch.zeros(len(found) + 1)) + torch.cat([found, torch.tensor([seconds])])
+
+    def dense(x: Tensor) -> Output:
+        everything = torch.ones(model.num_groups, len(x), 1, dtype=torch.bool, device=x.device)
+        macs = torch.full((len(x),), model.dense_macs, device=x.device)
+        return Output(model.backbone(x), everything, everything, macs)
+
+    for number, batch in enumerate(batches):
+        skipped += [file for file, _ in batch.skipped]
+        if not len(batch.labels):
+            continue
+        x, labels = batch.images.to(device), batch.labels.to(device)
+        views = x.shape[1] if x.ndim == 6 else 1
+        x = x.flatten(0, 1) if x.ndim == 6 else x
+        of_views = [keyed.sample_keys(seed, RANDOM_EPOCH + view, batch.samples) for view in range(views)]
+        keys = torch.stack(of_views, 1).flatten().to(device)
+        runs: list[tuple[Any, ...]] = [(DENSE, dense, x)]
+        for name, thresholds in settings.items():
+            decide = model.policy(thresholds)
+            with torch.inference_mode():  # a pass for the counts alone: random may have its turn before the timed one
+                num_keep = model.trace(x, decide).kept.sum(-1)
+            runs += [
+                (REDUCED + name, model.trace, x, decide),
+                (RANDOM + name, model.trace, x, at_random(num_keep, keys)),
+            ]
+        if not images:  # warm-up: the first pass pays for allocations and the choice of kernels
+            with torch.inference_mode():
+                for _, run, *args in runs:
+                    run(*args)
+        start = number % len(runs)  # in another order for each batch: the first shares the cores with the reader
+        for name, *timed_run in runs[start:] + runs[:start]:
+            add(name, *timed_run)
+        images += len(labels)
+
+    variants = []
+    n = max(images, 1)
+    names = [REDUCED, DENSE, RANDOM] + [kind + budget for budget in list(settings)[1:] for kind in (REDUCED, RANDOM)]
+    for name in names:
+        right, macs, *shares, seconds = sums.get(name, torch.zeros(model.num_groups + 3)).tolist()
+        decided = settings[name.removeprefix(REDUCED)] if name.startswith(REDUCED) else None
+        speed = images / max(seconds, 1e-9)
+        variants.append(Variant(name, 100 * right / n, [s / n for s in shares], macs / n / 1e9, speed, decided))
+    return Evaluation(images, skipped, variants)

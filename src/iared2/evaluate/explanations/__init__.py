@@ -1,0 +1,1 @@
+"""iared2 explain-bench: methods of explanation against measures."""

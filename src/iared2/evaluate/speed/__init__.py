@@ -1,0 +1,1 @@
+"""iared2 bench: speed against every baseline, in one run."""

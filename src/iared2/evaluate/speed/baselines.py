@@ -1,0 +1,83 @@
+"""How others run the same decisions: masked (nothing is removed), and padded to the longest image of the batch.
+
+They have our linear layers, our pieces of a batch, our interpreters and the same decisions; only what becomes of a
+dropped patch differs. So what the benchmark shows is what removing it brings.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...model import backbone as vit
+from ...model import onednn
+from ...model.attention import Attend, plain_is_faster
+from ...model.decide import Decide
+from ...model.reduced import ReducedVisionTransformer
+from ...model.tokens import PackedTokens
+
+
+def masked(model: ReducedVisionTransformer, images: Tensor, decide: Decide) -> Tensor:
+    """``(B, K)`` logits; dropped patches are masked in attention and run through every layer (A-ViT's way)."""
+    packed = model.embed(images)
+    alive = packed.alive
+    for group in range(model.num_groups):
+        scores = model.score(packed, group) * alive
+        alive = model.keep_one(decide(scores, alive, group) & alive, scores, alive)
+        tokens = torch.cat([alive.new_ones(len(alive), packed.num_prefix_tokens), alive], 1)
+        packed = packed.with_x(_run_group(model, group, packed.x, tokens))
+    return model.head(packed.select(alive))
+
+
+def padded(model: ReducedVisionTransformer, images: Tensor, decide: Decide) -> Tensor:
+    """``(B, K)`` logits; dropped patches are removed, and images filled up to the longest of the batch (ATS's way)."""
+    packed = model.embed(images)
+    for group in range(model.num_groups):
+        scores, alive = model.score(packed, group), packed.alive
+        packed = packed.select(model.keep_one(decide(scores, alive, group) & alive, scores, alive))
+        place = torch.arange(packed.max_seqlen, device=images.device)
+        tokens = place < torch.tensor(packed.lengths, device=images.device)[:, None]  # (B, longest)
+        rows = (packed.first_rows[:, None] + place).clamp_max(len(packed.x) - 1)
+        x = _run_group(model, group, packed.x[rows.flatten()], tokens)
+        packed = packed.with_x(x[tokens.flatten()])
+    return model.head(packed)
+
+
+def _run_group(model: ReducedVisionTransformer, group: int, x: Tensor, tokens: Tensor) -> Tensor:
+    """The blocks of a group on ``x (B·L, C)``, of which ``tokens (B, L)`` are there; in pieces, as ours."""
+    blocks = [model.backbone.blocks[index] for index in model.groups[group]]
+    images = max(1, onednn.rows_at_once(blocks[0], x) // tokens.shape[1]) if x.device.type == "cpu" else len(tokens)
+    parts = []
+    for piece, there in zip(x.split(images * tokens.shape[1]), tokens.split(images), strict=True):
+        attend = _attend_where(there)
+        for block in blocks:
+            piece = _run_block(block, piece, attend)
+        parts.append(piece)
+    return torch.cat(parts)
+
+
+def _attend_where(tokens: Tensor) -> Attend:
+    """Attention of ``(B·L, H, head_dim)`` rows to those of their own image that ``tokens (B, L)`` names."""
+    mask = tokens[:, None, None]
+    bias = torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, -torch.inf)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, packed: PackedTokens, dropout: float) -> Tensor:
+        q, k, v = (rows.unflatten(0, tokens.shape).transpose(1, 2) for rows in (q, k, v))
+        if plain_is_faster(v):
+            y = (q * q.shape[-1] ** -0.5 @ k.transpose(2, 3) + bias.to(q.dtype)).softmax(-1) @ v
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return y.transpose(1, 2).flatten(0, 1)
+
+    return attend
+
+
+def _run_block(block: Any, x: Tensor, attend: Attend) -> Tensor:
+    """One block in evaluation mode by the fastest layers there are, with an attention of one's own."""
+    nothing: Any = None  # the layout of the rows is known to `attend` alone
+    if onednn.can_run(block, x):
+        return onednn.run_block(block, x, nothing, attend)
+    return vit.run_block(block, x, nothing, 0, attend=attend)

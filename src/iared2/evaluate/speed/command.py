@@ -1,0 +1,188 @@
+"""``iared2 bench``: reads arguments, prints a table, and JSON as the last line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from ...data.batches import eval_batches, model_transform
+from ...data.images import DataConfig, open_samples
+from ...device import usable_device
+from ...errors import InputError
+from ...keyed import permutation
+from ...model.reduced import ReducedVisionTransformer
+from ...model.video_transformer import default_cfgs as video
+from ...pretrained.build import from_timm
+from ...pretrained.checkpoint import load
+from . import inference as speed
+from .workload import Workload, by_the_policy, drawn
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """The arguments of ``iared2 bench``."""
+    command.add_argument("model", nargs="?", default="deit_small_patch16_224", help="timm name, checkpoint, or 'box'")
+    command.add_argument("--data", help="real images: the checkpoint's own thresholds then decide what stays")
+    command.add_argument(
+        "--keep", type=_numbers, default=[0.85, 0.6, 0.35], help="else: mean share of patches alive after each group"
+    )
+    command.add_argument("--spread", type=float, default=0.12, help="standard deviation of that share between images")
+    command.add_argument("--merge", action="store_true", help="dropped patches merge into kept ones")
+    command.add_argument("--img-size", type=int, nargs=2, metavar=("H", "W"), help="of a timm name, in pixels")
+    command.add_argument("--frames", type=int, help="of a name as timesformer_joint_base_patch16_224")
+    command.add_argument("--batch-size", type=int, nargs="+", default=[1, 8, 32])
+    command.add_argument("--device", default="cpu")
+    command.add_argument("--precision", choices=PRECISIONS, default="fp32")
+    command.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
+    command.add_argument("--seconds", type=float, default=60, help="to measure each batch size (default: 60)")
+    command.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    command.add_argument(
+        "--train", action="store_true", help="a step of each training stage instead, at --keep of group 1"
+    )
+    command.add_argument("--json", help="write the figures to this file too")
+
+
+def run(arguments: argparse.Namespace, more: Callable[[ReducedVisionTransformer, Workload], Any] | None = None) -> int:
+    """Run the benchmark; see `add_arguments`. ``more`` adds rivals (`speed.measure`) for each workload."""
+    _check(arguments)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    device = usable_device(arguments.device)
+    model = _model(arguments).to(device, PRECISIONS[arguments.precision])
+    if arguments.merge:
+        model.dropped = "merged"
+    console = Console(stderr=True)
+    title = f"{arguments.model}, {device}, {arguments.precision}, {torch.get_num_threads()} threads"
+    if model.dropped == "merged":
+        title += ", dropped patches merge"
+    if arguments.train:
+        title += f"; group 1 keeps {arguments.keep[0]:g}"
+    elif not arguments.data:
+        shares = " ".join(f"{share:g}" for share in arguments.keep)
+        title += f"; scores drawn, not a trained policy's: keep {shares} ± {arguments.spread:g}"
+    given = {name: value for name, value in vars(arguments).items() if name != "run"}
+    result: dict[str, Any] = {"title": title, "arguments": given, "machine": machine(device)}
+    if arguments.train:
+        result["training"] = [_train(model, size, arguments).to_dict() for size in arguments.batch_size]
+        for row in result["training"]:
+            console.print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()})
+    else:
+        model.pack_weights()
+        speeds = []
+        for size in arguments.batch_size:
+            workload = _workload(model, size, arguments)
+            with console.status(f"batches of {size}"):
+                measured = speed.measure(
+                    model,
+                    workload,
+                    seconds=arguments.seconds,
+                    compiled=not arguments.no_compile,
+                    more=more(model, workload) if more else None,
+                )
+            speeds.append(measured)
+        Console(width=None if sys.stdout.isatty() else 140).print(speed.table(speeds, title))
+        for size, measured in zip(arguments.batch_size, speeds, strict=True):
+            print(
+                f"batch {size}: against our own engine when nothing is dropped, efficiency"
+                f" {measured.efficiency_within:.2f}; interpreters {100 * measured.interpreters:.2f} % of the time"
+            )
+        result["speed"] = [measured.to_dict() for measured in speeds]
+    text = json.dumps(result)
+    print(text)
+    if arguments.json:
+        try:
+            Path(arguments.json).write_text(text + "\n")
+        except OSError as error:
+            raise InputError(f"cannot write {arguments.json}: {error.strerror}") from None
+    return 0
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the figures were measured on."""
+    cpuinfo = Path("/proc/cpuinfo")
+    cpu = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "cpu": cpu[1] if cpu else platform.processor(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        **{package: version(package) for package in ("iared2", "torch", "timm")},
+    }
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    if not all(1 <= size <= 1 << 16 for size in arguments.batch_size):
+        raise InputError("--batch-size must be 1 or more, and not more than 65536")
+    if arguments.threads is not None and arguments.threads < 1:
+        raise InputError("--threads must be 1 or more")
+    if not 0 <= arguments.spread <= 1 or not 0 <= arguments.seconds < 1e6:
+        raise InputError("--spread is a number from 0 to 1, and --seconds 0 or more")
+    if arguments.frames is not None and arguments.frames < 1:
+        raise InputError("--frames must be 1 or more")
+    if arguments.train and arguments.data:
+        raise InputError("--train runs on drawn images: leave --data out")
+    if arguments.train and not 0 < arguments.keep[0] <= 1:
+        raise InputError("--keep: group 1 keeps a share above 0, up to 1")
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]
+
+
+def _model(arguments: argparse.Namespace) -> ReducedVisionTransformer:
+    name, size, frames = arguments.model, arguments.img_size, arguments.frames
+    if name == "box" or Path(name).exists():
+        if size or frames:
+            raise InputError("--img-size and --frames go with a timm name; a checkpoint has its own size")
+        return load(None if name == "box" else name)
+    if frames:
+        if name.split(".")[0] not in video:
+            raise InputError(f"--frames goes with one of {', '.join(video)}; not with {name}")
+        size = (frames, *(size or (224, 224)))
+    timm_kwargs: dict[str, Any] = {"img_size": tuple(size)} if size else {}
+    return from_timm(name, **timm_kwargs).eval()
+
+
+def _workload(model: ReducedVisionTransformer, size: int, arguments: argparse.Namespace) -> Workload:
+    parameter = next(model.parameters())
+    if not arguments.data:
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn(size, *model.pretrained_cfg["input_size"], generator=generator).to(parameter)
+        return drawn(model, images, arguments.keep, arguments.spread)
+    return by_the_policy(model, _read(model, arguments.data, size).to(parameter))
+
+
+def _read(model: ReducedVisionTransformer, data: str, size: int) -> Tensor:
+    if len(model.grid_size) > 2:
+        raise InputError("--data holds images, and this model takes clips: leave --data out, and clips are drawn")
+    samples = open_samples(DataConfig(path=data), "eval", whole=True)
+    chosen = permutation(0, 0, len(samples))[:size].numpy()  # folders lie class by class
+    samples = replace(samples, rows=samples.rows[chosen], labels=samples.labels[chosen])
+    batch = next(iter(eval_batches(samples, model_transform(model.pretrained_cfg), batch_size=size)))
+    if len(batch.images) < size:
+        raise InputError(f"{data} has fewer than {size} images that can be read among those chosen")
+    return batch.images
+
+
+def _train(model: ReducedVisionTransformer, size: int, arguments: argparse.Namespace) -> Any:
+    try:
+        from . import training as train
+    except ModuleNotFoundError as error:
+        raise InputError(f"training needs the package {error.name}: pip install 'iared2[train]'") from None
+    images = torch.randn(size, *model.pretrained_cfg["input_size"]).to(next(model.parameters()))
+    return train.measure(model, images, arguments.keep[0], seconds=arguments.seconds)

@@ -1,0 +1,82 @@
+"""What is run: a model, a batch, and how many patches of each image stay."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ... import keyed
+from ...errors import InputError
+from ...model.decide import Decide
+from ...model.reduced import ReducedVisionTransformer
+
+SITE_COUNTS, SITE_DRAWN = 0, 1
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One batch and the decisions on it, the same for everything that is timed."""
+
+    images: Tensor
+    """``(B, in_chans, height, width)``, or clips ``(B, in_chans, T, height, width)``; on the device and in the
+    precision of the model."""
+    decide: Decide
+    """What is decided on these images, at the cost of a threshold."""
+    num_keep: Tensor
+    """``(D, B)`` int64, patches that leave each group."""
+    gmacs: float
+    """Mean multiply-adds of an image, 10⁹, interpreters included."""
+
+
+def drawn(
+    model: ReducedVisionTransformer, images: Tensor, keep: Sequence[float], spread: float, seed: int = 0
+) -> Workload:
+    """A workload whose keep counts follow a stated distribution, for a model without a trained policy.
+
+    Image b keeps a share ``keep[g] + spread · z_b`` of its patches in group g. The z_b are the B quantiles of a normal
+    distribution, in random order and the same in all groups: an image with a large object keeps more throughout. Which
+    patches is drawn too. The interpreters still run, so they cost what they cost.
+
+    Raises:
+        InputError: not one share a group, or the shares rise or leave [0, 1].
+    """
+    num_patches, keys = model.backbone.patch_embed.num_patches, keyed.sample_keys(seed, 0, torch.arange(len(images)))
+    shares = torch.tensor(keep)
+    if (
+        len(shares) != model.num_groups
+        or (shares.diff() > 0).any()
+        or not 0 <= float(shares[-1]) <= float(shares[0]) <= 1
+    ):
+        raise InputError(f"--keep: give {model.num_groups} shares from 0 to 1 that do not rise, one for each group")
+    order = keyed.permutation(seed, SITE_COUNTS, len(images))
+    z = torch.special.ndtri((order + 0.5) / len(images))
+    num_keep = ((shares[:, None] + spread * z) * num_patches).round().clamp(1, num_patches).long()
+    num_keep = num_keep.cummin(0).values
+
+    draws = keyed.uniform(
+        keys, SITE_DRAWN, num_patches
+    )  # (B, N), the same in all groups: a dropped patch stays dropped
+    worst = draws.sort(1, descending=True).values.gather(1, (num_keep.t() - 1))  # (B, D): the last one that stays
+    draws, worst = draws.to(images.device), worst.to(images.device)
+
+    def decide(scores: Tensor, alive: Tensor, group: int) -> Tensor:
+        return alive & (draws >= worst[:, group, None])
+
+    return _workload(model, images, decide)
+
+
+def by_the_policy(model: ReducedVisionTransformer, images: Tensor) -> Workload:
+    """A workload decided by the model's own thresholds on real images."""
+    with torch.inference_mode():
+        kept = model.trace(images).kept
+    # recorded: a rival's scores may differ in the last digit, or by the policy token of a model without a class token
+    return _workload(model, images, lambda scores, alive, group: alive & kept[group])
+
+
+def _workload(model: ReducedVisionTransformer, images: Tensor, decide: Decide) -> Workload:
+    with torch.inference_mode():
+        output = model.trace(images, decide)
+    return Workload(images, decide, output.kept.sum(-1), output.macs.double().mean().item() / 1e9)

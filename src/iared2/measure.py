@@ -1,0 +1,75 @@
+"""The one pass that counts: top-1, patches kept and MACs of a reduced model on labelled batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .data.batches import Batch
+from .model.decide import Decide
+from .model.reduced import Output, ReducedVisionTransformer
+
+
+def measure(
+    model: ReducedVisionTransformer,
+    batches: Iterable[Batch],
+    device: torch.device | str,
+    decide: Decide | None = None,
+    reduce: Callable[[Tensor, str], Tensor] = lambda total, how: total,
+) -> dict[str, Any]:
+    """One pass over held-out images.
+
+    Args:
+        model: in evaluation mode.
+        batches: of ``data.eval_batches``.
+        device: where the model is.
+        decide: the decision; by default the model's threshold.
+        reduce: sums over processes, such as ``Accelerator.reduce``.
+
+    Returns:
+        ``top1`` in percent, ``keep_ratio`` a list of D shares after each group, ``gmacs`` mean multiply-adds of an
+        image in 10⁹, ``images``, and ``skipped``, the number of files that could not be read.
+    """
+    total = torch.zeros(4 + model.num_groups, dtype=torch.float64, device=device)
+    for batch in batches:
+        total[0] += len(batch.labels)
+        total[1] += len(batch.skipped)
+        if not len(batch.labels):  # none of its files could be read
+            continue
+        with torch.inference_mode():
+            output = trace(model, batch.images.to(device), decide)
+        right = (output.logits.argmax(1) == batch.labels.to(device)).sum()
+        sums = [right, output.macs.sum(), *output.keep_ratio.sum(1)]
+        total[2:] += torch.stack([s.double() for s in sums])
+    images, skipped, right, macs, *kept = reduce(total, "sum").tolist()
+    return {
+        "top1": round(100 * right / max(images, 1), 4),
+        "keep_ratio": [round(k / max(images, 1), 4) for k in kept],
+        "gmacs": macs / max(images, 1) / 1e9,
+        "images": int(images),
+        "skipped": int(skipped),
+    }
+
+
+def trace(model: ReducedVisionTransformer, images: Tensor, decide: Decide | None = None) -> Output:
+    """``model.trace``, also of several views of a video, ``(B, V, 3, T, H, W)``.
+
+    Their probabilities are averaged, their multiply-adds added up, and their patches stand side by side: the logits
+    ``(B, K)`` are logarithms of the mean, scores and kept are ``(D, B, V·N)``.
+    """
+    if images.ndim < 6:
+        return model.trace(images, decide)
+    return by_video(model.trace(images.flatten(0, 1), decide), images.shape[1])
+
+
+def by_video(output: Output, views: int) -> Output:
+    """What was found in ``B·V`` clips, as of B videos of V views each; see `trace`."""
+    return Output(
+        logits=output.logits.float().softmax(-1).unflatten(0, (-1, views)).mean(1).log(),
+        scores=output.scores.unflatten(1, (-1, views)).flatten(2),
+        kept=output.kept.unflatten(1, (-1, views)).flatten(2),
+        macs=output.macs.unflatten(0, (-1, views)).sum(1),
+    )

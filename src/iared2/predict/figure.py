@@ -1,0 +1,137 @@
+"""`iared2 figure maps` and `iared2 figure hierarchy`: the figures of the paper, for any photos, for print.
+
+What it owns is the command: its options, what it prints, and where the file goes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+from torch.nn.functional import interpolate
+
+from ..data.photo import find_photos, read_photo
+from ..device import usable_device
+from ..errors import InputError
+from ..explain.figures import blank
+from ..explain.gradients import KIN
+from ..explain.heatmap import colors, overlay
+from ..explain.methods import METHODS, heatmap
+from ..explain.plates import Panel, fit, plate
+from ..pretrained.checkpoint import load
+from .command import check_writable
+from .photo import Predictor
+
+KINDS = ".png", ".pdf"
+PAPER = "memorability", "attention", "interpreter"
+"""The methods of the paper's figure, in its order."""
+TITLES = {"interpreter": "ours", "attention": "raw attention", "rollout": "attention rollout", "gradcam": "Grad-CAM"}
+MAX_HEIGHT = 60_000  # pixels; matplotlib draws nothing higher than 2¹⁶
+Row = Callable[[Image.Image], list[Panel]]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument(
+        "figure", choices=["maps", "hierarchy"], help="heat maps side by side, or what each group keeps"
+    )
+    parser.add_argument("photo", nargs="+", help="images, folders of images, or quoted globs; a row each")
+    parser.add_argument("-o", "--output", required=True, help="file to write: .pdf (pages) or .png (one picture)")
+    parser.add_argument("-c", "--checkpoint", help="a model of your own; else the one in the box")
+    parser.add_argument("-t", "--threshold", nargs="+", type=float, metavar="T", help="one number, or one a group")
+    parser.add_argument(
+        "-m",
+        "--methods",
+        nargs="+",
+        metavar="METHOD",
+        help=f"columns of `maps`, of {', '.join((*METHODS, *list(KIN)[1:]))} (default: {' '.join(PAPER)})",
+    )
+    parser.add_argument("--colormap", default="jet", help="any of matplotlib's (default: %(default)s)")
+    parser.add_argument("--device", default="cpu")
+
+
+def run(args: argparse.Namespace) -> int:
+    """The command, its arguments parsed. Returns 0, or 1 if some photos could not be read; the others are drawn.
+
+    Raises:
+        InputError: an argument is wrong, found before any work; or no photo can be read.
+    """
+    output = Path(args.output)
+    if output.suffix.lower() not in KINDS or output.is_dir():
+        raise InputError(f"{output}: give the name of a file that ends in {' or '.join(KINDS)}")
+    check_writable(output.parent)
+    photos = find_photos(args.photo)
+    colors(args.colormap)
+    predictor = Predictor(load(args.checkpoint), usable_device(args.device))
+    if (thresholds := predictor.thresholds(args.threshold)) is not None:
+        predictor.model.threshold = thresholds
+    titles, row = (_maps if args.figure == "maps" else _hierarchy)(predictor, args)
+
+    rows, height = [], 0
+    console = Console(stderr=True)
+    for file in track(photos, "photos", console=console, transient=True, disable=not console.is_terminal):
+        try:
+            photo = fit(read_photo(file), len(titles))
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr)
+            continue
+        rows.append(row(photo))
+        height += photo.height
+        if output.suffix.lower() == ".png" and height > MAX_HEIGHT:
+            raise InputError(f"{len(photos)} photos are too many for one picture; write a .pdf, which has pages")
+    if not rows:
+        raise InputError("none of the photos can be read")
+    _write(output, plate(rows, titles, output.suffix[1:].lower()))
+    print(f"{output}: {len(rows)} photos, {', '.join(titles)}")
+    return int(len(rows) < len(photos))
+
+
+def _maps(predictor: Predictor, args: argparse.Namespace) -> tuple[list[str], Row]:
+    """A row: the photo, and under the map of each method."""
+    methods = args.methods or [*PAPER]
+    if not args.methods and not importlib.util.find_spec("resmem"):
+        methods.remove("memorability")
+        print("memorability is left out: pip install 'iared2[memorability]' (489 MB)", file=sys.stderr)
+
+    def row(photo: Image.Image) -> list[Panel]:
+        images = predictor.prepare(photo)
+        maps = torch.cat([heatmap(predictor.model, images, method) for method in methods])
+        large = interpolate(maps[:, None], (photo.height, photo.width), mode="bicubic").clamp(0, 1)[:, 0].cpu()
+        return [Panel(photo), *(Panel(overlay(photo, heat, args.colormap)) for heat in large.numpy())]
+
+    return ["photo", *(TITLES.get(method, method) for method in methods)], row
+
+
+def _hierarchy(predictor: Predictor, args: argparse.Namespace) -> tuple[list[str], Row]:
+    """A row: the photo, then what each group kept of it, and the ratio in the corner."""
+
+    def row(photo: Image.Image) -> list[Panel]:
+        result = predictor(photo)
+        kept = (k.reshape(result.grid_size) for k in result.kept)
+        return [Panel(photo), *(Panel(blank(photo, k), f"{k.mean():.2f}") for k in kept)]
+
+    return ["photo", *(f"group {group + 1}" for group in range(predictor.model.num_groups))], row
+
+
+def _write(path: Path, content: bytes) -> None:
+    """A file that appears whole or not at all, its folder made if need be.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".iared2-", dir=path.parent) as temporary:
+            Path(temporary, path.name).write_bytes(content)
+            os.replace(Path(temporary, path.name), path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); choose another output") from None

@@ -1,0 +1,144 @@
+"""The facade: a photo in, arrays and pictures out. The command line and every other front end are its thin clients."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from timm.data import ImageNetInfo, infer_imagenet_subset
+
+from ..data.clips import is_video
+from ..data.photo import read_photo, to_rgb
+from ..errors import InputError
+from ..explain import figures
+from ..explain.heatmap import clamp_below, overlay, upsample
+from ..model.reduced import ReducedVisionTransformer
+from .result import RESULT, Finder, Findings, png
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Interpretation(Findings):
+    """What the model saw in one photo; see ``Findings`` for the rest.
+
+    Attributes:
+        photo: upright, 8-bit RGB, of the photo's own size W × H.
+    """
+
+    PICTURES = "interpret-result.png", "hierarchy.png"
+
+    photo: Image.Image
+
+    def heatmap(self, group: int | None = None) -> np.ndarray:
+        """``(H, W)`` float32 in [0, 1]: the scores of a group, by default the second one, see ``shown_group``."""
+        group = self.shown_group(group)
+        size = self.photo.height, self.photo.width
+        low = clamp_below(self.thresholds[group])
+        return upsample(torch.from_numpy(self.scores[group]), self.grid_size, size, low).numpy()
+
+    def overlay(self, group: int | None = None, colormap: str = "jet") -> Image.Image:
+        """The photo blended with the heat map, W × H."""
+        return overlay(self.photo, self.heatmap(group), colormap)
+
+    def figure(self, group: int | None = None, colormap: str = "jet") -> Image.Image:
+        """The overlay with a colour bar."""
+        return figures.result_figure(self.photo, self.heatmap(group), colormap)
+
+    def hierarchy(self) -> Image.Image:
+        """The photo, then what each group kept of it."""
+        rows, columns = self.grid_size
+        return figures.hierarchy_figure(self.photo, self.kept, (rows, columns))
+
+    def pictures(self, group: int | None, colormap: str) -> list[bytes]:
+        """`interpret-result.png`, the figure, and `hierarchy.png`."""
+        return [png(self.figure(group, colormap)), png(self.hierarchy())]
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: overlay, hierarchy, the best classes and the cost. Self-contained, and not large."""
+        classes = "".join(f"<tr><td>{escape(name)}</td><td>{100 * p:.1f} %</td></tr>" for name, p in self.top5)
+        kept = " → ".join(f"{ratio:.2f}" for ratio in (1, *self.keep_ratio))
+        return (
+            f"<figure>{_inline(self.figure(), 480, 'heat map')}<br>{_inline(self.hierarchy(), 960, 'hierarchy')}"
+            f"<figcaption>{escape(Path(self.file).name) if self.file else 'photo'}: patches {kept} of"
+            f" {self.kept.shape[1]}, multiply-adds {100 * self.macs / self.dense_macs:.0f} % of dense,"
+            f" {self.milliseconds:.1f} ms</figcaption><table>{classes}</table></figure>"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the pictures, ready for JSON. Patches are listed row by row."""
+        photo = {"file": self.file, "width": self.photo.width, "height": self.photo.height}
+        return {"photo": photo, **super().to_dict()}
+
+
+RESULT_FILES = *Interpretation.PICTURES, RESULT
+
+
+class Predictor(Finder):
+    """Interprets photos, one at a time.
+
+    Args:
+        model: is set to evaluation mode and moved to the device. Its `threshold` may be changed between calls.
+        device: anything that `torch.device` takes.
+        checkpoint: where the model came from, for `result.json` alone.
+
+    Raises:
+        InputError: the device is not there, or the model does not take RGB images.
+    """
+
+    def __init__(
+        self, model: ReducedVisionTransformer, device: str | torch.device = "cpu", checkpoint: str | Path | None = None
+    ) -> None:
+        if len(model.pretrained_cfg["input_size"]) != 3:
+            raise InputError("the model takes videos, not photos; give it to VideoPredictor")
+        super().__init__(model, device, checkpoint)
+
+    def __call__(
+        self, photo: str | Path | Image.Image | np.ndarray, threshold: float | Sequence[float] | None = None
+    ) -> Interpretation:
+        """Interpret one photo.
+
+        Args:
+            photo: a file, a Pillow image of any mode, or ``(H, W, 3)`` uint8 RGB. Any size; it is resized to the
+                model's input as a whole, never cropped.
+            threshold: of this call alone, one number or one for each group; the model's own if None. The model is not
+                changed, so calls from several threads do not see each other's.
+
+        Raises:
+            InputError: the file is not a photo that can be read, the array is not of that form, or the thresholds are
+                not finite or not as many as there are groups.
+        """
+        image = _as_image(photo)
+        found = self.find(self.prepare(image), self.thresholds(threshold))
+        return Interpretation(photo=image, file=str(photo) if isinstance(photo, (str, Path)) else None, **found)
+
+    def prepare(self, photo: Image.Image) -> torch.Tensor:
+        """An RGB photo as the model's input ``(1, 3, height, width)``: resized whole, normalised, on the device."""
+        return self.on_device(self._transform(photo))
+
+    def _class_name(self, index: int) -> str:
+        subset = None if self.model.class_names else infer_imagenet_subset(self.model)  # by their number: 1k, 12k, …
+        return ImageNetInfo(subset).index_to_description(index) if subset else super()._class_name(index)
+
+
+def _inline(picture: Image.Image, width: int, name: str) -> str:
+    """The picture in HTML itself, no wider than ``width`` pixels."""
+    picture.thumbnail((width, 2 * width), Image.Resampling.LANCZOS)
+    return f'<img alt="{name}" src="data:image/png;base64,{base64.b64encode(png(picture)).decode()}">'
+
+
+def _as_image(photo: str | Path | Image.Image | np.ndarray) -> Image.Image:
+    if isinstance(photo, (str, Path)):
+        if is_video(photo):
+            raise InputError(f"{photo}: a video, and this model takes photos; give a video model with -c")
+        return read_photo(photo)
+    if isinstance(photo, Image.Image):
+        return to_rgb(ImageOps.exif_transpose(photo))
+    if photo.dtype != np.uint8 or photo.ndim != 3 or photo.shape[2] != 3 or not photo.size:
+        raise InputError(f"a photo as an array is (H, W, 3) uint8 RGB, not {photo.shape} {photo.dtype}")
+    return Image.fromarray(photo)

@@ -1,0 +1,150 @@
+"""The facade for videos: a file in, arrays and pictures out, as `iared2.predict.photo` does for photos."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..data.clips import Video, open_video
+from ..errors import InputError
+from ..explain.figures import PANEL_SIDES
+from ..explain.heatmap import clamp_below, upsample
+from ..model.reduced import ReducedVisionTransformer
+from . import video_figures as figures
+from .result import Finder, Findings, png
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ClipInterpretation(Findings):
+    """What the model saw in one clip; see ``Findings`` for the rest.
+
+    Attributes:
+        video: the whole file, its size and length.
+        indices: ``(T,)`` int64, the frames of the video that make the clip.
+        frames: these frames, upright RGB, of ``PANEL_SIDES`` pixels at most.
+    """
+
+    PICTURES = "frames.png", "heatmap.png", "frames.gif", "frames.mp4"
+
+    video: Video
+    indices: np.ndarray
+    frames: list[Image.Image]
+
+    @property
+    def times(self) -> np.ndarray:
+        """``(T,)`` seconds from the beginning of the video."""
+        return self.video.times[self.indices]
+
+    @property
+    def kept_in_frames(self) -> np.ndarray:
+        """``(D, T, rows, columns)`` bool. The frames of one tubelet share their patches."""
+        by_time = self.kept.reshape(len(self.kept), *self.grid_size)
+        return np.repeat(by_time, len(self.frames) // self.grid_size[0], 1)
+
+    def heatmap(self, group: int | None = None) -> np.ndarray:
+        """``(T, H, W)`` float32 in [0, 1], of the size of ``frames``: a group's scores, by default the second one's.
+
+        They are normalised over the clip, so that frames can be compared.
+        """
+        group = self.shown_group(group)
+        frame = self.frames[0]
+        low, scores = clamp_below(self.thresholds[group]), torch.from_numpy(self.scores[group])
+        maps = upsample(scores, self.grid_size, (frame.height, frame.width), low).numpy()
+        return np.repeat(maps, len(self.frames) // len(maps), 0)
+
+    def frames_figure(self) -> Image.Image:
+        """The frames, then what each group kept of them."""
+        return figures.frames_figure(self.frames, self.times, self.kept_in_frames)
+
+    def heatmap_figure(self, group: int | None = None, colormap: str = "jet") -> Image.Image:
+        """The frames, then the same under their heat maps."""
+        return figures.heatmap_figure(self.frames, self.times, self.heatmap(group), colormap)
+
+    def pictures(self, group: int | None, colormap: str) -> list[bytes]:
+        """`frames.png`, `heatmap.png`, and the animation as `frames.gif` and `frames.mp4`."""
+        moving = figures.animation(self.frames, self.times, self.kept_in_frames[-1])
+        seconds = figures.pace(self.times)
+        still = self.frames_figure(), self.heatmap_figure(group, colormap)
+        return [*map(png, still), figures.gif(moving, seconds), figures.mp4(moving, seconds)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the pictures, ready for JSON. Patches are listed by time, then row by row."""
+        video, found = self.video, super().to_dict()
+        for group, kept in zip(found["groups"], self.kept_in_frames, strict=True):
+            group["keep_ratio_of_frames"] = kept.mean((1, 2)).tolist()
+        found["versions"]["av"] = version("av")
+        return {
+            "video": {
+                "file": self.file,
+                "width": video.width,
+                "height": video.height,
+                "rotation": video.rotation,
+                "frames": len(video),
+                "seconds": round(video.duration, 6),
+            },
+            "frames": [
+                {"index": int(i), "seconds": round(float(t), 6)} for i, t in zip(self.indices, self.times, strict=True)
+            ],
+            "animation": {"codec": figures.mp4_codec(), "seconds_of_a_frame": figures.pace(self.times)},
+            **found,
+        }
+
+
+class VideoPredictor(Finder):
+    """Interprets videos, one clip each: T frames, the centres of T equal parts of the whole video.
+
+    Args:
+        model: of clips; set to evaluation mode and moved to the device. Its `threshold` may be changed between calls.
+        device: anything that `torch.device` takes.
+        checkpoint: where the model came from, for `result.json` alone.
+
+    Raises:
+        InputError: the device is not there, or the model does not take RGB clips.
+    """
+
+    def __init__(
+        self, model: ReducedVisionTransformer, device: str | torch.device = "cpu", checkpoint: str | Path | None = None
+    ) -> None:
+        size = model.pretrained_cfg["input_size"]
+        if len(size) != 4:
+            raise InputError("the model takes photos, not videos; give it to Predictor")
+        super().__init__(model, device, checkpoint)
+        self.num_frames: int = size[1]
+
+    def __call__(
+        self,
+        path: str | Path,
+        threshold: float | Sequence[float] | None = None,
+        advance: Callable[[int], object] = lambda frames: None,
+    ) -> ClipInterpretation:
+        """Interpret one video.
+
+        Args:
+            path: the file. Any size; each frame is resized to the model's input as a whole, never cropped.
+            threshold: of this call alone, one number or one for each group; the model's own if None.
+            advance: is told the number of frames after each that was read.
+
+        Raises:
+            InputError: the file is not a video that can be read, or the thresholds are wrong.
+        """
+        thresholds = self.thresholds(threshold)
+        video = open_video(path)
+        indices = video.sample(self.num_frames)
+        shown: list[Image.Image] = []
+
+        def frames() -> Iterator[Image.Image]:  # one in memory at a time, small ones for the pictures
+            for frame in video.frames(indices):
+                yield frame
+                frame.thumbnail((PANEL_SIDES[1], PANEL_SIDES[1]), Image.Resampling.LANCZOS)
+                shown.append(frame)
+                advance(1)
+
+        found = self.find(self.on_device(self._transform(frames())), thresholds)
+        return ClipInterpretation(video=video, indices=indices, frames=shown, file=str(path), **found)

@@ -1,0 +1,52 @@
+"""A timm name, or a timm model -> a reduced model with fresh interpreters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm
+from torch import nn
+
+from ..errors import InputError
+from ..model.reduced import ReducedVisionTransformer
+
+
+def from_timm(
+    backbone: str | nn.Module,
+    *,
+    groups: int = 3,
+    pretrained: bool = False,
+    interpreter: str = "sigmoid",
+    dropped: str = "gone",
+    **timm_kwargs: Any,
+) -> ReducedVisionTransformer:
+    """Make a reduced model over a timm vision transformer, with fresh interpreters.
+
+    Args:
+        backbone: a timm model name (``"deit_small_patch16_224"``), or a module, which is used as it is.
+        groups: D, the number of groups.
+        pretrained: load timm's weights of that name.
+        interpreter: "sigmoid" or "attention": see `ReducedVisionTransformer`.
+        dropped: "gone" or "merged": see `ReducedVisionTransformer`.
+        timm_kwargs: for ``timm.create_model`` (``img_size``, ``num_classes``, ``drop_path_rate`` …).
+
+    Raises:
+        InputError: unknown name, arguments that timm refuses, weights that cannot be had, or a model that is not
+            supported (says why).
+    """
+    if isinstance(backbone, nn.Module):
+        if pretrained or timm_kwargs:
+            raise InputError("from_timm: pretrained and timm arguments go with a model name, not with a module")
+        return ReducedVisionTransformer(backbone, groups, interpreter=interpreter, dropped=dropped)
+    if not timm.is_model(backbone):
+        close = timm.list_models(f"*{backbone.split('_patch')[0]}*")[:3]
+        raise InputError(f"timm has no model {backbone!r}" + (f"; did you mean {', '.join(close)}?" if close else ""))
+    try:
+        vision_transformer = timm.create_model(backbone, pretrained=pretrained, **timm_kwargs)
+    except (TypeError, AssertionError, ValueError, RuntimeError, OSError) as error:  # OSError: no network, no such file
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        what = "load the pretrained weights of" if pretrained and isinstance(error, OSError) else "build"
+        raise InputError(f"timm cannot {what} {backbone} with {timm_kwargs or 'its defaults'}: {reason}") from error
+    model = ReducedVisionTransformer(vision_transformer, groups, interpreter=interpreter, dropped=dropped)
+    model.model_args = timm_kwargs
+    return model

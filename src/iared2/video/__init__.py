@@ -1,1 +1,0 @@
-"""Clips: the same loop, with patches that stand in time as well."""

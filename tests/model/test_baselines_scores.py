@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import sharp_images, sharp_model
+
+from iared2 import keyed
+from iared2.explain.attention_maps import raw_attention
+from iared2.model.baselines import KINDS, CentreScores, rival_scores
+from iared2.model.decide import by_share, keep_all
+
+TINY = {"img_size": (48, 32), "patch_size": 8, "embed_dim": 48, "num_heads": 3, "num_classes": 7}  # 6 × 4 patches
+KEYS = keyed.sample_keys(0, 0, torch.arange(5))
+
+
+def rival(kind, name="deit_tiny_patch16_224"):
+    model = sharp_model((name, {**TINY, "depth": 6}))
+    for group in range(model.num_groups):
+        model.interpreters[group] = rival_scores(kind, model, group)
+    return model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_loop_keeps_exact_shares_by_them_and_none_of_their_weights(kind):
+    model = rival(kind)
+    assert not any(name.startswith("interpreters") for name in model.state_dict())
+    with torch.no_grad():
+        out = model.trace(sharp_images(), by_share((0.75, 0.5, 0.3)))
+    assert [kept.sum(1).unique().tolist() for kept in out.kept] == [[18], [12], [7]]
+    alive = torch.cat([torch.ones_like(out.kept[:1]), out.kept[:-1]])
+    assert (out.scores[~alive] == 0).all()
+    assert out.scores.min() >= 0
+    assert out.scores.max() <= 1
+    assert (out.macs < model.dense_macs).all()
+
+
+def test_random_scores_are_a_function_of_the_keys():
+    model, images = rival("random"), sharp_images()
+    order = torch.tensor([3, 0, 4, 1, 2])
+    first, second = (model.score(model.embed(images, KEYS), group) for group in range(2))
+    assert torch.equal(model.score(model.embed(images[order] + 1, KEYS[order]), 0), first[order])
+    for other in (second, model.score(model.embed(images, KEYS + 1), 0), model.score(model.embed(images), 0)):
+        assert (other != first).float().mean() > 0.99
+    many = model.interpreters[0](model.embed(torch.zeros(400, 3, 48, 32)))
+    assert (many.mean(0) - 0.5).abs().max() < 5 * 0.29 / 20
+
+
+@pytest.mark.parametrize("grid", [(6, 4), (5, 5), (1, 3)])
+def test_centre_scores_are_symmetric_and_fall_outwards(grid):
+    scores = CentreScores(grid)
+    packed = rival("centre").embed(sharp_images(2))
+    if grid == (6, 4):
+        found = scores(packed)
+        assert torch.equal(found[0], found[1])
+        found = found[0].view(grid)
+    else:
+        found = (1 - scores.distance / scores.distance.max()).view(grid)
+    for turned in (found.flip(0), found.flip(1)):
+        torch.testing.assert_close(found, turned)
+    assert found[0, 0] == 0
+    middle = found[grid[0] // 2, grid[1] // 2]
+    assert middle == found.max()
+    assert middle == 1 or not all(size % 2 for size in grid)
+    assert (found[: (grid[0] + 1) // 2].diff(dim=0) > 0).all()
+
+
+# two prefix tokens; no class token
+@pytest.mark.parametrize(
+    "name", ["deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "vit_base_patch16_siglip_224"]
+)
+def test_attention_scores_are_the_raw_attention_of_the_groups_first_block(name):
+    model, images = rival("attention", name), sharp_images()
+    model.threshold = 0.0  # nothing is dropped
+    with torch.no_grad():
+        for group, blocks in enumerate(model.groups):
+            packed, _, _ = model.reduce(model.embed(images), range(group), keep_all)
+            scores = model.score(packed, group)
+            want = raw_attention(model, images, blocks.start)
+            if not model.backbone.has_class_token:
+                torch.testing.assert_close(scores.sum(1), torch.ones(5))
+            torch.testing.assert_close(scores, want, rtol=1e-5, atol=1e-7)
+            assert scores.std(1).min() > 1e-4

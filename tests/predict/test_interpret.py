@@ -1,0 +1,196 @@
+"""The command: where the files go, what is printed, and one clear line for whatever a person gets wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import skimage.data
+import torch
+from PIL import Image
+
+import iared2
+from iared2.cli import main
+from iared2.predict import command
+from iared2.predict.command import folder_names, interpret
+from iared2.predict.photo import RESULT_FILES, Predictor
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    size = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}
+    path = tmp_path_factory.mktemp("checkpoint") / "model.safetensors"
+    iared2.from_timm("deit_tiny_patch16_224", num_classes=7, **size).save(path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with photos, one of them bad."""
+    monkeypatch.chdir(tmp_path)
+    Path("photos").mkdir()
+    Image.fromarray(skimage.data.chelsea()).save("photos/cat.jpg")
+    Image.fromarray(skimage.data.coffee()).save("photos/cat.png")
+    Image.fromarray(skimage.data.astronaut()).save("photos/woman.png")
+    Path("photos/bad.jpg").write_text("I am not a photo")
+    return tmp_path
+
+
+def results(folder: str) -> set[str]:
+    """The sub-folders of results; each complete, and nothing else beside them."""
+    folders = list(Path(folder).iterdir())
+    for path in folders:
+        assert {p.name for p in path.iterdir()} == set(RESULT_FILES)
+    return {path.name for path in folders}
+
+
+def test_one_photo(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["interpret", "-p", "photos/woman.png", "-o", "out", "-c", str(checkpoint)]) == 0
+    assert {p.name for p in Path("out").iterdir()} == set(RESULT_FILES)
+    found = json.loads(Path("out/result.json").read_text())
+    assert found["photo"]["file"] == "photos/woman.png"
+    assert found["model"]["checkpoint"] == str(checkpoint)
+    expected = Predictor(iared2.load(checkpoint))("photos/woman.png")
+    assert [group["kept"] for group in found["groups"]] == expected.kept.tolist()
+
+    printed, errors = capsys.readouterr()
+    assert errors == ""
+    lines = printed.splitlines()
+    assert len(lines) == 5
+    name, probability = expected.top5[0]
+    assert lines[0] == f"photos/woman.png: {name} {100 * probability:.1f} %"
+    assert " > ".join(["1.00", *(f"{r:.2f}" for r in expected.keep_ratio)]) + " of 16" in lines[1]
+    macs, dense = expected.macs, expected.dense_macs
+    assert f"{macs / 1e6:.2f} of {dense / 1e6:.2f} M ({100 * (macs / dense - 1):+.1f} %)" in lines[2]
+    assert lines[3].endswith(" ms")
+    assert all(f"out/{file}" in lines[4] for file in RESULT_FILES)
+
+
+@pytest.mark.parametrize(
+    ("patterns", "expected"),
+    [
+        (["photos/woman.png", "photos/cat.jpg"], {"woman", "cat"}),
+        (["photos/*.png"], {"woman", "cat"}),
+        (["photos/wo*"], {"woman"}),
+        (["photos/*.png", "photos/cat.jpg"], {"woman", "cat.png", "cat.jpg"}),
+    ],
+)
+def test_several_photos(checkpoint: Path, patterns: list[str], expected: set[str]) -> None:
+    assert main(["interpret", "-p", *patterns, "-o", "out", "-c", str(checkpoint)]) == 0
+    assert results("out") == expected
+
+
+@pytest.mark.parametrize("pattern", ["photos", "photos/*"])
+def test_one_bad_photo_among_others(checkpoint: Path, capsys: pytest.CaptureFixture[str], pattern: str) -> None:
+    assert main(["interpret", "-p", pattern, "-o", "out", "-c", str(checkpoint)]) == 1
+    assert results("out") == {"woman", "cat.png", "cat.jpg"}
+    named, count = capsys.readouterr().err.splitlines()
+    assert named.startswith("error: photos/bad.jpg: not an image")
+    assert count == "error: 1 of 4 photos failed"
+
+
+def test_a_missing_photo_among_others(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    patterns = ["photos/woman.png", "missing.jpg"]
+    assert main(["interpret", "-p", *patterns, "-o", "out", "-c", str(checkpoint)]) == 1
+    assert results("out") == {"woman"}
+    assert "error: missing.jpg: no such file" in capsys.readouterr().err
+
+
+def test_options_reach_the_result(checkpoint: Path) -> None:
+    options = ["-t", "0.1", "0.5", "0.6", "-g", "1", "--colormap", "viridis", "--device", "cpu"]
+    assert main(["interpret", "-p", "photos/woman.png", "-o", "out", "-c", str(checkpoint), *options]) == 0
+    model = iared2.load(checkpoint)
+    model.threshold = [0.1, 0.5, 0.6]
+    expected = Predictor(model)("photos/woman.png")
+    with Image.open("out/interpret-result.png") as figure:
+        assert np.array_equal(figure, expected.figure(0, "viridis"))
+        assert not np.array_equal(figure, expected.figure(1, "viridis"))
+    found = json.loads(Path("out/result.json").read_text())
+    assert [group["threshold"] for group in found["groups"]] == [0.1, 0.5, 0.6]
+    assert [group["kept"] for group in found["groups"]] == expected.kept.tolist()
+
+
+def test_one_threshold_is_for_all_groups(checkpoint: Path) -> None:
+    assert interpret(["photos/woman.png"], "out", checkpoint=checkpoint, threshold=0.0) == 0
+    groups = json.loads(Path("out/result.json").read_text())["groups"]
+    assert [(group["threshold"], group["keep_ratio"]) for group in groups] == [(0.0, 1.0)] * 3
+
+
+BAD_ARGUMENTS = {
+    "threshold nan": (["-t", "nan"], "not a finite number"),
+    "threshold text": (["-t", "half"], "--threshold half: not a number"),
+    "two thresholds": (["-t", "0.5", "0.5"], "2 thresholds for 3 groups"),
+    "group 0": (["-g", "0"], "no group 0; the model has groups 1 to 3"),
+    "group 4": (["-g", "4"], "no group 4"),
+    "group text": (["-g", "second"], "--group second: not a number"),
+    "colour map": (["--colormap", "rainbows"], "unknown colour map 'rainbows'"),
+    "device": (["--device", "gpu"], "device gpu cannot be used here"),
+    "checkpoint": (["-c", "missing.safetensors"], "missing.safetensors"),
+    "checkpoint that is none": (["-c", "photos/bad.jpg"], "photos/bad.jpg"),
+    "missing photo": (["-p", "missing.jpg"], "missing.jpg: no such file"),
+    "bad photo": (["-p", "photos/bad.jpg"], "photos/bad.jpg: not an image"),
+    "empty glob": (["-p", "*.jpg"], "*.jpg: no photo there"),
+    "empty folder": (["-p", "empty"], "empty: no photo there"),
+    "output is a file": (["-o", "photos/bad.jpg"], "is a file, not a folder"),
+    "output in a file": (["-o", "photos/bad.jpg/out"], "is a file, not a folder"),
+    "unwritable output": (["-o", "/proc/out"], "/proc/out: cannot be written"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_ARGUMENTS.values(), ids=BAD_ARGUMENTS)
+def test_bad_arguments(checkpoint: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str) -> None:
+    Path("empty").mkdir()
+    arguments = {"-p": "photos/woman.png", "-o": "out", "-c": str(checkpoint)}
+    arguments = [part for option in arguments.items() if option[0] not in options for part in option]
+    assert main(["interpret", *arguments, *options]) == 1
+    printed, errors = capsys.readouterr()
+    assert printed == ""
+    assert errors.startswith("error: ")
+    assert errors.count("\n") == 1
+    assert message in errors
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("wrong", ["threshold", "output", "colormap", "device"])
+def test_found_before_any_work(monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
+    def work(*_: object) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(command, "load", work)
+    arguments = {"output": "out", "threshold": 0.5, "colormap": "jet", "device": "cpu"}
+    bad = {"output": "photos/bad.jpg", "threshold": float("nan"), "colormap": "rainbows", "device": "gpu"}
+    with pytest.raises(iared2.InputError):
+        interpret(["photos/woman.png"], **arguments | {wrong: bad[wrong]})
+
+
+def test_unwritable_output(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(command.tempfile, "TemporaryFile", refuse)  # root may write everywhere
+    with pytest.raises(iared2.InputError, match="out: cannot be written"):
+        interpret(["photos/woman.png"], "out", checkpoint=checkpoint)
+
+
+def test_folder_names() -> None:
+    photos = ["a.jpg", "b.jpg", "x/a.png", "y/A.PNG", "b.jpg.png", "...png", "c.d.jpg"]
+    assert folder_names([Path(p) for p in photos]) == ["a.jpg", "b", "a.png", "A.PNG-2", "b.jpg", "...png", "c.d"]
+    assert folder_names([Path("x/a.jpg"), Path("y/a.jpg"), Path("a.jpg-2.png")]) == ["a.jpg", "a.jpg-2", "a.jpg-2-2"]
+
+
+def test_the_script(checkpoint: Path, place: Path) -> None:
+    """`python interpreter.py -p IMAGE -o DIR`, as people run it."""
+    shutil.copy("photos/woman.png", "photo with a space.png")
+    script = [sys.executable, str(ROOT / "interpreter.py"), "-c", str(checkpoint)]
+    done = subprocess.run([*script, "-p", "photo with a space.png", "-o", "out"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("photo with a space.png: ")
+    assert {p.name for p in Path("out").iterdir()} == set(RESULT_FILES)
