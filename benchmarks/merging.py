@@ -35,26 +35,28 @@ def merging(model: Any, images: Tensor, r: int) -> Tensor:
     row = torch.empty(1, backbone.embed_dim, dtype=images.dtype)
     at_once = max(1, onednn.rows_at_once(block, row) // (backbone.patch_embed.num_patches + 1))
     pieces = images.split(at_once if images.device.type == "cpu" else len(images))  # in pieces, as ours
-    return torch.cat([_merging(backbone, piece, r) for piece in pieces])
+    return torch.cat([_merging(model, piece, r) for piece in pieces])
 
 
-def _merging(backbone: Any, images: Tensor, r: int) -> Tensor:
+def _merging(model: Any, images: Tensor, r: int) -> Tensor:
+    backbone, weights = model.backbone, model.packed_weights
     x = vit.embed(backbone, images)
     size, bias = torch.ones_like(x[..., :1]), None
     for block in backbone.blocks:
         attn = block.attn
-        q, k, v = onednn.linear(attn.qkv, block.norm1(x)).unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        qkv = onednn.linear(attn.qkv, block.norm1(x), weights)
+        q, k, v = qkv.unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
         if plain_is_faster(v):
             scores = q * q.shape[-1] ** -0.5 @ k.transpose(2, 3)
             y = (scores if bias is None else scores + bias).softmax(-1) @ v
         else:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        x = onednn.linear_add(attn.proj, y.transpose(1, 2).flatten(2), block.ls1, x)
+        x = onednn.linear_add(attn.proj, y.transpose(1, 2).flatten(2), block.ls1, x, weights)
         if fewer := min(r, (x.shape[1] - 1) // 2):
             x, size = merge(x, size, k.mean(1), fewer)
             bias = size.log().transpose(1, 2)[:, None]
-        hidden = onednn.linear(block.mlp.fc1, block.norm2(x), block.mlp.act)
-        x = onednn.linear_add(block.mlp.fc2, hidden, block.ls2, x)
+        hidden = onednn.linear(block.mlp.fc1, block.norm2(x), weights, block.mlp.act)
+        x = onednn.linear_add(block.mlp.fc2, hidden, block.ls2, x, weights)
     return backbone.forward_head(backbone.norm(x))
 
 

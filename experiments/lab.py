@@ -139,7 +139,7 @@ class Trained:
     @property
     def decide(self) -> Decide:
         """The decision with which it was fine-tuned."""
-        return by_share(self.recipe.policy.keep) if self.by_count else self.model.policy()
+        return by_share(self.recipe.policy.keep) if self.by_count else self.model.decision
 
     @property
     def by_count(self) -> bool:
@@ -151,7 +151,7 @@ class Trained:
         if self.by_count:
             return by_share(self.shares_at(share))
         gmacs = share * self.model.dense_macs / 1e9
-        return self.model.policy(thresholds_for(self.model, self.sample(self.model), gmacs=gmacs))
+        return self.model.decision.at(thresholds_for(self.model, self.sample(self.model), gmacs=gmacs))
 
     def shares_at(self, share: float) -> list[float]:
         """The recipe's shares to the one power with which they cost at most ``share`` of the dense multiply-adds."""

@@ -64,14 +64,22 @@ def changed_names(package: Path, frozen: Iterable[str]) -> list[str]:
 
 
 def imports(name: str, package: Path, modules: dict[str, ast.Module]) -> set[str]:
-    """The modules of the package that module ``name`` imports, anywhere in it. ``""`` is the package itself."""
+    """The modules that module ``name`` imports, but for types alone. ``""`` is the package itself."""
     top = package.name
     known = {".".join(filter(None, (top, other))): other for other in modules}
     here = [top, *filter(None, name.split("."))]
     if not (package.joinpath(*here[1:]) / "__init__.py").exists():
         here.pop()  # "." in a module is the package that it lies in
     targets = []
+    types_only = {
+        child
+        for node in ast.walk(modules[name])
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for child in ast.walk(node)
+    }
     for node in ast.walk(modules[name]):
+        if node in types_only:
+            continue
         if isinstance(node, ast.Import):
             targets += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -121,7 +129,8 @@ def without_docstring(package: Path) -> list[str]:
     def search(node: ast.AST, path: str) -> list[str]:
         found = [] if ast.get_docstring(node) else [path]  # type: ignore[arg-type]
         for child in node.body if isinstance(node, (ast.Module, ast.ClassDef)) else ():
-            is_property = any(ast.unparse(d) == "property" for d in getattr(child, "decorator_list", ()))
+            decorators = [ast.unparse(d) for d in getattr(child, "decorator_list", ())]
+            is_property = any(d == "property" or d.endswith(".setter") for d in decorators)
             if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
                 found += [] if child.name.startswith("_") or is_property else search(child, f"{path}:{child.name}")
         return found
@@ -216,6 +225,7 @@ def test_wrong_imports_are_noticed(made_up):
         "from .. import low",
         "import made_up.low as l",
         "def f():\n    from . import mid",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from ..top import x",
     ):
         (package / "sub" / "high.py").write_text(text)
         assert wrong_imports(package, order) == []

@@ -31,10 +31,10 @@ def usable_device(name: str | torch.device) -> torch.device:
 
 def timed(device: torch.device | str, run: Callable[..., Any], *args: Any) -> tuple[Any, float]:
     """The result of ``run(*args)`` and its seconds, from an idle device to an idle device."""
-    _wait(device)
+    synchronize(device)
     start = time.perf_counter()
     result = run(*args)
-    _wait(device)
+    synchronize(device)
     return result, time.perf_counter() - start
 
 
@@ -46,11 +46,11 @@ def peak_memory(device: torch.device | str, run: Callable[..., Any], *args: Any)
     glibc can do. What a library has kept from earlier runs is not counted.
     """
     if torch.device(device).type == "cuda":
-        _wait(device)
+        synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         run(*args)
-        _wait(device)
+        synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     try:
         ctypes.CDLL(None).malloc_trim(0)
@@ -68,7 +68,8 @@ def _resident(field: str) -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
-def _wait(device: torch.device | str) -> None:
+def synchronize(device: torch.device | str) -> None:
+    """Wait until the device has done what it was asked to."""
     if torch.device(device).type != "cpu":  # a CPU has always done what it was asked to
         torch.accelerator.synchronize(device)
 

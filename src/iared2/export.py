@@ -135,11 +135,11 @@ class Adaptive(_Dense):
         super().__init__(model)
         if vit.pools_patches(model.backbone):
             raise InputError("the adaptive form needs a model whose head reads the class token; export fixed counts")
-        if model.max_tokens is not None or model.num_keep is not None:
+        if model.max_tokens is not None or model.thresholds is None:
             raise InputError(
                 "the adaptive form has no max_tokens or num_keep: set them to None, or export fixed counts"
             )
-        self.thresholds = model.thresholds
+        self.thresholds = model.thresholds or ()
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """``(1, in_chans, height, width) -> logits (1, K), patch_ids (number left,) int64``."""

@@ -67,7 +67,7 @@ def test_other_methods(predictor: Predictor, files: list[Path], method: str) -> 
     predictor.model.threshold = [0.1, 0.2, 0.3]
     threshold = float(np.quantile(predictor(COFFEE, 0.0).scores[0], 0.8))
     (one,), _ = compare(predictor, files[:1], Choice(method, rule="threshold", threshold=threshold))
-    assert predictor.model.threshold == [0.1, 0.2, 0.3]
+    assert predictor.model.threshold == (0.1, 0.2, 0.3)
     predictor.model.threshold = threshold
     small = heatmap(predictor.model, predictor.prepare(Image.fromarray(COFFEE)), method)[0].numpy()
     assert one.heat.shape == COFFEE.shape[:2]

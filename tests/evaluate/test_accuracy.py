@@ -12,7 +12,7 @@ from iared2.cli import main
 from iared2.data.batches import Batch
 from iared2.evaluate.accuracy import evaluate
 from iared2.measure import measure
-from iared2.model.decide import by_threshold
+from iared2.model.decide import Decision
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_budgets_are_measured_beside_the_models_own(model):
     thresholds = [float(model.trace(images(8)).scores[0].median()) + 1e-4, 0, 0]
     with torch.no_grad():
         result = evaluate(model, batches(model), budgets={"budget 0.5": thresholds})
-        out = [model.trace(images(n, seed), by_threshold(thresholds)) for seed, n in ((0, 8), (1, 5))]
+        out = [model.trace(images(n, seed), Decision(thresholds)) for seed, n in ((0, 8), (1, 5))]
     reduced, dense, random, at_budget, random_at_budget = result.variants
     assert [v.name for v in result.variants[3:]] == [f"{reduced.name}, budget 0.5", f"{random.name}, budget 0.5"]
     assert at_budget.gmacs == pytest.approx(sum(o.macs.sum().item() for o in out) / 13 / 1e9)

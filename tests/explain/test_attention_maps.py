@@ -10,7 +10,7 @@ from torch import Tensor
 
 from iared2 import ReducedVisionTransformer
 from iared2.explain.attention_maps import raw_attention, rollout
-from iared2.model.decide import by_threshold, keep_all
+from iared2.model.decide import Decision, keep_all
 
 
 def plain_attention(model: ReducedVisionTransformer, images: Tensor, dense: bool) -> tuple[list[Tensor], Tensor]:
@@ -26,7 +26,7 @@ def plain_attention(model: ReducedVisionTransformer, images: Tensor, dense: bool
 
     hooks = [block.register_forward_pre_hook(look, with_kwargs=True) for block in model.backbone.blocks]
     with torch.no_grad():
-        _, _, kept = masked_forward(model, images, keep_all if dense else by_threshold(model.thresholds))
+        _, _, kept = masked_forward(model, images, keep_all if dense else Decision(model.thresholds))
     for hook in hooks:
         hook.remove()
     return found, kept

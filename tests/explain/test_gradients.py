@@ -16,7 +16,7 @@ from torch import Tensor
 import iared2
 from iared2 import InputError, ReducedVisionTransformer
 from iared2.explain.gradients import KIN, STEPS, grad_cam, integrated_gradients, optional
-from iared2.model.decide import by_threshold, keep_all
+from iared2.model.decide import Decision, keep_all
 
 TARGET = torch.tensor([3, 0, 6, 1, 5])
 
@@ -54,7 +54,7 @@ def plain_cam(model: ReducedVisionTransformer, images: Tensor, decide, method: s
 @pytest.mark.parametrize("dense", [True, False], ids=["dense", "reduced"])
 def test_grad_cam_and_its_kin_equal_the_oracle(family, dense):
     model, images = sharp_model(family), sharp_images()
-    decide = keep_all if dense else by_threshold(model.thresholds)
+    decide = keep_all if dense else Decision(model.thresholds)
     blocks = (len(model.backbone.blocks) - 1, 2)
     for method, block in ((m, b) for m in KIN for b in blocks):
         found = grad_cam(model.backbone if dense else model, images, TARGET, method, block)

@@ -6,7 +6,7 @@ from tiny import sharp_images, sharp_model
 
 from iared2 import keyed
 from iared2.explain.attention_maps import raw_attention
-from iared2.model.baselines import KINDS, CentreScores, rival_scores
+from iared2.model.baselines import KINDS, CentreScores, baseline_scores
 from iared2.model.decide import by_share, keep_all
 
 TINY = {"img_size": (48, 32), "patch_size": 8, "embed_dim": 48, "num_heads": 3, "num_classes": 7}  # 6 × 4 patches
@@ -16,7 +16,7 @@ KEYS = keyed.sample_keys(0, 0, torch.arange(5))
 def rival(kind, name="deit_tiny_patch16_224"):
     model = sharp_model((name, {**TINY, "depth": 6}))
     for group in range(model.num_groups):
-        model.interpreters[group] = rival_scores(kind, model, group)
+        model.interpreters[group] = baseline_scores(kind, model, group)
     return model
 
 

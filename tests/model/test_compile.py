@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import iared2
 from iared2.model import backbone as vit
-from iared2.model.decide import by_threshold
+from iared2.model.decide import Decision
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def make(name="deit_tiny_patch16_224", **kwargs):
 
 def ragged(model, images):
     with torch.no_grad():
-        return by_threshold(float(model.trace(images).scores[0].median()))
+        return Decision(float(model.trace(images).scores[0].median()))
 
 
 @pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "deit3_small_patch16_224", "vit_small_patch14_reg4_dinov2"])
@@ -58,7 +58,7 @@ def test_gradients(graphs):
     decide, gradients = ragged(model, x), []
     model.train()
     for compiled in (False, True):
-        model.compiled = compiled
+        model.engine = "compiled" if compiled else "plain"
         model.zero_grad()
         packed = model.embed(x, keys=torch.arange(4) * 7919)
         model.head(model.reduce(packed, decide=decide)[0]).square().sum().backward()

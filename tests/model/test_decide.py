@@ -1,37 +1,123 @@
 from __future__ import annotations
 
+from dataclasses import FrozenInstanceError
+
+import numpy as np
 import pytest
 import torch
 
+import iared2
 from iared2 import keyed
-from iared2.model.decide import at_random, by_sampling, by_share, by_threshold, keep_all, sample, top_k
+from iared2.errors import InputError
+from iared2.model.decide import Decision, at_random, by_share, keep_all, sample, top_k
 
 SCORES = torch.tensor([[0.1, 0.5, 0.6, 0.9], [0.8, 0.0, 1.0, 0.4]])
 ALIVE = torch.tensor([[True, True, True, False], [True, True, True, True]])
 
 
 def test_threshold_is_strict_and_never_revives():
-    keep = by_threshold(0.5)(SCORES, ALIVE, 0)
+    keep = Decision(0.5)(SCORES, ALIVE, 0)
     assert keep.tolist() == [[False, False, True, False], [True, False, True, False]]
 
 
 def test_threshold_0_keeps_all_and_1_none_whatever_the_sigmoid_rounds_to():
     for t in (0, -1.0):
-        assert torch.equal(by_threshold(t)(SCORES, ALIVE, 0), ALIVE)
+        assert torch.equal(Decision(t)(SCORES, ALIVE, 0), ALIVE)
     for t in (1, 1.5):
-        assert not by_threshold(t)(SCORES, ALIVE, 0).any()
+        assert not Decision(t)(SCORES, ALIVE, 0).any()
 
 
 def test_threshold_of_each_group():
-    decide = by_threshold([0.0, 0.7])
+    decide = Decision([0.0, 0.7])
     assert decide(SCORES, ALIVE, 0).sum() == 7
     assert decide(SCORES, ALIVE, 1).sum() == 2
+
+
+@pytest.mark.parametrize(
+    "number", [0.3, np.float32(0.3), torch.tensor(0.3), (0.3,) * 3, np.full(3, 0.3), torch.full((3,), 0.3)]
+)
+def test_thresholds_are_whatever_holds_numbers(number):
+    """``np.float32`` and tensors crashed."""
+    model = tiny_model()
+    model.threshold = number
+    assert model.thresholds == pytest.approx((0.3,) * 3)
+    assert model.threshold == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("number", [4, (4, 4, 4), np.full(3, 4), torch.full((3,), 4)])
+def test_counts_are_whatever_holds_counts(number):
+    model = tiny_model()
+    model.num_keep = number
+    assert model.decision == Decision(num_keep=(4, 4, 4))
+    assert model.trace(torch.randn(2, 3, 32, 32)).kept.sum(-1).unique().tolist() == [4]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_keep", []),
+        ("num_keep", (3, 2, 1, 1)),
+        ("num_keep", (3, 2)),
+        ("num_keep", (3, -1, 1)),
+        ("num_keep", (3, 2.5, 1)),
+        ("num_keep", "abc"),
+        ("num_keep", True),
+        ("max_tokens", -1),
+        ("max_tokens", 2.5),
+        ("max_tokens", True),
+        ("threshold", float("nan")),
+        ("threshold", (0.5, 0.5)),
+        ("threshold", []),
+        ("threshold", "half"),
+        ("threshold", None),
+        ("dropped", "nonsense"),
+    ],
+)
+def test_senseless_settings_are_refused_when_they_are_set(name, value):
+    """Some passed without a word, some crashed in the forward pass."""
+    model = tiny_model()
+    with pytest.raises(InputError, match=name):
+        setattr(model, name, value)
+    assert model.decision == Decision((0.5, 0.5, 0.5)), "the model is as it was"
+    assert model.dropped == "gone"
+
+
+@pytest.mark.parametrize("decision", [Decision(0.4), Decision((0.1, 0.2, 0.3), max_tokens=5), Decision(num_keep=3)])
+def test_a_decision_is_one_value(decision, tmp_path):
+    """Setting a part to what it is changed the model; the order of assignment mattered."""
+    model = iared2.from_timm("deit_tiny_patch16_224", img_size=32, embed_dim=48, num_heads=3, depth=3)
+    model.decision = decision
+    whole = model.decision
+    for name in ("threshold", "num_keep", "max_tokens", "decision"):
+        setattr(model, name, getattr(model, name))
+        assert model.decision == whole
+    model.save(tmp_path / "m.safetensors")
+    assert iared2.load(tmp_path / "m.safetensors").decision == whole
+    assert repr(whole) in repr(model)
+    with pytest.raises(FrozenInstanceError):
+        whole.max_tokens = 3
+
+
+def test_a_threshold_ends_counts_and_leaves_the_limit():
+    model = tiny_model()
+    model.max_tokens = 7
+    model.num_keep = (6, 5, 4)
+    assert (model.threshold, model.max_tokens) == (None, 7)
+    model.threshold = 0.3
+    assert (model.threshold, model.num_keep, model.max_tokens) == (0.3, None, 7)
+    with pytest.raises(InputError, match="not both"):
+        Decision(0.5, num_keep=3)
+
+
+def tiny_model():
+    size = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "num_heads": 3, "depth": 3, "num_classes": 5}
+    return iared2.from_timm("deit_tiny_patch16_224", **size).eval()
 
 
 def test_samples_have_the_scores_as_probabilities():
     n = 20_000
     scores, alive = SCORES[1].expand(n, 4), torch.ones(n, 4, dtype=torch.bool)
-    rate = by_sampling(keyed.sample_keys(0, 0, torch.arange(n)))(scores, alive, 0).float().mean(0)
+    rate = sample(scores, alive, keyed.sample_keys(0, 0, torch.arange(n)), 0).float().mean(0)
     assert rate[1] == 0
     assert rate[2] == 1
     assert (rate - SCORES[1]).abs().max() < 4 * 0.5 / n**0.5
@@ -80,7 +166,7 @@ def test_several_draws_of_an_image():
     keys = keyed.sample_keys(0, 0, torch.arange(2 * images))
     four = sample(probability, alive, keys, 1, samples=4)
     draws = four.unflatten(0, (4, 2 * images))
-    assert torch.equal(draws[0], by_sampling(keys)(probability, alive, 1))
+    assert torch.equal(draws[0], sample(probability, alive, keys, 1))
     assert torch.equal(draws[:3].flatten(0, 1), sample(probability, alive, keys, 1, samples=3))
     assert torch.equal(sample(probability[7:9], alive[7:9], keys[7:9], 1, samples=4), draws[:, 7:9].flatten(0, 1))
     rates = draws.unflatten(1, (images, 2)).float().mean(1)

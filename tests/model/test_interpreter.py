@@ -81,7 +81,7 @@ def test_attention_interpreter_reduces_saves_and_exports_like_the_other(tmp_path
     model.threshold = [0.3, 0.3, 0.35]
     with torch.no_grad():
         out = model.trace(images)
-        logits, scores, kept = masked_forward(model, images, model.policy())
+        logits, scores, kept = masked_forward(model, images, model.decision)
     assert 0.1 < out.keep_ratio[2].mean() < out.keep_ratio[0].mean() < 0.9
     assert torch.equal(out.kept, kept)
     torch.testing.assert_close(out.logits, logits, rtol=0, atol=1e-4)

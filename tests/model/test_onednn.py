@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-from unittest import mock
+import copy
+from contextlib import contextmanager
 
 import pytest
 import torch
 from torch import nn
 
 import iared2
+from iared2.errors import InputError
 from iared2.model import onednn
-from iared2.model.decide import by_threshold
+from iared2.model.decide import Decision, keep_all
 
 if not onednn.AVAILABLE:
     pytest.skip("this torch has no oneDNN linear layers: the plain blocks run", allow_module_level=True)
 
 
-def plain_blocks():
-    return mock.patch.object(onednn, "can_run", return_value=False)
+@contextmanager
+def plain_blocks(model):
+    model.engine = "plain"
+    yield
+    model.engine = "auto"
 
 
 @pytest.fixture
 def calls(monkeypatch):
     """How many blocks ran on the fast path."""
     seen, run_block = [], onednn.run_block
-    monkeypatch.setattr(onednn, "run_block", lambda block, x, packed: seen.append(block) or run_block(block, x, packed))
+    monkeypatch.setattr(onednn, "run_block", lambda *args: seen.append(args[0]) or run_block(*args))
     return seen
 
 
@@ -41,14 +46,14 @@ def make(family, dtype=torch.float32):
 @pytest.mark.parametrize("packed_weights", [False, True])
 def test_equal_to_the_plain_block_for_every_family(family, packed_weights, calls):
     model, x = make(family)
-    with torch.inference_mode(), plain_blocks():
+    with torch.inference_mode(), plain_blocks(model):
         median = float(model.trace(x).scores[0].median())
-        plain = model.trace(x, by_threshold([median, 0, 0]))
+        plain = model.trace(x, Decision([median, 0, 0]))
     assert not calls
     if packed_weights:
         model.pack_weights()
     with torch.inference_mode():
-        fast = model.trace(x, by_threshold([median, 0, 0]))
+        fast = model.trace(x, Decision([median, 0, 0]))
     assert len(calls) == len(model.backbone.blocks)
     assert torch.equal(fast.kept, plain.kept)
     assert fast.kept.float().mean() < 0.9
@@ -60,10 +65,10 @@ def test_bfloat16_is_as_close_to_float32_as_the_plain_block(family, calls):
     exact, x = make(family)
     half, x_half = make(family, torch.bfloat16)
     with torch.inference_mode():
-        want = exact.trace(x, by_threshold(0)).logits
-        with plain_blocks():
-            plain = half.trace(x_half, by_threshold(0)).logits
-        fast = half.trace(x_half, by_threshold(0)).logits
+        want = exact.trace(x, Decision(0)).logits
+        with plain_blocks(half):
+            plain = half.trace(x_half, Decision(0)).logits
+        fast = half.trace(x_half, Decision(0)).logits
     error, plain_error = (fast - want).norm() / want.norm(), (plain - want).norm() / want.norm()
     assert error < max(2 * plain_error, 0.02)
     assert len(calls) == 2 * len(half.backbone.blocks)  # the float32 model's and these
@@ -89,7 +94,7 @@ def tiny(num_classes=5):
 
 @torch.no_grad()
 def logits(model, x):
-    return model.trace(x, by_threshold(0)).logits
+    return model.trace(x, Decision(0)).logits
 
 
 @pytest.mark.parametrize(
@@ -117,19 +122,81 @@ def test_packed_weights_follow_a_change_of_the_weights(change):
             layer.weight = nn.Parameter(layer.weight.t())
         elif change == "new parameter":
             layer.weight = nn.Parameter(3 * layer.weight)
-        with plain_blocks():
+        with plain_blocks(model):
             want = logits(model, x)
     assert (before - want).abs().max() > 1e-3
     torch.testing.assert_close(logits(model, x), want, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("where", ["mlp", "mlp.act", "mlp.drop1", "attn.proj_drop", "ls1"])
-def test_what_is_fused_away_can_still_be_watched(where, calls):
-    model, x, seen = tiny(), torch.randn(2, 3, 32, 32), []
-    model.backbone.blocks[0].get_submodule(where).register_forward_hook(lambda *_: seen.append(1))
+@pytest.mark.parametrize("engine", ["auto", "plain"])
+@pytest.mark.parametrize("where", ["", "attn", "drop_path1", "mlp", "mlp.act", "mlp.drop1", "attn.proj_drop", "ls1"])
+def test_every_part_of_a_block_can_be_watched_and_changed(where, engine):
+    """A hook on ``Block`` or ``Attention`` never fired, and its change of the output was lost."""
+    model, x, seen = tiny(), torch.randn(3, 3, 32, 32), []
+    model.engine = engine
+    decide = ragged(model, x)
+    with torch.no_grad():
+        before = model(x, decide)
+        watched = model.backbone.blocks[0].get_submodule(where)
+        watched.register_forward_hook(lambda _, args, out: seen.append(out) or out)
+        torch.testing.assert_close(model(x, decide), before, atol=1e-5, rtol=1e-4)
+        assert seen
+        watched.register_forward_hook(lambda _, args, out: 2 * out)
+        changed = model(x, decide)
+        assert (changed - before).abs().max() > 1e-3
+        model.backbone.blocks[0].get_submodule(where)._forward_hooks.clear()
+        torch.testing.assert_close(model(x, decide), before, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dropped", ["gone", "merged"])
+def test_a_hooked_block_computes_what_it_computed(dropped):
+    """With ragged lengths, and where attention counts merged patches."""
+    model, x = tiny(), torch.randn(3, 3, 32, 32)
+    model.dropped = dropped
+    decide = ragged(model, x)
+    with torch.no_grad():
+        before = model(x, decide)
+        for block in model.backbone.blocks:
+            block.register_forward_pre_hook(lambda *_: None)
+        torch.testing.assert_close(model(x, decide), before, atol=1e-5, rtol=1e-4)
+
+
+def ragged(model, x):
+    with torch.no_grad():
+        scores = model.trace(x, keep_all).scores
+    decide = Decision(float(scores[0].flatten().median()))
+    return lambda scores, alive, group: decide(scores, alive, 0) if group == 0 else alive
+
+
+def test_stochastic_depth_that_is_left_on_alone_drops():
+    """It did in the plain blocks only."""
+    torch.manual_seed(0)
+    size = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "num_heads": 3, "depth": 3, "drop_path_rate": 0.5}
+    model = iared2.from_timm("deit_tiny_patch16_224", **size).eval()
+    model.backbone.blocks[2].drop_path1.train()
+    x = torch.randn(8, 3, 32, 32)
+    assert not torch.equal(logits(model, x), logits(model, x))
+
+
+def test_the_engine_is_set_and_seen():
+    model, x = tiny(), torch.randn(2, 3, 32, 32)
+    assert "engine='auto'" in repr(model)
+    model.engine = "onednn"
     logits(model, x)
-    assert seen
-    assert len(calls) < 3
+    with pytest.raises(InputError, match="inference on a CPU"):
+        model(x)  # with a graph
+    with pytest.raises(InputError, match="engine='turbo' should be one of auto, plain, onednn, compiled"):
+        model.engine = "turbo"
+    assert model.engine == "onednn"
+
+
+def test_a_copy_has_no_packed_weights_but_the_same_output():
+    model, x = tiny(), torch.randn(2, 3, 32, 32)
+    model.pack_weights()
+    assert len(model.packed_weights) == 12
+    twin = copy.deepcopy(model)
+    assert len(twin.packed_weights) == 0
+    torch.testing.assert_close(logits(twin, x), logits(model, x))
 
 
 def test_dropout_that_is_left_on_alone_drops():
@@ -158,7 +225,7 @@ def test_hooks_and_adapters_on_a_layer_are_honoured():
     plain = model.backbone.blocks[0].attn.proj
     model.backbone.blocks[0].attn.proj = Doubled(48, 48)
     model.backbone.blocks[0].attn.proj.load_state_dict(plain.state_dict())
-    with plain_blocks():
+    with plain_blocks(model):
         want = logits(model, x)
     assert (before - want).abs().max() > 1e-4
     torch.testing.assert_close(logits(model, x), want, atol=1e-4, rtol=1e-4)

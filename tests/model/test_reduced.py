@@ -9,7 +9,7 @@ from oracle import masked_forward
 from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
 
 import iared2
-from iared2.model.decide import by_threshold
+from iared2.model.decide import Decision
 
 
 def make(family, **kwargs):
@@ -71,7 +71,7 @@ def test_threshold_decides_the_same_packed_masked_and_alone(family):
     with torch.no_grad():
         model.threshold = [float(make(family).trace(x).scores[0].median()), 0.5, 0.5]
         out = model.trace(x)
-        logits, scores, kept = masked_forward(model, x, by_threshold(model.threshold))
+        logits, scores, kept = masked_forward(model, x, Decision(model.threshold))
     thresholds = torch.tensor(model.threshold)[:, None, None]
     unclear = (scores - thresholds).abs() < 1e-5
     assert (out.kept == kept)[~unclear].all()
@@ -137,16 +137,6 @@ def test_groups_of_uneven_depth_and_refusals():
         iared2.from_timm("deit_smal_patch16_224")
     with pytest.raises(iared2.InputError, match=r"timm cannot build deit_tiny_patch16_224 with .*colour"):
         iared2.from_timm("deit_tiny_patch16_224", colour=3)
-
-
-@pytest.mark.parametrize("threshold", [[0.5, 0.5], [0.5] * 4, float("nan"), [0.5, 0.5, float("nan")], []])
-def test_thresholds_that_make_no_sense(threshold):
-    model = make(("vit_tiny_patch16_224", {"depth": 3, "img_size": 32, "embed_dim": 48, "num_heads": 3}))
-    model.threshold = threshold
-    with pytest.raises(ValueError, match="give one number, or 3"):
-        model(torch.zeros(1, 3, 32, 32))
-    model.threshold = torch.tensor(0.5)
-    assert model.thresholds == [0.5] * 3
 
 
 def test_a_decision_cannot_bring_patches_back():

@@ -32,7 +32,7 @@ def test_select_keeps_rows_ids_and_order(dense):
     assert torch.equal(back[here], dense[here])
     assert (back[~here] == 0).all()
     assert torch.equal(packed.prefix(), dense[:, :P])
-    assert [tuple(run.shape[:2]) for run in packed.runs(packed.x)] == [(1, 1), (2, 5), (1, 7)]
+    assert [tuple(run.shape[:2]) for run in packed.buckets(packed.x)] == [(1, 1), (2, 5), (1, 7)]
     assert torch.equal(packed.unsort(packed.image_ids), torch.arange(B))
 
 

@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import iared2
-from iared2.model.decide import by_threshold, keep_all
+from iared2.model.decide import Decision, keep_all
 
 TINY = {"embed_dim": 48, "num_heads": 3, "depth": 4, "num_classes": 7}
 VIDEO = {
@@ -99,7 +99,7 @@ def test_threshold_decides_the_same_packed_and_masked(model):
     with torch.no_grad():
         model.threshold = [float(model.trace(x, keep_all).scores[0].median()), 0, 0]
         out = model.trace(x)
-        logits, scores, kept = masked_forward(model, x, by_threshold(model.thresholds))
+        logits, scores, kept = masked_forward(model, x, Decision(model.thresholds))
     assert 0.3 < out.kept[0].float().mean() < 0.7
     unclear = (scores[0] - model.threshold[0]).abs() < 1e-5
     assert (out.kept == kept)[0][~unclear].all()

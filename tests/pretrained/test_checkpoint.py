@@ -36,7 +36,7 @@ def test_round_trip(model, images, tmp_path):
     for source in (path, str(path), tmp_path):
         twin = iared2.load(source)
         assert torch.equal(twin(images), model(images))
-        assert twin.threshold == [0.5, 0.49, 0.51]
+        assert twin.threshold == (0.5, 0.49, 0.51)
         assert twin.class_names == tuple("abcde")
         assert tuple(twin.pretrained_cfg["mean"]) == (0.1, 0.2, 0.3)
         assert twin.pretrained_cfg["input_size"] == (3, 16, 16)

@@ -10,7 +10,7 @@ from planted import PLANTED, learn, planted_images, untrained_model
 
 import iared2
 from iared2 import keyed
-from iared2.model.decide import by_sampling, keep_all
+from iared2.model.decide import keep_all, sample
 from iared2.train import policy_gradient
 from iared2.train.finetune import FinetuneStage
 from iared2.train.policy_gradient import PolicyConfig, PolicyGradientStage, budget_shift, policy_gradient_loss
@@ -79,7 +79,7 @@ def test_sampled_estimate_is_within_4_standard_errors(enumerated):
     keys = keyed.sample_keys(0, 0, torch.arange(samples))
     many = scores.expand(samples, N).clone().requires_grad_()
     alive = torch.ones(samples, N, dtype=torch.bool)
-    u = by_sampling(keys)(many.detach(), alive, 0)
+    u = sample(many.detach(), alive, keys, 0)
     index = (u.long() * 2 ** torch.arange(N - 1, -1, -1)).sum(1)  # the order of itertools.product
     advantage = rewards[index] - greedy_reward(scores, every_u, rewards)
     policy_gradient_loss(many, u, alive, advantage).backward()
@@ -105,7 +105,7 @@ def test_stage_computes_the_same_estimate_in_one_packed_batch(enumerated):
 
     scores = model.score(model.embed(image), 0)
     alive = torch.ones(batch, N, dtype=torch.bool)
-    u = by_sampling(keys)(scores.expand(batch, N), alive, 0)
+    u = sample(scores.expand(batch, N), alive, keys, 0)
     index = (u.long() * 2 ** torch.arange(N - 1, -1, -1)).sum(1)
     advantage = rewards[index] - greedy_reward(scores, every_u, rewards)
     want_loss = policy_gradient_loss(scores.expand(batch, N), u, alive, advantage)

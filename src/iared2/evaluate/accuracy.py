@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -34,7 +34,7 @@ class Variant:
     """Mean multiply-adds of an image, 10⁹."""
     images_per_second: float
     """Of the forward passes alone; the variants take turns on the same batches."""
-    thresholds: list[float] | None = None
+    thresholds: Sequence[float] | None = None
     """Of the groups; None where they do not decide."""
 
 
@@ -81,7 +81,7 @@ def evaluate(
     batches: Iterable[Batch],
     device: torch.device | str = "cpu",
     seed: int = 0,
-    budgets: Mapping[str, list[float]] | None = None,
+    budgets: Mapping[str, Sequence[float]] | None = None,
 ) -> Evaluation:
     """Reduced model, dense backbone, and random dropping with the same number of patches for each image and group.
 
@@ -93,8 +93,7 @@ def evaluate(
         seed: of the random baseline.
         budgets: name -> thresholds (`model.budget.thresholds_for`), measured beside the model's own.
     """
-    own = model.thresholds if model.num_keep is None else None
-    settings = {"": own, **{f", {name}": thresholds for name, thresholds in (budgets or {}).items()}}
+    settings = {"": model.thresholds, **{f", {name}": thresholds for name, thresholds in (budgets or {}).items()}}
     sums: dict[str, Tensor] = {}  # right, multiply-adds, patches kept of all after each group, seconds
     images = 0
     skipped: list[str] = []
@@ -123,7 +122,7 @@ def evaluate(
         keys = torch.stack(of_views, 1).flatten().to(device)
         runs: list[tuple[Any, ...]] = [(DENSE, dense, x)]
         for name, thresholds in settings.items():
-            decide = model.policy(thresholds)
+            decide = model.decision.at(thresholds) if thresholds else model.decision
             with torch.inference_mode():  # a pass for the counts alone: random may have its turn before the timed one
                 num_keep = model.trace(x, decide).kept.sum(-1)
             runs += [

@@ -73,5 +73,5 @@ def _readers(backbone: Any, packed: PackedTokens) -> Tensor:
 def _attended(readers: Tensor, block: Any, packed: PackedTokens) -> Tensor:
     """``(T,)`` what tokens weighted by ``readers (T,)`` attend to, mean over the heads."""
     q, k, _, _ = vit.before_attention(block, packed.x)
-    runs = zip(packed.runs(readers), attention_weights(q, k, packed), strict=True)
+    runs = zip(packed.buckets(readers), attention_weights(q, k, packed), strict=True)
     return torch.cat([(run[:, None].to(w) @ w.mean(1)).flatten() for run, w in runs]).float()

@@ -9,6 +9,7 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..model import backbone as vit
@@ -44,7 +45,10 @@ def tokens_by_block(model: Any, images: Tensor, decide: Decide | None = None) ->
     groups = model.groups if isinstance(model, ReducedVisionTransformer) else [range(len(backbone.blocks))]
     for group, blocks in enumerate(groups):
         if isinstance(model, ReducedVisionTransformer):
-            packed, _, _ = model.enter(packed, group, decide or model.policy())
+            with torch.no_grad():
+                scores = model.score(packed, group)
+                keep = model.decide(scores, packed.alive, group, decide or model.decision)
+            packed = model.drop(packed, keep)
         for index in blocks:
             yield packed
             packed = vit.run_blocks(backbone, range(index, index + 1), packed)

@@ -127,7 +127,7 @@ def interpreter_map(
     grid = model.backbone.patch_embed.dynamic_feat_size(size)
     if group != "all":
         group = _index("group", group, len(scores), default=1)
-        return upsample(scores[group], grid, size, clamp_below(model.thresholds[group]))
+        return upsample(scores[group], grid, size, clamp_below((model.thresholds or (0.5,) * model.num_groups)[group]))
     every = torch.stack(list(scores))
     depth = every.gt(0).sum(0) - 1  # a score is 0 where the patch was gone, and nowhere else
     last = every.gather(0, depth.clamp_min(0)[None])[0]

@@ -1,8 +1,8 @@
 """attend(): attention within each image of a packed batch, one backend per device.
 
 CUDA in half precision runs one variable-length kernel over the whole batch. Everything else works on views, once for
-each run of images of equal length (see tokens.py): ``scaled_dot_product_attention``, or two plain matrix products where
-a CPU infers in bfloat16.
+each bucket of images of equal length (see tokens.py): ``scaled_dot_product_attention``, or two plain matrix products
+where a CPU infers in bfloat16.
 ``attention_weights`` is the plain twin for those who want to see the weights.
 """
 
@@ -38,23 +38,25 @@ def attend(q: Tensor, k: Tensor, v: Tensor, packed: PackedTokens, dropout: float
     if ragged and dropout == 0 and _has_varlen_kernel(v, 0 if packed.sizes is None else EXTRA):
         return _attend_varlen(q, k, v, packed)
     out = []
-    for *run, bias in zip(packed.runs(q), packed.runs(k), packed.runs(v), key_biases(packed, v.dtype), strict=True):
-        q_run, k_run, v_run = (rows.transpose(1, 2) for rows in run)  # (images, H, length, head_dim)
-        if dropout == 0 and plain_is_faster(v_run):
-            logits = q_run * q.shape[-1] ** -0.5 @ k_run.transpose(2, 3)
-            y = (logits if bias is None else logits.add_(bias)).softmax(-1) @ v_run
+    for *bucket, bias in zip(
+        packed.buckets(q), packed.buckets(k), packed.buckets(v), key_biases(packed, v.dtype), strict=True
+    ):
+        q_rows, k_rows, v_rows = (rows.transpose(1, 2) for rows in bucket)  # (images, H, length, head_dim)
+        if dropout == 0 and plain_is_faster(v_rows):
+            logits = q_rows * q.shape[-1] ** -0.5 @ k_rows.transpose(2, 3)
+            y = (logits if bias is None else logits.add_(bias)).softmax(-1) @ v_rows
         else:
-            y = F.scaled_dot_product_attention(q_run, k_run, v_run, attn_mask=bias, dropout_p=dropout)
+            y = F.scaled_dot_product_attention(q_rows, k_rows, v_rows, attn_mask=bias, dropout_p=dropout)
         out.append(y.transpose(1, 2).flatten(0, 1))
     return out[0] if len(out) == 1 else torch.cat(out)
 
 
 def key_biases(packed: PackedTokens, dtype: torch.dtype) -> Iterator[Tensor | None]:
-    """What is added to the logits, the same for all queries: ``(images, 1, 1, length)``, or None, for each run."""
+    """What is added to the logits, the same for all queries: ``(images, 1, 1, length)``, or None, for each bucket."""
     if packed.log_sizes is None:
-        yield from repeat(None, packed.num_runs)
+        yield from repeat(None, len(packed.bucket_sizes))
     else:
-        yield from (run[:, None, None] for run in packed.runs(packed.log_sizes.to(dtype)))
+        yield from (rows[:, None, None] for rows in packed.buckets(packed.log_sizes.to(dtype)))
 
 
 def plain_is_faster(v: Tensor) -> bool:
@@ -67,7 +69,7 @@ def plain_is_faster(v: Tensor) -> bool:
 
 
 def attention_weights(q: Tensor, k: Tensor, packed: PackedTokens) -> Iterator[Tensor]:
-    """What ``attend`` multiplies the values with, in float32 (float64 for float64): one tensor for each run of images.
+    """What ``attend`` multiplies the values with, in float32 (float64 for float64): one tensor for each bucket.
 
     Args:
         q, k: ``(T, H, head_dim)`` in the row order of ``packed``.
@@ -77,9 +79,9 @@ def attention_weights(q: Tensor, k: Tensor, packed: PackedTokens) -> Iterator[Te
         ``(images, H, length, length)``, query × key; every row sums to 1.
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
-    for *run, bias in zip(packed.runs(q), packed.runs(k), key_biases(packed, dtype), strict=True):
-        q_run, k_run = (rows.transpose(1, 2).to(dtype) for rows in run)
-        logits = q_run @ k_run.mT * q.shape[-1] ** -0.5
+    for *bucket, bias in zip(packed.buckets(q), packed.buckets(k), key_biases(packed, dtype), strict=True):
+        q_rows, k_rows = (rows.transpose(1, 2).to(dtype) for rows in bucket)
+        logits = q_rows @ k_rows.mT * q.shape[-1] ** -0.5
         yield (logits if bias is None else logits + bias).softmax(-1)
 
 

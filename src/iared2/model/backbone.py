@@ -8,6 +8,7 @@ scaled norms and dropout come along.
 from __future__ import annotations
 
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from .. import keyed
 from ..errors import InputError
 from . import onednn
-from .attention import Attend, attend
+from .attention import Attend, attend, key_biases
 from .tokens import PackedTokens
 from .video_transformer import TubeletEmbed
 
@@ -58,6 +59,19 @@ def check_supported(backbone: Any) -> None:
         refuse("global_pool='' returns every token, but the reduced model does not have them all")
 
 
+def split_blocks(depth: int, groups: int) -> list[range]:
+    """The indices of the blocks of each group; the first groups are a block longer where it does not divide.
+
+    Raises:
+        InputError: fewer blocks than groups.
+    """
+    if not 1 <= groups <= depth:
+        raise InputError(f"groups={groups} does not fit a backbone of {depth} blocks: give 1 to {depth}")
+    size, rest = divmod(depth, groups)
+    bounds = [g * size + min(g, rest) for g in range(groups + 1)]
+    return [range(a, b) for a, b in pairwise(bounds)]
+
+
 def pools_patches(backbone: VisionTransformer) -> bool:
     """Whether the head reads patch tokens, so that an image must keep at least one."""
     return backbone.global_pool != "token"
@@ -72,24 +86,42 @@ def embed(backbone: VisionTransformer, images: Tensor) -> Tensor:
 
 
 def run_blocks(
-    backbone: VisionTransformer, indices: range, packed: PackedTokens, compiled: bool = False
+    backbone: VisionTransformer,
+    indices: range,
+    packed: PackedTokens,
+    engine: str = "auto",
+    weights: onednn.PackedWeights = onednn.NOTHING_PACKED,
 ) -> PackedTokens:
     """Run the blocks ``indices`` on the packed rows.
 
-    ``compiled`` compiles what lies between one attention and the next, once for all blocks and any number of tokens.
-    timm's flag of activation checkpointing is honoured.
+    Args:
+        backbone: its flag of activation checkpointing is honoured.
+        indices: of the blocks, in order.
+        packed: the tokens.
+        engine: see `ReducedVisionTransformer`. "compiled" compiles what lies between one attention and the next, once
+            for all blocks and any number of tokens.
+        weights: what oneDNN has laid out already.
+
+    Raises:
+        InputError: "onednn" cannot run here.
     """
     blocks = [backbone.blocks[index] for index in indices]
-    if not compiled and all(onednn.can_run(block, packed.x) for block in blocks):
-        return packed.with_x(onednn.run_blocks(blocks, packed))
+    if engine in ("auto", "onednn"):
+        if all(onednn.can_run(block, packed.x) for block in blocks):
+            return packed.with_x(onednn.run_blocks(blocks, packed, weights))
+        if engine == "onednn":
+            raise InputError(
+                'engine="onednn" runs inference on a CPU in float32 or bfloat16, without gradients, autocast or hooks;'
+                ' set engine="auto"'
+            )
     if torch.is_grad_enabled():
-        onednn.forget(blocks)
+        weights.forget(blocks)
     x = packed.x
     for index, block in zip(indices, blocks, strict=True):
         if backbone.grad_checkpointing and torch.is_grad_enabled():
-            x = checkpoint(run_block, block, x, packed, index, compiled, use_reentrant=False)
+            x = checkpoint(run_block, block, x, packed, index, engine == "compiled", use_reentrant=False)
         else:
-            x = run_block(block, x, packed, index, compiled)
+            x = run_block(block, x, packed, index, engine == "compiled")
     return packed.with_x(x)
 
 
@@ -98,8 +130,13 @@ def run_block(
 ) -> Tensor:
     """``x (T, C) -> (T, C)``: one MSA-FFN block on rows laid out as ``packed``.
 
-    ``index`` names the block's draws of stochastic depth.
+    ``index`` names the block's draws of stochastic depth. A block that is hooked, or whose attention is, runs as the
+    module that it is, once per bucket.
     """
+    if any(map(onednn.is_touched, (block, block.attn, block.attn.attn_drop, block.drop_path1, block.drop_path2))):
+        biases = key_biases(packed, x.dtype)
+        buckets = [block(rows, attn_mask=bias) for rows, bias in zip(packed.buckets(x), biases, strict=True)]
+        return torch.cat([rows.flatten(0, 1) for rows in buckets])
     before, after = before_attention, after_attention
     if compiled:
         before, after = _compiled(before), _compiled(after)
@@ -169,7 +206,7 @@ def head(backbone: VisionTransformer, packed: PackedTokens, pre_logits: bool = F
 
 
 def pool_head(backbone: VisionTransformer, packed: PackedTokens, pre_logits: bool = False) -> Tensor:
-    """timm's own head on rows that are already normalised, run by run."""
+    """timm's own head on rows that are already normalised, bucket by bucket."""
     return packed.unsort(
-        torch.cat([backbone.forward_head(run, pre_logits=pre_logits) for run in packed.runs(packed.x)])
+        torch.cat([backbone.forward_head(rows, pre_logits=pre_logits) for rows in packed.buckets(packed.x)])
     )

@@ -1,4 +1,4 @@
-"""Rivals of the interpreter: scores that nobody learned, in its place.
+"""Baselines of the interpreter: scores that nobody learned, in its place.
 
 ``model.interpreters[group] = RandomScores(group)`` and the like; the loop does not know the difference. Used with
 `decide.by_share`, which keeps the best-scored share: what these scores say is an order, not a probability.
@@ -7,7 +7,7 @@ A patch that is gone has 0. Their own multiply-adds are not counted, to their ad
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from . import backbone as vit
 from .attention import attention_weights
 from .decide import SITE_RANDOM
 from .tokens import PackedTokens
+
+if TYPE_CHECKING:
+    from .reduced import ReducedVisionTransformer
 
 KINDS = ("random", "attention", "centre")
 
@@ -39,7 +42,7 @@ class RandomScores(nn.Module):
 class CentreScores(nn.Module):
     """Patches near the middle of the picture first: photographers put things there."""
 
-    def __init__(self, grid_size: tuple[int, int]) -> None:
+    def __init__(self, grid_size: tuple[int, ...]) -> None:
         super().__init__()
         axes = [torch.linspace(-1, 1, size) if size > 1 else torch.zeros(1) for size in grid_size]
         self.distance = torch.cartesian_prod(*axes).square().sum(1)  # a constant, not a buffer: weights stay timm's
@@ -71,8 +74,8 @@ class AttentionScores(nn.Module):
         return packed.to_dense(torch.cat(received))[:, packed.num_prefix_tokens :]
 
 
-def rival_scores(kind: str, model: Any, group: int) -> nn.Module:
-    """A rival of ``KINDS`` for one group of a `ReducedVisionTransformer`."""
+def baseline_scores(kind: str, model: ReducedVisionTransformer, group: int) -> nn.Module:
+    """The scores of one of ``KINDS`` for one group of a `ReducedVisionTransformer`."""
     if kind == "random":
         return RandomScores(group)
     if kind == "centre":

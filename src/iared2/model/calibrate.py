@@ -16,15 +16,17 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..device import timed
 from ..errors import InputError
-from .decide import at_most, by_threshold
 from .tokens import PackedTokens
+
+if TYPE_CHECKING:
+    from .reduced import ReducedVisionTransformer
 
 BATCH_SIZE = 64
 TIMED_IMAGES = 16
@@ -34,14 +36,14 @@ TOLERANCE = 1e-3  # of the budget; the shares themselves are exact to one patch 
 
 
 def thresholds_for(
-    model: Any,
+    model: ReducedVisionTransformer,
     images: Tensor,
     *,
     keep: float | Sequence[float] | None = None,
     gmacs: float | None = None,
     latency_ms: float | None = None,
 ) -> list[float]:
-    """The thresholds, one for each group, that meet one budget on ``images``. The model is not changed.
+    """The thresholds, one per group, that meet one budget on ``images``. The model is not changed.
 
     Args:
         model: a `ReducedVisionTransformer` in evaluation mode. Its ``max_tokens`` holds.
@@ -82,7 +84,7 @@ def _numbers(keep: Any) -> list[float]:
     return shares
 
 
-def _for_shares(model: Any, sample: list[PackedTokens], keep: list[float]) -> list[float]:
+def _for_shares(model: ReducedVisionTransformer, sample: list[PackedTokens], keep: list[float]) -> list[float]:
     weights = torch.tensor([len(group) / sum(map(len, model.groups)) for group in model.groups], dtype=torch.float64)
 
     def mean(shares: list[float]) -> float:
@@ -109,7 +111,7 @@ def _for_shares(model: Any, sample: list[PackedTokens], keep: list[float]) -> li
 
 
 def _family(
-    model: Any, sample: list[PackedTokens], meets: Callable[[list[float]], bool]
+    model: ReducedVisionTransformer, sample: list[PackedTokens], meets: Callable[[list[float]], bool]
 ) -> Callable[[float], list[float]]:
     """alpha -> the shares of each group: the policy's own to the power of alpha, if the last keeps ``MIN_SHARE`` so.
 
@@ -124,17 +126,20 @@ def _family(
     return lambda alpha: [share**alpha for share in own]
 
 
-def _at_shares(model: Any, sample: list[PackedTokens], shares: Sequence[float]) -> tuple[list[float], Tensor]:
+def _at_shares(
+    model: ReducedVisionTransformer, sample: list[PackedTokens], shares: Sequence[float]
+) -> tuple[list[float], Tensor]:
     """Thresholds that keep these shares of all patches of the sample, and what they keep ``(D, B)``."""
-    thresholds, kept = [], []
+    thresholds: list[float] = []
+    kept = []
     for group, share in enumerate(shares):
         scores = [model.score(packed, group) for packed in sample]
         living = torch.cat([s[packed.alive] for s, packed in zip(scores, sample, strict=True)])
         if living.isnan().any():
             raise InputError("the scores of some images are not numbers: look for nan or inf in the images")
         thresholds.append(_quantile(living, round(share * sum(s.numel() for s in scores))))
-        decide = at_most(model.max_tokens, by_threshold(thresholds[-1]))
-        keep = [model.keep_one(decide(s, p.alive, group), s, p.alive) for s, p in zip(scores, sample, strict=True)]
+        decide = model.decision.at(thresholds[-1])
+        keep = [model.decide(s, p.alive, group, decide) for s, p in zip(scores, sample, strict=True)]
         sample = [
             model.run_blocks(model.drop(packed, k), group) if group + 1 < len(shares) else packed
             for packed, k in zip(sample, keep, strict=True)
@@ -165,7 +170,7 @@ def _solve(falls: Callable[[float], float], target: float) -> float:
     return (low + high) / 2
 
 
-def _for_gmacs(model: Any, sample: list[PackedTokens], gmacs: float) -> list[float]:
+def _for_gmacs(model: ReducedVisionTransformer, sample: list[PackedTokens], gmacs: float) -> list[float]:
     num_patches = sample[0].num_patches
     dither = (torch.arange(64) + 0.5) / 64  # whole patches, whose mean over 64 images is the share to 1/64 of a patch
 
@@ -190,9 +195,11 @@ def _for_gmacs(model: Any, sample: list[PackedTokens], gmacs: float) -> list[flo
     return thresholds
 
 
-def _for_latency(model: Any, sample: list[PackedTokens], images: Tensor, latency_ms: float) -> list[float]:
+def _for_latency(
+    model: ReducedVisionTransformer, sample: list[PackedTokens], images: Tensor, latency_ms: float
+) -> list[float]:
     def median_ms(thresholds: list[float]) -> float:
-        decide = model.policy(thresholds)
+        decide = model.decision.at(thresholds)
         seconds = [timed(images.device, model, image, decide)[1] for _ in range(3) for image in images.split(1)]
         return 1000 * statistics.median(seconds[len(images) :])  # the first round warms up
 

@@ -45,8 +45,8 @@ def config_of(model: Any) -> dict[str, Any]:
         "interpreter": model.interpreter,
         "dropped": model.dropped,
         "threshold": model.thresholds,
-        "num_keep": None if model.num_keep is None else [int(n) for n in model.num_keep],
-        "max_tokens": None if model.max_tokens is None else int(model.max_tokens),
+        "num_keep": model.num_keep,
+        "max_tokens": model.max_tokens,
         "class_names": model.class_names,
         "pretrained_cfg": {key: cfg.get(key) for key in ("input_size", "mean", "std", "interpolation", "crop_pct")},
     }

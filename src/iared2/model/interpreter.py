@@ -79,13 +79,15 @@ class MultiHeadInterpreter(nn.Module):
             if has_class_token:
                 p_hat = x_hat.index_select(0, packed.first_rows)  # (B, C), packed order
             else:
-                p_hat = F.layer_norm(torch.cat([run[:, prefix:].mean(1) for run in packed.runs(x)]), (width,), eps=1e-5)
+                p_hat = F.layer_norm(
+                    torch.cat([rows[:, prefix:].mean(1) for rows in packed.buckets(x)]), (width,), eps=1e-5
+                )
 
             u, bias = self.directions(p_hat)
             scores, image = [], 0
-            for run in packed.runs(x_hat):  # (b, n, C)
-                images = slice(image, image := image + len(run))
-                found = self.compare(run[:, prefix:], u[images], bias[images])
+            for rows in packed.buckets(x_hat):  # (b, n, C)
+                images = slice(image, image := image + len(rows))
+                found = self.compare(rows[:, prefix:], u[images], bias[images])
                 scores.append(F.pad(found, (prefix, 0)).flatten())
             return packed.to_dense(scores[0] if len(scores) == 1 else torch.cat(scores))[:, prefix:]
 

@@ -61,7 +61,7 @@ def most_alike(packed: PackedTokens, stays: Tensor) -> Tensor:
     prefix, first, found = packed.num_prefix_tokens, 0, []
     # training in half precision would merge otherwise than the model that is deployed
     with torch.no_grad(), without_autocast(packed.x.device):
-        for x in packed.runs(packed.x):  # (b, length, C)
+        for x in packed.buckets(packed.x):  # (b, length, C)
             images, length = x.shape[:2]
             there = stays[:, first : first + images * length].view(-1, images, 1, length)[..., prefix:]
             best = torch.zeros(len(stays), images, length - prefix, dtype=torch.int64, device=x.device)

@@ -2,7 +2,7 @@
 
 The plain block is ``backbone.run_block``; a test holds the two equal. In float32 torch multiplies matrices with MKL,
 which on AMD processors reaches less than half of what oneDNN does (docs/speed.md); in bfloat16 both are oneDNN, and
-what remains to gain is the fused sums and weights that are laid out once (`pack_weights`) instead of at every call.
+what remains to gain is the fused sums and weights that are laid out once (`PackedWeights`) instead of at every call.
 
 The operators are those that ``torch.compile`` itself writes for a CPU. They are not part of torch's public interface:
 where they are missing, or an argument does not fit, the plain block runs.
@@ -21,9 +21,6 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .attention import Attend, attend
 from .tokens import PackedTokens
-
-_packed: WeakKeyDictionary[nn.Linear, tuple[Tensor, int, Tensor]] = WeakKeyDictionary()
-"""Layer -> its weight, the version of the weight, and the same numbers in oneDNN's own layout."""
 
 CHUNK_BYTES = 16 << 20
 """Of the hidden layer of as many images as run at once, see `run_blocks`."""
@@ -50,32 +47,79 @@ def _has_kernel(x: Tensor) -> bool:
     return AVAILABLE and x.device.type == "cpu" and (x.dtype == torch.float32 or (BF16 and x.dtype == torch.bfloat16))
 
 
+class PackedWeights:
+    """The weights of some linear layers in oneDNN's own layout: 10 to 15 % faster, a second copy in memory.
+
+    A layer whose weight is replaced, changed, moved or loaded anew goes back to the weight itself, and so do all when a
+    block runs with a graph: it is being trained. Two changes cannot be seen: ``weight.data.copy_()``, and a fused
+    optimiser that trains the timm model by itself. Pack again after those. A copied or pickled model has none.
+    """
+
+    def __init__(self) -> None:
+        self._of: WeakKeyDictionary[nn.Linear, tuple[Tensor, int, Tensor]] = WeakKeyDictionary()
+
+    def __len__(self) -> int:
+        return len(self._of)
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return PackedWeights, ()
+
+    def pack(self, blocks: Iterable[Any]) -> None:
+        """Lay out the weights that `run_block` runs by oneDNN, those that it has a kernel for."""
+        for layer in _layers(blocks):
+            if type(layer) is nn.Linear and _has_kernel(layer.weight) and not layer.weight.is_inference():
+                weight = layer.weight.detach()
+                self._of[layer] = weight, weight._version, torch.ops.mkldnn._reorder_linear_weight(weight, None)
+
+    def forget(self, blocks: Iterable[Any]) -> None:
+        """Undo `pack` for these blocks: fused optimisers change weights without a trace."""
+        if self._of:
+            for layer in _layers(blocks):
+                self._of.pop(layer, None)
+
+    def weight(self, layer: nn.Linear) -> Tensor:
+        """The packed weight if there is one and the weight is still the same."""
+        entry = self._of.get(layer)
+        if entry is None:
+            return layer.weight
+        now, (weight, version, packed) = layer.weight, entry
+        layouts = [(w.data_ptr(), w.shape, w.stride()) for w in (now, weight)]
+        if layouts[0] == layouts[1] and now._version == version:
+            return packed
+        del self._of[layer]
+        return now
+
+
+NOTHING_PACKED = PackedWeights()
+
+
 def can_run(block: Any, x: Tensor) -> bool:
     """Whether `run_block` computes what the plain block would.
 
     That is inference, eager, on a CPU, in float32 or bfloat16, and nobody watches or has changed a layer that is fused
-    away.
+    away, or has put a part of the block into training mode (Monte Carlo dropout, stochastic depth).
     """
     mlp = block.mlp
-    fused = [block.attn.proj_drop, block.ls1, block.ls2, mlp]
+    fused = [block, block.attn, block.attn.attn_drop, block.attn.proj_drop, block.ls1, block.ls2, mlp]
+    fused += [block.drop_path1, block.drop_path2]
     if type(mlp) is Mlp:
         fused += [mlp.act, mlp.drop1, mlp.norm, mlp.drop2]
     return (
         _has_kernel(x)
-        and not (torch.is_grad_enabled() or block.training or torch.is_autocast_enabled("cpu"))
+        and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
         and bool(torch.backends.mkldnn.enabled)
         and not torch.compiler.is_compiling()
-        and not any(map(_is_touched, fused))
+        and not any(module.training or is_touched(module) for module in fused)
     )
 
 
-def _is_touched(module: nn.Module) -> bool:
-    """Hooked, with a ``forward`` of its own, or in training mode on its own (Monte Carlo dropout)."""
-    watched = module._forward_hooks or module._forward_pre_hooks
-    return bool(watched) or module.training or "forward" in module.__dict__
+def is_touched(module: nn.Module) -> bool:
+    """Hooked, or with a ``forward`` of its own: only a call of the module itself does what its owner wants."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(hooks) or "forward" in vars(module)
 
 
-def run_blocks(blocks: Sequence[Any], packed: PackedTokens) -> Tensor:
+def run_blocks(blocks: Sequence[Any], packed: PackedTokens, weights: PackedWeights = NOTHING_PACKED) -> Tensor:
     """``(T, C)``: the tokens after some blocks, a few images at a time if the batch is large.
 
     glibc hands memory of 32 MB and more back to the system at once, so every layer of a large batch would pay for fresh
@@ -85,50 +129,33 @@ def run_blocks(blocks: Sequence[Any], packed: PackedTokens) -> Tensor:
     for part in packed.split(rows_at_once(blocks[0], packed.x)):
         x = part.x
         for block in blocks:
-            x = run_block(block, x, part)
+            x = run_block(block, x, part, weights)
         parts.append(x)
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def rows_at_once(block: Any, x: Tensor) -> int:
     """Rows of ``x (T, C)`` whose hidden layer takes `CHUNK_BYTES`."""
-    hidden = block.mlp.fc1.out_features if hasattr(block.mlp, "fc1") else 4 * x.shape[1]
+    # an adapter in place of fc1 need not have this attribute
+    hidden = getattr(getattr(block.mlp, "fc1", None), "out_features", 4 * x.shape[1])
     return CHUNK_BYTES // (hidden * x.element_size())
 
 
-def run_block(block: Any, x: Tensor, packed: PackedTokens, attend: Attend = attend) -> Tensor:
+def run_block(
+    block: Any, x: Tensor, packed: PackedTokens, weights: PackedWeights = NOTHING_PACKED, attend: Attend = attend
+) -> Tensor:
     """``x (T, C) -> (T, C)``: one MSA-FFN block in evaluation mode, without a graph."""
     attn, mlp = block.attn, block.mlp
     y = block.norm1(x)
-    q, k, v = linear(attn.qkv, y).unflatten(1, (3, attn.num_heads, attn.head_dim)).unbind(1)
+    q, k, v = linear(attn.qkv, y, weights).unflatten(1, (3, attn.num_heads, attn.head_dim)).unbind(1)
     y_attn = attn.norm(attend(attn.q_norm(q), attn.k_norm(k), v, packed, 0.0).flatten(1))
     if getattr(attn, "gate", None) is not None:
-        y_attn = y_attn * linear(attn.gate, y).sigmoid()
-    x = linear_add(attn.proj, y_attn, block.ls1, x)
+        y_attn = y_attn * linear(attn.gate, y, weights).sigmoid()
+    x = linear_add(attn.proj, y_attn, block.ls1, x, weights)
     y = block.norm2(x)
     if type(mlp) is Mlp and type(mlp.act) is nn.GELU and type(mlp.norm) is nn.Identity:
-        return linear_add(mlp.fc2, linear(mlp.fc1, y, mlp.act), block.ls2, x)
+        return linear_add(mlp.fc2, linear(mlp.fc1, y, weights, mlp.act), block.ls2, x, weights)
     return x + block.ls2(mlp(y))
-
-
-def pack_weights(blocks: Iterable[Any]) -> None:
-    """Lay the weights of the blocks out as oneDNN wants them: 10 to 15 % faster, a second copy in memory.
-
-    A layer whose weight is replaced, changed, moved or loaded anew goes back to the weight itself, and so do all when a
-    block runs with a graph (`forget`): it is being trained. Two changes cannot be seen: ``weight.data.copy_()``, and a
-    fused optimiser that trains the timm model by itself. Pack again after those.
-    """
-    for layer in _layers(blocks):
-        if type(layer) is nn.Linear and _has_kernel(layer.weight) and not layer.weight.is_inference():
-            weight = layer.weight.detach()
-            _packed[layer] = weight, weight._version, torch.ops.mkldnn._reorder_linear_weight(weight, None)
-
-
-def forget(blocks: Iterable[Any]) -> None:
-    """Undo `pack_weights`: fused optimisers change weights without a trace."""
-    if _packed:
-        for layer in _layers(blocks):
-            _packed.pop(layer, None)
 
 
 def _layers(blocks: Iterable[Any]) -> Iterator[Any]:
@@ -139,19 +166,6 @@ def _layers(blocks: Iterable[Any]) -> Iterator[Any]:
             yield from (block.mlp.fc1, block.mlp.fc2)
 
 
-def _weight(layer: nn.Linear) -> Tensor:
-    """The packed weight if there is one and the weight is still the same."""
-    entry = _packed.get(layer)
-    if entry is None:
-        return layer.weight
-    now, (weight, version, packed) = layer.weight, entry
-    same_place = now.data_ptr() == weight.data_ptr() and (now.shape, now.stride()) == (weight.shape, weight.stride())
-    if same_place and now._version == version:
-        return packed
-    del _packed[layer]
-    return now
-
-
 def _fits(layer: Any, x: Tensor) -> bool:
     """Of a kind and precision that oneDNN has; no adapter in its place, no hook, no quantised weight."""
     return (
@@ -159,20 +173,22 @@ def _fits(layer: Any, x: Tensor) -> bool:
         and _has_kernel(x)
         and type(layer.weight) in (nn.Parameter, Tensor)
         and layer.weight.dtype == x.dtype
-        and not _is_touched(layer)
+        and not (layer.training or is_touched(layer))
     )
 
 
-def linear(layer: Any, x: Tensor, gelu: nn.GELU | None = None) -> Tensor:
+def linear(layer: Any, x: Tensor, weights: PackedWeights = NOTHING_PACKED, gelu: nn.GELU | None = None) -> Tensor:
     """``layer(x)``, or ``gelu(layer(x))``."""
     if not _fits(layer, x):
         return layer(x) if gelu is None else gelu(layer(x))
     activation, algorithm = ("none", "") if gelu is None else ("gelu", gelu.approximate)
-    return torch.ops.mkldnn._linear_pointwise(x, _weight(layer), layer.bias, activation, [], algorithm)
+    return torch.ops.mkldnn._linear_pointwise(x, weights.weight(layer), layer.bias, activation, [], algorithm)
 
 
-def linear_add(layer: Any, x: Tensor, layer_scale: nn.Module, residual: Tensor) -> Tensor:
+def linear_add(
+    layer: Any, x: Tensor, layer_scale: nn.Module, residual: Tensor, weights: PackedWeights = NOTHING_PACKED
+) -> Tensor:
     """``residual + layer_scale(layer(x))``."""
     if type(layer_scale) is nn.Identity and _fits(layer, x):
-        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, _weight(layer), layer.bias, "add")
-    return residual + layer_scale(linear(layer, x))
+        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weights.weight(layer), layer.bias, "add")
+    return residual + layer_scale(linear(layer, x, weights))

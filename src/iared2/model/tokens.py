@@ -7,8 +7,8 @@ Shape letters, used in the whole package: B images, N patches an image, P prefix
 registers), S = P + N, T packed tokens, C width, H heads, D groups, K classes.
 
 Rows of one image are neighbours: its prefix tokens, then its living patches by ascending position. Images lie sorted by
-length. So images of equal length form a *run*, and a run is a view ``(images, length, C)`` of the rows, not a copy:
-attention, pooling and the interpreter work run by run with no padding and no gather.
+length. So images of equal length form a *bucket*, a view ``(images, length, C)`` of the rows, not a copy: attention,
+pooling and the interpreter work bucket by bucket with no padding and no gather.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ class PackedTokens:
         num_images: B.
         num_prefix_tokens: P.
         num_patches: N, of the whole image.
+        alive: ``(B, N)`` bool, the patches that are here.
         keys: ``(B,)`` int64 keys of the images' random draws (keyed.py), or None for torch's generator.
         sizes: ``(T,)`` float32, of how many patches each row is the mean (merge.py), or None: of one.
     """
@@ -45,6 +46,7 @@ class PackedTokens:
     num_images: int
     num_prefix_tokens: int
     num_patches: int
+    alive: Tensor
     keys: Tensor | None = None
     sizes: Tensor | None = None
 
@@ -61,6 +63,7 @@ class PackedTokens:
             num_images=num_images,
             num_prefix_tokens=num_prefix_tokens,
             num_patches=num_tokens - num_prefix_tokens,
+            alive=torch.ones(num_images, num_tokens - num_prefix_tokens, dtype=torch.bool, device=x.device),
             keys=keys,
         )
         return packed if alive is None else packed.select(alive)
@@ -97,23 +100,14 @@ class PackedTokens:
         return self.token_ids[self.first_rows] // self.num_tokens
 
     @cached_property
-    def alive(self) -> Tensor:
-        """``(B, N)`` bool, the patches that are here."""
-        return self.to_dense(torch.ones_like(self.token_ids, dtype=torch.bool))[:, self.num_prefix_tokens :]
-
-    @cached_property
     def log_sizes(self) -> Tensor | None:
         """``(T,)`` float32, what attention adds to the logit of each row as a key."""
         return None if self.sizes is None else self.sizes.log()
 
     @cached_property
-    def _runs(self) -> list[tuple[int, int]]:
-        """``(length, images)`` of each run."""
+    def bucket_sizes(self) -> list[tuple[int, int]]:
+        """``(length, images)`` of each bucket."""
         return [(length, len(list(images))) for length, images in groupby(self.lengths)]
-
-    @property
-    def num_runs(self) -> int:
-        return len(self._runs)
 
     def with_x(self, x: Tensor, sizes: Tensor | None = None) -> PackedTokens:
         """The same rows with other features, and sizes; what the layout has been asked for is not computed anew."""
@@ -124,10 +118,10 @@ class PackedTokens:
             other.__dict__.pop("log_sizes", None)
         return other
 
-    def runs(self, rows: Tensor) -> Iterator[Tensor]:
-        """Views ``(images, length, ...)`` of ``rows (T, ...)``, one for each run of images of equal length."""
+    def buckets(self, rows: Tensor) -> Iterator[Tensor]:
+        """Views ``(images, length, ...)`` of ``rows (T, ...)``, one for each bucket of images of equal length."""
         start = 0
-        for length, images in self._runs:
+        for length, images in self.bucket_sizes:
             stop = start + images * length
             yield rows[start:stop].unflatten(0, (images, length))
             start = stop
@@ -191,14 +185,13 @@ class PackedTokens:
             row_of = torch.empty(self.num_images * self.num_tokens, dtype=torch.int64, device=keep.device)
             row_of[self.token_ids] = torch.arange(len(self.token_ids), device=keep.device)
             rows = row_of[(image % self.num_images) * self.num_tokens + position]
-        selected = replace(
+        return replace(
             self,
             x=self.x.index_select(0, rows),
             token_ids=token_ids,
             lengths=tuple(sorted(lengths)),
             num_images=num_images,
+            alive=keep,
             keys=None if self.keys is None else self.keys.repeat(num_images // self.num_images),
             sizes=None if self.sizes is None else self.sizes[rows],
         )
-        selected.__dict__["alive"] = keep  # known, so the cached property need not find it out
-        return selected

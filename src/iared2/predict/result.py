@@ -168,7 +168,8 @@ class Finder:
 
     def find(self, inputs: Tensor, thresholds: list[float] | None) -> dict[str, Any]:
         """The fields of ``Findings``, but for `file`, from what ``on_device`` and `thresholds` made."""
-        output, seconds = self._trace(inputs, self.model.policy(thresholds))
+        decision = self.model.decision
+        output, seconds = self._trace(inputs, decision if thresholds is None else decision.at(thresholds))
         return {
             "top5": self._top5(output.logits[0]),
             "scores": output.scores[:, 0].cpu().numpy(),
@@ -187,8 +188,8 @@ class Finder:
 
     def _met(self, output: Output) -> list[float]:
         """The model's own thresholds, or, if it keeps counts, the lowest score that stayed."""
-        if self.model.num_keep is None:
-            return self.model.thresholds
+        if self.model.thresholds is not None:
+            return list(self.model.thresholds)
         scores, kept = output.scores[:, 0], output.kept[:, 0]
         return [float(s[k].min()) if k.any() and not k.all() else 0.0 for s, k in zip(scores, kept, strict=True)]
 

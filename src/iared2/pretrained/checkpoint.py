@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..model import file as saved
+from ..model.decide import Decision
 from ..model.reduced import ReducedVisionTransformer
 from .build import from_timm
 
@@ -45,13 +46,8 @@ def _load_ours(path: Path) -> ReducedVisionTransformer:
     try:
         kind = {key: config[key] for key in ("interpreter", "dropped") if key in config}  # the first files have none
         model = from_timm(config["architecture"], groups=config["groups"], **kind, **config["model_args"])
-        model.threshold = config["threshold"]
-        model.threshold = model.thresholds if len(set(model.thresholds)) > 1 else model.thresholds[0]
-        if (num_keep := config.get("num_keep")) is not None:
-            if len(num_keep) != model.num_groups:
-                raise ValueError(f"num_keep has {len(num_keep)} numbers for {model.num_groups} groups")
-            model.num_keep = num_keep
-        model.max_tokens = config.get("max_tokens")  # files of version 0.1.0 have none
+        num_keep, max_tokens = config.get("num_keep"), config.get("max_tokens")  # files of version 0.1.0 have none
+        model.decision = Decision(config["threshold"] if num_keep is None else None, num_keep, max_tokens)
         model.backbone.pretrained_cfg = {**model.backbone.pretrained_cfg, **config["pretrained_cfg"]}
         if config["class_names"]:
             model.class_names = tuple(config["class_names"])

@@ -30,7 +30,7 @@ from ..data.videos import open_for
 from ..errors import InputError
 from ..model.backbone import pools_patches
 from ..model.baselines import KINDS as RIVALS
-from ..model.baselines import rival_scores
+from ..model.baselines import baseline_scores
 from ..model.config import config_of
 from ..model.decide import by_share
 from ..model.reduced import ReducedVisionTransformer
@@ -97,7 +97,7 @@ def build_model(recipe: Recipe, num_classes: int, weights: bool = True) -> Reduc
         model.start_interpreters()
     if recipe.policy.decisions in RIVALS:
         for group in range(model.num_groups):
-            model.interpreters[group] = rival_scores(recipe.policy.decisions, model, group)
+            model.interpreters[group] = baseline_scores(recipe.policy.decisions, model, group)
     if config.mean or config.std:
         model.backbone.pretrained_cfg = {**model.pretrained_cfg, "mean": config.mean, "std": config.std}
     return model

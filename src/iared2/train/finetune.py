@@ -109,5 +109,5 @@ class FinetuneStage(nn.Module):
 
 def decide_up_to(model: ReducedVisionTransformer, last: int | None, decide: Decide | None = None) -> Decide:
     """The model's decision, or another, up to group ``last``; nothing dropped after it. ``None``: nothing at all."""
-    decide = decide or model.policy()
+    decide = decide or model.decision
     return lambda scores, alive, group: (keep_all if last is None or group > last else decide)(scores, alive, group)

@@ -63,7 +63,7 @@ def attend_masked(
     """
     keep = F.pad(mask, (packed.num_prefix_tokens, 0), value=1.0).flatten()[packed.token_ids]
     out = []
-    for q_run, k_run, v_run, keep_run in zip(*map(packed.runs, (q, k, v, keep)), strict=True):
+    for q_run, k_run, v_run, keep_run in zip(*map(packed.buckets, (q, k, v, keep)), strict=True):
         heads = [rows.transpose(1, 2).float() for rows in (q_run, k_run, v_run)]
         logits = heads[0] @ heads[1].mT * q.shape[-1] ** -0.5  # (images, H, length, length)
         weights = (logits - logits.amax(-1, keepdim=True).detach()).exp() * keep_run[:, None, None, :]

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..model.decide import keep_all, sample
+from ..model.decide import sample
 from ..model.reduced import ReducedVisionTransformer
 from .reward import RewardConfig, correctness, reward
 
@@ -117,11 +117,13 @@ class PolicyGradientStage(nn.Module):
         with torch.no_grad():
             u = sample(probability, alive, keys, group, samples)  # (k·B, N)
             greedy = alive & (probability > GREEDY_PROBABILITY)
-            several = samples + 1
-            keep = model.keep_one(torch.cat([u, greedy]), scores.repeat(several, 1), alive.repeat(several, 1))
-            all_of_them = model.run_blocks(model.drop(packed, keep), group)
-            all_of_them, _, _ = model.reduce(all_of_them, range(group + 1, model.num_groups), keep_all)
-            logits = model.head(all_of_them)
+            several, drawn_here = samples + 1, torch.cat([u, greedy])
+            all_of_them, _, kept = model.reduce(
+                packed,
+                range(group, model.num_groups),
+                lambda scores, alive, i: drawn_here if i == group else alive,
+            )
+            keep, logits = kept[0], model.head(all_of_them)
             labels = labels.repeat(several)
             right, correct = logits.argmax(1) == labels, correctness(logits, labels, self.config)
             rewards = reward(keep.sum(1), scores.shape[1], correct, self.config)

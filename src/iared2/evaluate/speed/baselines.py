@@ -26,7 +26,7 @@ def masked(model: ReducedVisionTransformer, images: Tensor, decide: Decide) -> T
     alive = packed.alive
     for group in range(model.num_groups):
         scores = model.score(packed, group) * alive
-        alive = model.keep_one(decide(scores, alive, group) & alive, scores, alive)
+        alive = model.decide(scores, alive, group, decide)
         tokens = torch.cat([alive.new_ones(len(alive), packed.num_prefix_tokens), alive], 1)
         packed = packed.with_x(_run_group(model, group, packed.x, tokens))
     return model.head(packed.select(alive))
@@ -37,7 +37,7 @@ def padded(model: ReducedVisionTransformer, images: Tensor, decide: Decide) -> T
     packed = model.embed(images)
     for group in range(model.num_groups):
         scores, alive = model.score(packed, group), packed.alive
-        packed = packed.select(model.keep_one(decide(scores, alive, group) & alive, scores, alive))
+        packed = packed.select(model.decide(scores, alive, group, decide))
         place = torch.arange(packed.max_seqlen, device=images.device)
         tokens = place < torch.tensor(packed.lengths, device=images.device)[:, None]  # (B, longest)
         rows = (packed.first_rows[:, None] + place).clamp_max(len(packed.x) - 1)
@@ -54,7 +54,7 @@ def _run_group(model: ReducedVisionTransformer, group: int, x: Tensor, tokens: T
     for piece, there in zip(x.split(images * tokens.shape[1]), tokens.split(images), strict=True):
         attend = _attend_where(there)
         for block in blocks:
-            piece = _run_block(block, piece, attend)
+            piece = _run_block(block, piece, attend, model.packed_weights)
         parts.append(piece)
     return torch.cat(parts)
 
@@ -75,9 +75,9 @@ def _attend_where(tokens: Tensor) -> Attend:
     return attend
 
 
-def _run_block(block: Any, x: Tensor, attend: Attend) -> Tensor:
+def _run_block(block: Any, x: Tensor, attend: Attend, weights: onednn.PackedWeights) -> Tensor:
     """One block in evaluation mode by the fastest layers there are, with an attention of one's own."""
     nothing: Any = None  # the layout of the rows is known to `attend` alone
     if onednn.can_run(block, x):
-        return onednn.run_block(block, x, nothing, attend)
+        return onednn.run_block(block, x, nothing, weights, attend)
     return vit.run_block(block, x, nothing, 0, attend=attend)

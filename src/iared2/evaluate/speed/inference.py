@@ -16,10 +16,9 @@ from rich.table import Table
 from torch import Tensor
 
 from ... import keyed
-from ...device import peak_memory, timed
+from ...device import peak_memory, synchronize, timed
 from ...model.decide import Decide, at_random, top_k
 from ...model.reduced import ReducedVisionTransformer
-from ...model.tokens import PackedTokens
 from .baselines import masked, padded
 from .workload import Workload
 
@@ -98,11 +97,11 @@ def measure(
         return model.head(packed)
 
     def ours_compiled(x: Tensor) -> Tensor:
-        model.compiled = True
+        engine, model.engine = model.engine, "compiled"
         try:
             return model(x, decide)
         finally:
-            model.compiled = False
+            model.engine = engine
 
     rivals: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
         DENSE: (model.backbone, dense),
@@ -173,23 +172,27 @@ def _padded_gmacs(model: ReducedVisionTransformer, num_keep: Tensor) -> float:
 
 def _interpreters(model: ReducedVisionTransformer, images: Tensor, decide: Decide) -> float:
     """The interpreters' share of a forward pass, median of ten."""
-    score, spent = model.score, 0.0
+    spent: list[float] = []
 
-    def timed_score(packed: PackedTokens, group: int) -> Tensor:
-        nonlocal spent
-        scores, seconds = timed(images.device, score, packed, group)
-        spent += seconds
-        return scores
+    def start(*_: Any) -> None:
+        synchronize(images.device)
+        spent.append(-time.perf_counter())
 
+    def stop(*_: Any) -> None:
+        synchronize(images.device)
+        spent[-1] += time.perf_counter()
+
+    hooks = [i.register_forward_pre_hook(start) for i in model.interpreters]
+    hooks += [i.register_forward_hook(stop) for i in model.interpreters]
     shares = []
-    model.score = timed_score  # type: ignore[method-assign]
     try:
         for _ in range(WARM_UP + 10):
-            spent = 0.0
+            spent.clear()
             total = timed(images.device, model, images, decide)[1]
-            shares.append(spent / total)
+            shares.append(sum(spent) / total)
     finally:
-        del model.score
+        for hook in hooks:
+            hook.remove()
     return statistics.median(shares[WARM_UP:])
 
 

@@ -120,16 +120,23 @@ def measure(
     )
 
 
-def _keeping(model: ReducedVisionTransformer, keep_ratio: float) -> ReducedVisionTransformer:
-    """A copy whose threshold and whose samples both keep that share of every image: its scores are near 0 and 1."""
-    model = deepcopy(model)
-    score = model.score
+class _Sharp(nn.Module):
+    """An interpreter whose threshold and whose samples both keep a share of every image: scores near 0 and 1."""
 
-    def sharp(packed: PackedTokens, group: int) -> Tensor:
-        scores = score(packed, group)
+    def __init__(self, interpreter: nn.Module, keep_ratio: float) -> None:
+        super().__init__()
+        self.interpreter, self.keep_ratio = interpreter, keep_ratio
+        self.relative = interpreter.relative
+
+    def forward(self, packed: PackedTokens, has_class_token: bool = True) -> Tensor:
+        scores = self.interpreter(packed, has_class_token)
         ranks = scores.detach().argsort(1).argsort(1)
-        best = ranks >= round((1 - keep_ratio) * scores.shape[1])
+        best = ranks >= round((1 - self.keep_ratio) * scores.shape[1])
         return torch.where(best, 0.99, 0.01) + 0.01 * (scores - 0.5)  # the graph of the policy stays
 
-    model.score = sharp  # type: ignore[method-assign]
+
+def _keeping(model: ReducedVisionTransformer, keep_ratio: float) -> ReducedVisionTransformer:
+    """A copy that keeps that share of every image."""
+    model = deepcopy(model)
+    model.interpreters = nn.ModuleList(_Sharp(interpreter, keep_ratio) for interpreter in model.interpreters)
     return model

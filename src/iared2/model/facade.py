@@ -1,0 +1,184 @@
+"""What surrounds the method: settings that can be seen and set, and a timm model where people rely on it.
+
+Knows the backbone and the decision as values; does not know the loop (reduced.py builds on this).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import InputError
+from . import backbone as vit
+from . import macs, onednn
+from .decide import DEFAULT_THRESHOLD, Decision
+from .tokens import PackedTokens
+
+
+class OneOf:
+    """An attribute that takes one of some words and refuses all else with an `InputError`."""
+
+    def __init__(self, *words: str) -> None:
+        self.words = words
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, model: Any, owner: type | None = None) -> str:
+        return vars(model)[self.name]
+
+    def __set__(self, model: Any, word: str) -> None:
+        if word not in self.words:
+            raise InputError(f"{self.name}={word!r} should be one of {', '.join(self.words)}")
+        vars(model)[self.name] = word
+
+
+class Facade(nn.Module):
+    """The part of a `ReducedVisionTransformer` that is not the method."""
+
+    dropped = OneOf("gone", "merged")
+    engine = OneOf("auto", "plain", "onednn", "compiled")
+    interpreter = OneOf("sigmoid", "attention")
+    backbone: Any
+    groups: list[range]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.engine = "auto"
+        self.packed_weights = onednn.PackedWeights()
+        self.class_names: tuple[str, ...] | None = None
+        self.model_args: dict[str, Any] = {}  # what the backbone was built with, for save()
+
+    # ---- the decision, and shorthands for its parts ---------------------------------------------------------------
+
+    @property
+    def decision(self) -> Decision:
+        """See the class."""
+        return self._decision
+
+    @decision.setter
+    def decision(self, decision: Decision) -> None:
+        self._decision = decision.for_groups(self.num_groups)
+
+    @property
+    def threshold(self) -> float | tuple[float, ...] | None:
+        """One number if it is the same in all groups, else one per group; None where counts decide."""
+        thresholds = self.thresholds
+        return thresholds[0] if thresholds and len(set(thresholds)) == 1 else thresholds
+
+    @threshold.setter
+    def threshold(self, threshold: float | Sequence[float] | Tensor | None) -> None:
+        if threshold is not None:
+            self.decision = self.decision.at(threshold)
+        elif self.num_keep is None:
+            raise InputError("threshold=None: give a number, or one per group; or set num_keep")
+
+    @property
+    def thresholds(self) -> tuple[float, ...] | None:
+        """D numbers; None where counts decide."""
+        return self.decision.thresholds
+
+    @property
+    def num_keep(self) -> tuple[int, ...] | None:
+        """D numbers; None where thresholds decide. Setting None in place of counts sets the threshold 0.5."""
+        return self.decision.num_keep
+
+    @num_keep.setter
+    def num_keep(self, num_keep: int | Sequence[int] | Tensor | None) -> None:
+        if num_keep is not None:
+            self.decision = Decision(num_keep=num_keep, max_tokens=self.max_tokens)
+        elif self.num_keep is not None:
+            self.decision = self.decision.at(DEFAULT_THRESHOLD)
+
+    @property
+    def max_tokens(self) -> int | None:
+        """At most so many patches of an image leave each group; None: no limit."""
+        return self.decision.max_tokens
+
+    @max_tokens.setter
+    def max_tokens(self, max_tokens: int | None) -> None:
+        self.decision = Decision(self.thresholds, self.num_keep, max_tokens)
+
+    # ---- the engine -----------------------------------------------------------------------------------------------
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Set ``engine = "compiled"``: the blocks compiled once, for any number of tokens; for a GPU.
+
+        Takes no arguments: what ``torch.compile(model)`` would compile depends on the numbers of tokens, and would be
+        compiled anew for each.
+
+        Raises:
+            TypeError: arguments were given.
+        """
+        if args or kwargs:
+            raise TypeError("ReducedVisionTransformer.compile() takes no arguments")
+        self.engine = "compiled"
+
+    def pack_weights(self) -> None:
+        """Lay the weights out once for inference on a CPU (`onednn.PackedWeights`); does nothing elsewhere."""
+        self.packed_weights.pack(self.backbone.blocks)
+
+    def extra_repr(self) -> str:
+        """What ``repr`` says beside the modules."""
+        parts = {"decision": self.decision, "groups": self.num_groups}
+        parts |= {name: getattr(self, name) for name in ("interpreter", "dropped", "engine")}
+        return ", ".join(f"{name}={value!r}" for name, value in parts.items())
+
+    # ---- a timm model where people rely on it -----------------------------------------------------------------------
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pool and classify the ``(B, S, C)`` of ``forward_features``; all-zero rows count as dropped patches."""
+        prefix = self.backbone.num_prefix_tokens
+        alive = x[:, prefix:].ne(0).any(-1)
+        return vit.pool_head(self.backbone, PackedTokens.from_dense(x, prefix, alive), pre_logits)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new head, as in timm; ``num_classes=0`` returns pooled features. Class names are forgotten."""
+        if global_pool == "":
+            raise InputError("global_pool='' returns every token, but the reduced model does not have them all")
+        self.backbone.reset_classifier(num_classes, global_pool)
+        self.class_names = None
+
+    def get_classifier(self) -> nn.Module:
+        """The backbone's head."""
+        return self.backbone.get_classifier()
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trade compute for memory in training: recompute each block's activations in the backward pass."""
+        self.backbone.set_grad_checkpointing(enable)
+
+    @property
+    def num_groups(self) -> int:
+        return len(self.groups)
+
+    @property
+    def num_classes(self) -> int:
+        return self.backbone.num_classes
+
+    @property
+    def num_features(self) -> int:
+        return self.backbone.num_features
+
+    @property
+    def num_patches(self) -> int:
+        """N of the backbone's own grid."""
+        return self.backbone.patch_embed.num_patches
+
+    @property
+    def grid_size(self) -> tuple[int, ...]:
+        """Rows and columns of patches; of clips, times, rows and columns. Patches are numbered in that order."""
+        return tuple(self.backbone.patch_embed.grid_size)
+
+    @property
+    def pretrained_cfg(self) -> dict[str, Any]:
+        """timm's dictionary (mean, std, interpolation, …), with the input size that this backbone really has."""
+        cfg = dict(getattr(self.backbone, "pretrained_cfg", None) or {})
+        cfg["input_size"] = (self.backbone.patch_embed.proj.in_channels, *self.backbone.patch_embed.img_size)
+        return cfg
+
+    @property
+    def dense_macs(self) -> int:
+        """MACs of the timm backbone alone: every patch kept, no interpreter."""
+        return macs.dense_macs(self.backbone)
