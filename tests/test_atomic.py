@@ -9,6 +9,15 @@ from iared2.atomic import whole, write
 from iared2.errors import InputError
 
 
+def fill(path, others=(), error=None):
+    with whole(path, errors=ValueError) as file:
+        file.write_text("new")
+        for name in others:
+            file.with_name(name).write_text(name)
+        if error:
+            raise error
+
+
 def test_a_file_is_replaced_at_once_with_the_permissions_of_a_new_one(tmp_path):
     (tmp_path / "new").touch()
     write(tmp_path / "a", "é")
@@ -21,26 +30,22 @@ def test_a_file_is_replaced_at_once_with_the_permissions_of_a_new_one(tmp_path):
 
 
 def test_files_beside_it_come_with_it_or_not_at_all(tmp_path):
-    with whole(tmp_path / "a") as file:
-        file.write_text("a")
-        file.with_name("z").write_text("z")
+    fill(tmp_path / "a", ["z"])
     assert sorted(os.listdir(tmp_path)) == ["a", "z"]
     (tmp_path / "folder").mkdir()
-    with pytest.raises(InputError, match="cannot write .*folder is a folder"), whole(tmp_path / "a") as file:
-        file.write_text("new")
-        file.with_name("b").write_text("b")
-        file.with_name("folder").write_text("no")
+    write(tmp_path / "a", "old")
+    with pytest.raises(InputError, match="folder is a folder"):
+        fill(tmp_path / "a", ["b", "folder"])
     assert sorted(os.listdir(tmp_path)) == ["a", "folder", "z"]
-    assert (tmp_path / "a").read_text() == "a"
+    assert (tmp_path / "a").read_text() == "old"
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError("no\nsuch"), KeyboardInterrupt()])
 def test_what_was_there_stays_if_writing_fails(tmp_path, error):
     write(tmp_path / "a", "old")
     kind = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else InputError
-    with pytest.raises(kind) as caught, whole(tmp_path / "a", errors=ValueError) as file:
-        file.write_text("half")
-        raise error
+    with pytest.raises(kind) as caught:
+        fill(tmp_path / "a", error=error)
     assert "\n" not in str(caught.value)
     assert os.listdir(tmp_path) == ["a"]
     assert (tmp_path / "a").read_text() == "old"

@@ -19,7 +19,6 @@ from . import backbone as vit
 from . import file as saved
 from . import macs, onednn
 from .calibrate import thresholds_for
-from .config import config_of
 from .decide import Decide, at_most, by_count, by_threshold
 from .interpreter import MultiHeadInterpreter
 from .merge import merge
@@ -344,7 +343,4 @@ class ReducedVisionTransformer(nn.Module):
         Raises:
             InputError: the file cannot be written, or the backbone cannot be rebuilt from its timm name.
         """
-        tensors = self.state_dict()
-        if half:
-            tensors = {name: t.half() if t.is_floating_point() else t for name, t in tensors.items()}
-        saved.write(path, tensors, config_of(self))
+        saved.save(self, path, half)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import importlib.resources
 import math
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile, is_zipfile
 
 import torch
+from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
-from timm.models import load_state_dict as read_state_dict
+from timm.models import clean_state_dict
 from torch import Tensor, nn
 
 from ..errors import InputError
@@ -18,48 +22,93 @@ from ..model import file as saved
 from ..model.reduced import ReducedVisionTransformer
 from .build import from_timm
 
+BOX = "box"
+"""What to ``load`` for the model that comes with the package."""
+WRAPPERS = "state_dict_ema", "model_ema", "state_dict", "model", "model_state"
+"""Where the checkpoints of training programs keep their weights, the best of them first."""
+MAX_BLOCKS, MAX_VALUES = 1000, 1 << 27
+"""Of a model in a file: its depth, and what it may need besides its weights."""
+
 
 def load(path: Path | str | None = None) -> ReducedVisionTransformer:
     """Load a reduced model, in evaluation mode, on the CPU.
 
     Args:
         path: a file of ``model.save``, a folder with such a ``model.safetensors`` (a run of ``iared2 train``), or a
-            ``.pth`` in the layout of the authors' interpretation tool. None: the model in the box.
+            file in the layout of the authors' interpretation tool; the contents tell which, not the name. None, or the
+            string ``"box"``: the model in the box, even where there is a file of that name, which is ``"./box"``.
 
     Raises:
-        InputError: no such file, not a checkpoint, or a tensor is missing, unexpected or of the wrong shape.
+        InputError: no such file, not a checkpoint, or a tensor is missing, unexpected, of the wrong shape or kind, or
+            not finite.
     """
-    if path is None:
+    if path is None or path == BOX:
         path = Path(str(importlib.resources.files("iared2"))) / "box" / "model.safetensors"
     path = Path(path)
-    if path.is_dir():
-        path = path / "model.safetensors"
-    if not path.is_file():
-        raise InputError(f"there is no checkpoint {path}: give a file of model.save() or the folder of a training run")
-    model = _load_authors(path) if path.suffix in (".pth", ".pt", ".bin") else _load_ours(path)
-    return model.eval()
+    try:
+        if path.is_dir():
+            path = path / "model.safetensors"
+        if not path.is_file():
+            raise InputError(
+                f"there is no checkpoint {path}: give a file of model.save() or the folder of a training run"
+            )
+        is_ours = saved.is_safetensors(path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    return (_load_ours if is_ours else _load_authors)(path).eval()
 
 
 def _load_ours(path: Path) -> ReducedVisionTransformer:
     tensors, config = saved.read(path)
+    saved.check_values(tensors, path)
     try:
-        kind = {key: config[key] for key in ("interpreter", "dropped") if key in config}  # the first files have none
-        model = from_timm(config["architecture"], groups=config["groups"], **kind, **config["model_args"])
-        model.threshold = config["threshold"]
-        model.threshold = model.thresholds if len(set(model.thresholds)) > 1 else model.thresholds[0]
-        if (num_keep := config.get("num_keep")) is not None:
-            if len(num_keep) != model.num_groups:
-                raise ValueError(f"num_keep has {len(num_keep)} numbers for {model.num_groups} groups")
-            model.num_keep = num_keep
-        model.max_tokens = config.get("max_tokens")  # files of version 0.1.0 have none
-        model.backbone.pretrained_cfg = {**model.backbone.pretrained_cfg, **config["pretrained_cfg"]}
-        if config["class_names"]:
-            model.class_names = tuple(config["class_names"])
-            if len(model.class_names) != model.num_classes:
-                raise ValueError(f"{len(model.class_names)} class names for {model.num_classes} classes")
-    except (InputError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"the configuration in {path} does not describe a model ({error})") from None
-    load_strictly(model, tensors, path)
+        arguments = saved.check(config)
+        if arguments.get("depth", 1) > (depth := count_blocks(tensors, "backbone.blocks.", path)):
+            raise InputError(f"model_args.depth is {arguments['depth']} where the file has {depth} blocks")
+    except InputError as error:
+        raise InputError(f"{path} does not describe a model: {error}") from None
+    model = filled(partial(from_timm, **arguments), tensors, path)
+    model.threshold = config["threshold"]
+    model.threshold = model.thresholds if len(set(model.thresholds)) > 1 else model.thresholds[0]
+    if config["num_keep"] is not None:
+        model.num_keep = config["num_keep"]
+    model.max_tokens = config["max_tokens"]
+    model.backbone.pretrained_cfg = {**model.backbone.pretrained_cfg, **config["pretrained_cfg"]}
+    model.class_names = tuple(config["class_names"] or ()) or None
+    return model
+
+
+def count_blocks(tensors: dict[str, Tensor], prefix: str, path: Path | str) -> int:
+    """How many transformer blocks there are tensors of; `InputError` for more than ``MAX_BLOCKS``."""
+    count = len({name.removeprefix(prefix).split(".")[0] for name in tensors if name.startswith(prefix)})
+    if count > MAX_BLOCKS:
+        raise InputError(f"{path} has {count} blocks; at most {MAX_BLOCKS} are supported")
+    return count
+
+
+def filled(
+    build: Callable[[], ReducedVisionTransformer],
+    tensors: dict[str, Tensor],
+    path: Path | str,
+    part: Callable[[ReducedVisionTransformer], nn.Module] = lambda model: model,
+) -> ReducedVisionTransformer:
+    """What ``build`` makes, with these weights in a ``part`` of it. It is made only once they are known to fit.
+
+    Raises:
+        InputError: it cannot be built, is out of all proportion to the file, or a tensor does not fit.
+    """
+    try:
+        with torch.device("meta"):
+            model = build()
+    except InputError as error:
+        raise InputError(f"{path} does not describe a model: {error}") from None
+    check_fits(part(model), tensors, path)
+    # what takes memory, and is in no file: positions that are computed, and what the model will be shown
+    size = sum(b.numel() for b in model.buffers()) + math.prod(model.pretrained_cfg["input_size"])
+    if size > MAX_VALUES:
+        raise InputError(f"{path} describes a model of inputs of {model.pretrained_cfg['input_size']}: it is too large")
+    model = build()
+    load_strictly(part(model), tensors, path)
     return model
 
 
@@ -67,19 +116,34 @@ def load_strictly(model: nn.Module, tensors: dict[str, Tensor], path: Path | str
     """``load_state_dict`` that says in one line which tensor does not fit, before any weight is changed.
 
     Raises:
-        InputError: a tensor is missing, unexpected or of the wrong shape.
+        InputError: see ``check_fits``.
+    """
+    check_fits(model, tensors, path)
+    model.load_state_dict(tensors)
+
+
+def check_fits(model: nn.Module, tensors: dict[str, Tensor], path: Path | str) -> None:
+    """Say in one line which tensor is not as the model needs it.
+
+    Raises:
+        InputError: a tensor is missing, unexpected, of the wrong shape or of another kind of number.
     """
     expected = model.state_dict()
     missing, extra = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
-    wrong = [n for n in sorted(expected.keys() & tensors.keys()) if expected[n].shape != tensors[n].shape]
     for what, names in (("lacks", sorted(missing)), ("has unexpected", sorted(extra))):
         if names:
             rest = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise InputError(f"{path} does not fit the model: it {what} the tensor {names[0]}{rest}")
-    for name in wrong:
-        have, want = tuple(tensors[name].shape), tuple(expected[name].shape)
-        raise InputError(f"{path} does not fit the model: {name} has shape {have}, expected {want}")
-    model.load_state_dict(tensors)
+            raise InputError(f"{path} does not fit the model: it {what} the tensor {names[0]:.100}{rest}")
+    for name, want in expected.items():
+        have = tensors[name]
+        if have.shape != want.shape:
+            raise InputError(
+                f"{path} does not fit the model: {name} has shape {tuple(have.shape)}, expected {tuple(want.shape)}"
+            )
+        if have.dtype != want.dtype and not (have.is_floating_point() and want.is_floating_point()):
+            raise InputError(
+                f"{path} does not fit the model: {name} has numbers of {have.dtype}, expected {want.dtype}"
+            )
 
 
 def load_backbone_weights(backbone: Any, path: Path | str) -> None:
@@ -113,19 +177,39 @@ def load_backbone_weights(backbone: Any, path: Path | str) -> None:
     load_strictly(backbone, tensors, path)
 
 
-def read_foreign(path: Path) -> dict[str, Any]:
-    """What a file of weights holds (``.pth``, ``.safetensors``), by name; code in it is never run.
+def read_foreign(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file of weights (of ``torch.save`` or safetensors), by name; code in it is never run.
 
     Raises:
-        InputError: no such file, or it cannot be read as weights.
+        InputError: no such file, it cannot be read as weights, or they are not finite real numbers.
     """
-    if not path.is_file():
-        raise InputError(f"there is no checkpoint {path}")
     try:
-        return read_state_dict(str(path), device="cpu", weights_only=True)
+        size = path.stat().st_size
+        if not path.is_file():
+            raise InputError(f"there is no checkpoint {path}")
+        if saved.is_safetensors(path):
+            contents = load_file(path)
+        else:
+            if is_zipfile(path) and sum(info.file_size for info in ZipFile(path).infolist()) > size:
+                raise InputError(f"{path} is compressed: save it anew by torch.save")
+            contents = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"there is no checkpoint {path}") from None
+    except InputError:
+        raise
     except Exception as error:  # torch.load raises many kinds for a file that is no checkpoint
-        reason = str(error).strip().splitlines()[0][:120]
+        reason = next(iter(str(error).strip().splitlines()), "")[:120]
         raise InputError(f"{path} cannot be read as weights alone ({type(error).__name__}: {reason})") from None
+    if isinstance(contents, dict):
+        contents = next((contents[key] for key in WRAPPERS if contents.get(key) is not None), contents)
+    if not isinstance(contents, dict) or not contents or not all(isinstance(name, str) for name in contents):
+        raise InputError(f"{path} cannot be used: it holds a {type(contents).__name__}, not tensors by their names")
+    if (
+        sum(t.numel() for t in contents.values() if isinstance(t, Tensor)) > size
+    ):  # one number, repeated by a stride of 0
+        raise InputError(f"{path} cannot be used: it promises more numbers than it holds")
+    saved.check_values(contents, path)
+    return {name: tensor.detach() for name, tensor in clean_state_dict(contents).items()}
 
 
 def read_arguments(tensors: dict[str, Tensor], path: Path | str) -> dict[str, Any]:
@@ -140,19 +224,19 @@ def read_arguments(tensors: dict[str, Tensor], path: Path | str) -> dict[str, An
         if name not in tensors or tensors[name].ndim != ndim:
             raise InputError(f"{path} does not fit its layout: {name} is missing or not of {ndim} dimensions")
     width, _, *patch_size = tensors["patch_embed.proj.weight"].shape
-    side = round((tensors["pos_embed"].shape[1] - 1) ** 0.5)
+    side = math.isqrt(tensors["pos_embed"].shape[1] - 1)
     return {
         "img_size": (side * patch_size[0], side * patch_size[1]),
         "patch_size": tuple(patch_size),
         "embed_dim": width,
-        "depth": len({name.split(".")[1] for name in tensors if name.startswith("blocks.")}),
+        "depth": count_blocks(tensors, "blocks.", path),
         "num_heads": max(width // 64, 1),
         "num_classes": tensors["head.weight"].shape[0],
     }
 
 
-AGENT = re.compile(r"groups\.(\d+)\.agent\.qk\.(weight|bias)")
-BLOCK = re.compile(r"groups\.(\d+)\.block_list\.(\d+)\.(.+)")
+AGENT = re.compile(r"groups\.(\d{1,4})\.agent\.qk\.(weight|bias)")
+BLOCK = re.compile(r"groups\.(\d{1,4})\.block_list\.(\d{1,4})\.(.+)")
 
 
 def _load_authors(path: Path) -> ReducedVisionTransformer:
@@ -165,11 +249,10 @@ def _load_authors(path: Path) -> ReducedVisionTransformer:
     arguments = read_arguments(tensors, path)
     width, depth = arguments["embed_dim"], arguments["depth"]
     groups = 1 + max(int(match[1]) for match in map(AGENT.fullmatch, tensors) if match)
-    model = from_timm("deit_small_patch16_224", groups=groups, **arguments)
     ours: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if match := AGENT.fullmatch(name):
-            if not tensor.ndim or tensor.shape[0] != 3 * width:
+            if tensor.shape[:1] != (3 * width,):
                 raise InputError(f"{path}: {name} has shape {tuple(tensor.shape)}, expected {3 * width} rows")
             query, key, _ = tensor.chunk(3)  # the value third was never used
             ours[f"interpreters.{match[1]}.query.{match[2]}"] = query
@@ -180,5 +263,4 @@ def _load_authors(path: Path) -> ReducedVisionTransformer:
                 raise InputError(f"{path} contradicts itself: {name} differs from its twin {twin}")
         else:
             ours[f"backbone.{name}"] = tensor
-    load_strictly(model, ours, path)
-    return model
+    return filled(partial(from_timm, "deit_small_patch16_224", groups=groups, **arguments), ours, path)

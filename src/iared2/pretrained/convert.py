@@ -7,6 +7,7 @@ timm's have one, and it is 0. No logit depends on it, so it gets no gradient.
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..model.reduced import ReducedVisionTransformer
 from .build import from_timm
-from .checkpoint import load_strictly, read_arguments, read_foreign
+from .checkpoint import filled, read_arguments, read_foreign
 
 NAMES = {  # Hugging Face's -> timm's
     r"^(timesformer|videomae)\.": "",
@@ -131,12 +132,14 @@ def _make(
     class_names: tuple[str, ...] | None,
     source: str,
 ) -> ReducedVisionTransformer:
-    model = from_timm(name, groups=groups, **arguments)
-    if tensors is not None:
+    build = partial(from_timm, name, groups=groups, **arguments)
+    if tensors is None:
+        model = build()
+    else:
         weight = tensors.get("patch_embed.proj.weight")
         if weight is not None and weight.ndim == 4:  # a tubelet of one frame was a patch
             tensors["patch_embed.proj.weight"] = weight.unsqueeze(2)
-        load_strictly(model.backbone, tensors, source)
+        model = filled(build, tensors, source, lambda model: model.backbone)
         model.start_interpreters()
     model.class_names = class_names
     return model.eval()
@@ -180,9 +183,7 @@ def _read_hugging_face(model: Any, kind: str) -> tuple[dict[str, Tensor], dict[s
 
 def _read_original(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and timm's arguments of a checkpoint of facebookresearch/TimeSformer."""
-    contents = read_foreign(path)
-    contents = contents.get("model_state", contents)
-    tensors = {name.removeprefix("module.").removeprefix("model."): tensor for name, tensor in contents.items()}
+    tensors = {name.removeprefix("model."): tensor for name, tensor in read_foreign(path).items()}
     if any(".temporal_" in name for name in tensors):
         raise InputError(
             f"{path} has divided space-time attention (temporal_attn): give a checkpoint of joint attention"
