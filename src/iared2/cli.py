@@ -142,7 +142,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from .pretrained.checkpoint import load
 
     device = usable_device(arguments.device)
-    model = load(None if arguments.checkpoint == "box" else arguments.checkpoint).to(device)
+    model = load(arguments.checkpoint).to(device)
     model.pack_weights()
     if arguments.threshold:
         if len(arguments.threshold) not in (1, model.num_groups):
@@ -207,9 +207,9 @@ def _demo(arguments: argparse.Namespace) -> int:
         from .demo.page import build, serve
     except ModuleNotFoundError as error:
         raise InputError(f"the page needs the package {error.name}: pip install 'iared2[demo]'") from None
-    checkpoint = arguments.checkpoint and Path(arguments.checkpoint)
+    checkpoint = arguments.checkpoint
     # visitors need not know where the server keeps its files
-    predictor = Predictor(load(checkpoint), arguments.device, checkpoint and checkpoint.name)
+    predictor = Predictor(load(checkpoint), arguments.device, checkpoint and Path(checkpoint).name)
     predictor.model.pack_weights()
     try:
         serve(

@@ -209,7 +209,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run ``iared2 export``."""
-    model = load(None if arguments.checkpoint == "box" else arguments.checkpoint)
+    model = load(arguments.checkpoint)
     if arguments.batch_size is not None and arguments.batch_size < 1:
         raise InputError("--batch-size must be 1 or more")
     if arguments.adaptive:

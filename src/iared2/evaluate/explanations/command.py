@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("--limit, --batch-size and --steps must be 1 or more")
     device = usable_device(args.device)
     regions = open_regions(args.data, split=args.split, region=args.region, label=args.label, only=args.only)
-    model = load(None if args.checkpoint == "box" else args.checkpoint).to(device)
+    model = load(args.checkpoint).to(device)
 
     screen = Console(stderr=True)
     with Progress(console=screen, transient=True, disable=not screen.is_terminal) as progress:
