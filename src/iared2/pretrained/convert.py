@@ -27,6 +27,8 @@ NAMES = {  # Hugging Face's -> timm's
     r"^time_embeddings": "time_embed",
     r"^encoder\.layer\.": "blocks.",
     r"attention\.attention": "attn",
+    r"attn\.q_bias": "attn.query.bias",  # VideoMAE before transformers 5
+    r"attn\.v_bias": "attn.value.bias",
     r"attention\.output\.dense": "attn.proj",
     r"layernorm_before": "norm1",
     r"layernorm_after": "norm2",
@@ -156,6 +158,11 @@ def _read_hugging_face(model: Any, kind: str) -> tuple[dict[str, Tensor], dict[s
     assert config is not None
     if config.hidden_act != "gelu":
         raise InputError(f"this {kind} has the activation {config.hidden_act}, not gelu: it is not supported")
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        for theirs, timms in NAMES.items():
+            name = re.sub(theirs, timms, name)
+        tensors[name] = tensor
     arguments = {
         "img_size": (config.num_frames, *_pair(config.image_size)),
         "patch_size": _pair(config.patch_size),
@@ -165,18 +172,13 @@ def _read_hugging_face(model: Any, kind: str) -> tuple[dict[str, Tensor], dict[s
         "num_heads": config.num_attention_heads,
         "num_classes": config.num_labels,
         "mlp_ratio": config.intermediate_size / config.hidden_size,
-        "qkv_bias": config.qkv_bias if kind == "timesformer" else config.qv_bias,
+        "qkv_bias": any(name.endswith(("attn.qkv.bias", "attn.query.bias")) for name in tensors),
         "norm_eps": config.layer_norm_eps,
         "pos_drop_rate": config.hidden_dropout_prob,
         "proj_drop_rate": config.hidden_dropout_prob,
         "attn_drop_rate": config.attention_probs_dropout_prob,
         "drop_path_rate": getattr(config, "drop_path_rate", 0.0),
     }
-    tensors = {}
-    for name, tensor in model.state_dict().items():
-        for theirs, timms in NAMES.items():
-            name = re.sub(theirs, timms, name)
-        tensors[name] = tensor
     labels = tuple(str(config.id2label[i]) for i in range(config.num_labels))
     return tensors, arguments, None if labels[:1] == ("LABEL_0",) else labels  # the name of one that has none
 
