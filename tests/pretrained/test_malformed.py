@@ -410,3 +410,24 @@ def test_one_line_on_the_command_line(tmp_path, capsys):
         error = capsys.readouterr().err
         assert error.startswith("error: ")
         assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"patch_size": 0},
+        {"norm_layer": "nonsense"},
+        {"act_layer": "nonsense"},
+        {"nonsense": 1},
+        {"depth": "3"},
+        {"mlp_ratio": 1e300},
+        {"num_heads": 0},
+        {"checkpoint_path": "/no/such/file"},
+        {"img_size": (4, 4, 4)},
+    ],
+    ids=str,
+)
+def test_arguments_that_timm_refuses(wrong):
+    with pytest.raises(InputError, match="timm cannot build deit_tiny_patch16_224") as caught:
+        iared2.from_timm("deit_tiny_patch16_224", **{**SMALL, **wrong})
+    assert "\n" not in str(caught.value)
