@@ -290,7 +290,7 @@ def test_whatever_timm_takes_comes_back(tmp_path, name):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.backbone.norm.bias.data.fill_(float("nan")), "backbone.norm.bias' has values that are not finite"),
+        (lambda m: m.backbone.norm.bias.data.fill_(float("nan")), "backbone.norm.bias' is not finite"),
         (lambda m: setattr(m, "class_names", ("a",)), "1 class names for 5 classes"),
         (lambda m: m.backbone.pretrained_cfg.update(mean=torch.ones(3)), "pretrained_cfg.mean"),
         (lambda m: m.model_args.update(norm_layer=torch.nn.LayerNorm), "norm_layer"),

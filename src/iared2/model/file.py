@@ -7,6 +7,7 @@ passes on nothing that ``check`` has not returned: no path, no URL, no class, no
 from __future__ import annotations
 
 import json
+import os
 import re
 from functools import cache
 from pathlib import Path
@@ -78,9 +79,18 @@ def write(path: Path | str, tensors: dict[str, Tensor], config: dict[str, Any]) 
 
 
 def is_safetensors(path: Path | str) -> bool:
-    """Whether a file begins as a safetensors file does, whatever its name; ``OSError`` if it cannot be read."""
-    with open(path, "rb") as file:
-        return file.read(9)[8:] == b"{"
+    """Whether a file begins as safetensors files do, whatever its name.
+
+    Raises:
+        InputError: there is no such file, or it cannot be read.
+    """
+    if not os.path.isfile(path):
+        raise InputError(f"there is no checkpoint {path}: give a file of model.save() or the folder of a training run")
+    try:
+        with open(path, "rb") as file:
+            return file.read(9)[8:] == b"{"
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def read(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -89,21 +99,15 @@ def read(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         InputError: no such file, or not a file of this format.
     """
-    if not Path(path).is_file():
-        raise InputError(f"there is no file {path}")
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            config = json.loads(metadata["iared2"])
+        config = json.loads(metadata.get("iared2", "null"))
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is not a readable safetensors file ({error})") from None
-    except KeyError:
-        raise InputError(
-            f"{path} is a safetensors file, but not one that iared2 saved: it has no configuration"
-        ) from None
     if not isinstance(config, dict):
-        raise InputError(f"{path} has a configuration that is not a JSON object")
+        raise InputError(f"{path} is a safetensors file, but not one that iared2 saved: it has no configuration")
     return tensors, config
 
 
@@ -114,17 +118,12 @@ def check_values(tensors: dict[str, Any], path: Path | str) -> None:
         InputError: names the tensor.
     """
     for name, tensor in tensors.items():
-        wrong = None
-        if not isinstance(tensor, Tensor):
-            wrong = f"is no tensor but of type {type(tensor).__name__}"
-        elif tensor.layout != torch.strided or tensor.is_quantized or tensor.is_complex() or tensor.is_meta:
-            wrong = f"is no plain tensor of real numbers ({tensor.dtype}, {tensor.layout}, {tensor.device})"
-        elif not tensor.numel():
-            wrong = f"is empty, of shape {tuple(tensor.shape)}"
-        elif tensor.is_floating_point() and (tensor.dtype.itemsize < 2 or not tensor.isfinite().all()):
-            wrong = "has values that are not finite (NaN or infinite)" if tensor.dtype.itemsize > 1 else "has 8 bits"
-        if wrong:
-            raise InputError(f"{path} cannot be used: {name!r:.100} {wrong}")
+        is_plain = isinstance(tensor, Tensor) and tensor.layout is torch.strided and not tensor.is_meta
+        if not is_plain or tensor.is_quantized or tensor.is_complex() or not tensor.numel():
+            kind = getattr(tensor, "dtype", type(tensor).__name__)
+            raise InputError(f"{path} cannot be used: {name!r:.100} is empty or no tensor of real numbers ({kind})")
+        if tensor.is_floating_point() and (tensor.dtype.itemsize < 2 or not tensor.isfinite().all()):
+            raise InputError(f"{path} cannot be used: {name!r:.100} is not finite (NaN or infinite), or of 8 bits")
 
 
 def config_of(model: ReducedVisionTransformer) -> dict[str, Any]:

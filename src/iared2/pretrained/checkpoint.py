@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib.resources
 import math
+import os
 import re
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile, is_zipfile
@@ -26,8 +26,8 @@ BOX = "box"
 """What to ``load`` for the model that comes with the package."""
 WRAPPERS = "state_dict_ema", "model_ema", "state_dict", "model", "model_state"
 """Where the checkpoints of training programs keep their weights, the best of them first."""
-MAX_BLOCKS, MAX_VALUES = 1000, 1 << 27
-"""Of a model in a file: its depth, and what it may need besides its weights."""
+MAX_DEPTH, MAX_VALUES = 1000, 1 << 27
+"""Of a model in a file: its blocks, and the numbers that it needs besides its weights."""
 
 
 def load(path: Path | str | None = None) -> ReducedVisionTransformer:
@@ -43,19 +43,9 @@ def load(path: Path | str | None = None) -> ReducedVisionTransformer:
             not finite.
     """
     if path is None or path == BOX:
-        path = Path(str(importlib.resources.files("iared2"))) / "box" / "model.safetensors"
-    path = Path(path)
-    try:
-        if path.is_dir():
-            path = path / "model.safetensors"
-        if not path.is_file():
-            raise InputError(
-                f"there is no checkpoint {path}: give a file of model.save() or the folder of a training run"
-            )
-        is_ours = saved.is_safetensors(path)
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from None
-    return (_load_ours if is_ours else _load_authors)(path).eval()
+        path = str(importlib.resources.files("iared2") / "box")
+    path = Path(path, "model.safetensors") if os.path.isdir(path) else Path(path)
+    return (_load_ours if saved.is_safetensors(path) else _load_authors)(path).eval()
 
 
 def _load_ours(path: Path) -> ReducedVisionTransformer:
@@ -63,11 +53,9 @@ def _load_ours(path: Path) -> ReducedVisionTransformer:
     saved.check_values(tensors, path)
     try:
         arguments = saved.check(config)
-        if arguments.get("depth", 1) > (depth := count_blocks(tensors, "backbone.blocks.", path)):
-            raise InputError(f"model_args.depth is {arguments['depth']} where the file has {depth} blocks")
     except InputError as error:
         raise InputError(f"{path} does not describe a model: {error}") from None
-    model = filled(partial(from_timm, **arguments), tensors, path)
+    model = filled(arguments, tensors, path)
     model.threshold = config["threshold"]
     model.threshold = model.thresholds if len(set(model.thresholds)) > 1 else model.thresholds[0]
     if config["num_keep"] is not None:
@@ -78,37 +66,31 @@ def _load_ours(path: Path) -> ReducedVisionTransformer:
     return model
 
 
-def count_blocks(tensors: dict[str, Tensor], prefix: str, path: Path | str) -> int:
-    """How many transformer blocks there are tensors of; `InputError` for more than ``MAX_BLOCKS``."""
-    count = len({name.removeprefix(prefix).split(".")[0] for name in tensors if name.startswith(prefix)})
-    if count > MAX_BLOCKS:
-        raise InputError(f"{path} has {count} blocks; at most {MAX_BLOCKS} are supported")
-    return count
-
-
 def filled(
-    build: Callable[[], ReducedVisionTransformer],
+    arguments: dict[str, Any],
     tensors: dict[str, Tensor],
     path: Path | str,
     part: Callable[[ReducedVisionTransformer], nn.Module] = lambda model: model,
 ) -> ReducedVisionTransformer:
-    """What ``build`` makes, with these weights in a ``part`` of it. It is made only once they are known to fit.
+    """The model of these arguments of `from_timm`, with these weights in a part of it; allocated only if they fit.
 
     Raises:
         InputError: it cannot be built, is out of all proportion to the file, or a tensor does not fit.
     """
     try:
+        if (depth := arguments.get("depth", 1)) > MAX_DEPTH:
+            raise InputError(f"{depth} blocks are more than {MAX_DEPTH}")
         with torch.device("meta"):
-            model = build()
+            model = from_timm(**arguments)
+        # what takes memory, and is in no file: positions that are computed, and what the model will be shown
+        size = model.pretrained_cfg["input_size"]
+        if sum(b.numel() for b in model.buffers()) + math.prod(size) > MAX_VALUES:
+            raise InputError(f"inputs of {size} are too large")
     except InputError as error:
         raise InputError(f"{path} does not describe a model: {error}") from None
-    check_fits(part(model), tensors, path)
-    # what takes memory, and is in no file: positions that are computed, and what the model will be shown
-    size = sum(b.numel() for b in model.buffers()) + math.prod(model.pretrained_cfg["input_size"])
-    if size > MAX_VALUES:
-        raise InputError(f"{path} describes a model of inputs of {model.pretrained_cfg['input_size']}: it is too large")
-    model = build()
-    load_strictly(part(model), tensors, path)
+    _check_fit(part(model), tensors, path)
+    model = from_timm(**arguments)
+    part(model).load_state_dict(tensors)
     return model
 
 
@@ -116,34 +98,27 @@ def load_strictly(model: nn.Module, tensors: dict[str, Tensor], path: Path | str
     """``load_state_dict`` that says in one line which tensor does not fit, before any weight is changed.
 
     Raises:
-        InputError: see ``check_fits``.
+        InputError: a tensor is missing, unexpected, of the wrong shape or of another kind of number.
     """
-    check_fits(model, tensors, path)
+    _check_fit(model, tensors, path)
     model.load_state_dict(tensors)
 
 
-def check_fits(model: nn.Module, tensors: dict[str, Tensor], path: Path | str) -> None:
-    """Say in one line which tensor is not as the model needs it.
-
-    Raises:
-        InputError: a tensor is missing, unexpected, of the wrong shape or of another kind of number.
-    """
-    expected = model.state_dict()
-    missing, extra = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
-    for what, names in (("lacks", sorted(missing)), ("has unexpected", sorted(extra))):
-        if names:
-            rest = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise InputError(f"{path} does not fit the model: it {what} the tensor {names[0]:.100}{rest}")
-    for name, want in expected.items():
-        have = tensors[name]
+def _check_fit(model: nn.Module, tensors: dict[str, Tensor], path: Path | str) -> None:
+    expected, wrong = model.state_dict(), None
+    missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    if missing or extra:
+        first, *rest = missing or extra
+        wrong = f"it {'lacks' if missing else 'has unexpected'} the tensor {first:.100}"
+        wrong += f" and {len(rest)} more" if rest else ""
+    for name in sorted(expected.keys() & tensors.keys()):
+        have, want = tensors[name], expected[name]
         if have.shape != want.shape:
-            raise InputError(
-                f"{path} does not fit the model: {name} has shape {tuple(have.shape)}, expected {tuple(want.shape)}"
-            )
+            wrong = wrong or f"{name} has shape {tuple(have.shape)}, expected {tuple(want.shape)}"
         if have.dtype != want.dtype and not (have.is_floating_point() and want.is_floating_point()):
-            raise InputError(
-                f"{path} does not fit the model: {name} has numbers of {have.dtype}, expected {want.dtype}"
-            )
+            wrong = wrong or f"{name} has numbers of {have.dtype}, expected {want.dtype}"
+    if wrong:
+        raise InputError(f"{path} does not fit the model: {wrong}")
 
 
 def load_backbone_weights(backbone: Any, path: Path | str) -> None:
@@ -159,17 +134,13 @@ def load_backbone_weights(backbone: Any, path: Path | str) -> None:
     if any(name.startswith("backbone.") for name in tensors):
         tensors = {n.removeprefix("backbone."): t for n, t in tensors.items() if n.startswith("backbone.")}
     own = backbone.state_dict()
-    positions = tensors.get("pos_embed")
-    if (
-        positions is not None
-        and "pos_embed" in own
-        and positions.ndim == 3
-        and positions.shape != own["pos_embed"].shape
-    ):
+    old, new = tensors.get("pos_embed"), own.get("pos_embed")
+    if old is not None and new is not None and old.ndim == 3 and old.shape != new.shape:
         prefix = 0 if backbone.no_embed_class else backbone.num_prefix_tokens
-        grid, patches = list(backbone.patch_embed.grid_size), positions.shape[1] - prefix
+        patches = old.shape[1] - prefix
         if patches > 0 and math.isqrt(patches) ** 2 == patches:  # timm takes the old grid for a square
-            tensors["pos_embed"] = resample_abs_pos_embed(positions, grid, num_prefix_tokens=prefix)
+            grid = list(backbone.patch_embed.grid_size)
+            tensors["pos_embed"] = resample_abs_pos_embed(old, grid, num_prefix_tokens=prefix)
     heads = [name for name in own if name.split(".")[0] in ("head", "head_dist")]
     if any(name not in tensors or own[name].shape != tensors[name].shape for name in heads):
         body = {name: tensor for name, tensor in tensors.items() if name.split(".")[0] not in ("head", "head_dist")}
@@ -183,20 +154,11 @@ def read_foreign(path: Path) -> dict[str, Tensor]:
     Raises:
         InputError: no such file, it cannot be read as weights, or they are not finite real numbers.
     """
+    is_safetensors, size = saved.is_safetensors(path), os.path.getsize(path)
     try:
-        size = path.stat().st_size
-        if not path.is_file():
-            raise InputError(f"there is no checkpoint {path}")
-        if saved.is_safetensors(path):
-            contents = load_file(path)
-        else:
-            if is_zipfile(path) and sum(info.file_size for info in ZipFile(path).infolist()) > size:
-                raise InputError(f"{path} is compressed: save it anew by torch.save")
-            contents = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"there is no checkpoint {path}") from None
-    except InputError:
-        raise
+        if not is_safetensors and is_zipfile(path) and sum(f.file_size for f in ZipFile(path).infolist()) > size:
+            raise ValueError("it is compressed: save it anew by torch.save")
+        contents: Any = load_file(path) if is_safetensors else torch.load(path, "cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds for a file that is no checkpoint
         reason = next(iter(str(error).strip().splitlines()), "")[:120]
         raise InputError(f"{path} cannot be read as weights alone ({type(error).__name__}: {reason})") from None
@@ -204,9 +166,7 @@ def read_foreign(path: Path) -> dict[str, Tensor]:
         contents = next((contents[key] for key in WRAPPERS if contents.get(key) is not None), contents)
     if not isinstance(contents, dict) or not contents or not all(isinstance(name, str) for name in contents):
         raise InputError(f"{path} cannot be used: it holds a {type(contents).__name__}, not tensors by their names")
-    if (
-        sum(t.numel() for t in contents.values() if isinstance(t, Tensor)) > size
-    ):  # one number, repeated by a stride of 0
+    if sum(t.numel() for t in contents.values() if isinstance(t, Tensor)) > size:  # repeated by a stride of 0
         raise InputError(f"{path} cannot be used: it promises more numbers than it holds")
     saved.check_values(contents, path)
     return {name: tensor.detach() for name, tensor in clean_state_dict(contents).items()}
@@ -229,7 +189,7 @@ def read_arguments(tensors: dict[str, Tensor], path: Path | str) -> dict[str, An
         "img_size": (side * patch_size[0], side * patch_size[1]),
         "patch_size": tuple(patch_size),
         "embed_dim": width,
-        "depth": count_blocks(tensors, "blocks.", path),
+        "depth": len({name.split(".")[1] for name in tensors if name.startswith("blocks.")}),
         "num_heads": max(width // 64, 1),
         "num_classes": tensors["head.weight"].shape[0],
     }
@@ -263,4 +223,4 @@ def _load_authors(path: Path) -> ReducedVisionTransformer:
                 raise InputError(f"{path} contradicts itself: {name} differs from its twin {twin}")
         else:
             ours[f"backbone.{name}"] = tensor
-    return filled(partial(from_timm, "deit_small_patch16_224", groups=groups, **arguments), ours, path)
+    return filled({"backbone": "deit_small_patch16_224", "groups": groups, **arguments}, ours, path)

@@ -7,7 +7,6 @@ timm's have one, and it is 0. No logit depends on it, so it gets no gradient.
 from __future__ import annotations
 
 import re
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,14 +133,14 @@ def _make(
     class_names: tuple[str, ...] | None,
     source: str,
 ) -> ReducedVisionTransformer:
-    build = partial(from_timm, name, groups=groups, **arguments)
+    arguments |= {"backbone": name, "groups": groups}
     if tensors is None:
-        model = build()
+        model = from_timm(**arguments)
     else:
         weight = tensors.get("patch_embed.proj.weight")
         if weight is not None and weight.ndim == 4:  # a tubelet of one frame was a patch
             tensors["patch_embed.proj.weight"] = weight.unsqueeze(2)
-        model = filled(build, tensors, source, lambda model: model.backbone)
+        model = filled(arguments, tensors, source, lambda model: model.backbone)
         model.start_interpreters()
     model.class_names = class_names
     return model.eval()
