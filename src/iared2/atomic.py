@@ -20,7 +20,7 @@ def whole(path: Path | str, parents: bool = False, errors: type[Exception] = OSE
     Args:
         path: of the file. What a link points to is replaced; a device, such as ``/dev/stdout``, is written to.
         parents: make the folders that are missing.
-        errors: what the writer raises, besides ``OSError``, where a file cannot be written.
+        errors: what the writer raises besides ``OSError``.
 
     Raises:
         InputError: the file cannot be written. What was there before is still there.

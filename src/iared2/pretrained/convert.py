@@ -87,7 +87,8 @@ def from_timesformer(
         )
     found |= timm_kwargs
     found["patch_size"] = (1, *_pair(found.get("patch_size", 16)))
-    return _make("timesformer_joint_base_patch16_224", groups, {"img_size": asked, **found}, tensors, names, source)
+    arguments = {"backbone": "timesformer_joint_base_patch16_224", "groups": groups, "img_size": asked, **found}
+    return from_timm(**arguments).eval() if tensors is None else _make(arguments, tensors, names, source)
 
 
 def from_videomae(model: Any, *, groups: int = 3, **timm_kwargs: Any) -> ReducedVisionTransformer:
@@ -122,26 +123,18 @@ def from_videomae(model: Any, *, groups: int = 3, **timm_kwargs: Any) -> Reduced
             q, k, v = (tensors.pop(f"{block}.attn.{part}.{kind}", None) for part in ("query", "key", "value"))
             if q is not None and v is not None:
                 tensors[f"{block}.attn.qkv.{kind}"] = torch.cat([q, torch.zeros_like(q) if k is None else k, v])
-    return _make("videomae_base_patch16_224", groups, {**found, **timm_kwargs}, tensors, names, type(model).__name__)
+    arguments = {"backbone": "videomae_base_patch16_224", "groups": groups, **found, **timm_kwargs}
+    return _make(arguments, tensors, names, type(model).__name__)
 
 
 def _make(
-    name: str,
-    groups: int,
-    arguments: dict[str, Any],
-    tensors: dict[str, Tensor] | None,
-    class_names: tuple[str, ...] | None,
-    source: str,
+    arguments: dict[str, Any], tensors: dict[str, Tensor], class_names: tuple[str, ...] | None, source: str
 ) -> ReducedVisionTransformer:
-    arguments |= {"backbone": name, "groups": groups}
-    if tensors is None:
-        model = from_timm(**arguments)
-    else:
-        weight = tensors.get("patch_embed.proj.weight")
-        if weight is not None and weight.ndim == 4:  # a tubelet of one frame was a patch
-            tensors["patch_embed.proj.weight"] = weight.unsqueeze(2)
-        model = filled(arguments, tensors, source, lambda model: model.backbone)
-        model.start_interpreters()
+    weight = tensors.get("patch_embed.proj.weight")
+    if weight is not None and weight.ndim == 4:  # a tubelet of one frame was a patch
+        tensors["patch_embed.proj.weight"] = weight.unsqueeze(2)
+    model = filled(arguments, tensors, source, lambda model: model.backbone)
+    model.start_interpreters()
     model.class_names = class_names
     return model.eval()
 
