@@ -63,23 +63,21 @@ def changed_names(package: Path, frozen: Iterable[str]) -> list[str]:
     return [f"{name} is new, gone or not imported" for name in sorted((names ^ set(frozen)) | (names - bound))]
 
 
-def imports(name: str, package: Path, modules: dict[str, ast.Module]) -> set[str]:
-    """The modules that module ``name`` imports, but for types alone. ``""`` is the package itself."""
+def imports(name: str, package: Path, modules: dict[str, ast.Module], types: bool = True) -> set[str]:
+    """The modules of the package that module ``name`` imports, anywhere in it. ``""`` is the package itself.
+
+    Without ``types``, what stands under ``if TYPE_CHECKING`` is left out.
+    """
     top = package.name
     known = {".".join(filter(None, (top, other))): other for other in modules}
     here = [top, *filter(None, name.split("."))]
     if not (package.joinpath(*here[1:]) / "__init__.py").exists():
         here.pop()  # "." in a module is the package that it lies in
     targets = []
-    types_only = {
-        child
-        for node in ast.walk(modules[name])
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-        for child in ast.walk(node)
-    }
-    for node in ast.walk(modules[name]):
-        if node in types_only:
-            continue
+    blocks = (node for node in ast.walk(modules[name]) if isinstance(node, ast.If))
+    checks = [node for node in blocks if ast.unparse(node.test) == "TYPE_CHECKING" and not types]
+    left_out = {inner for check in checks for inner in ast.walk(check)}
+    for node in {*ast.walk(modules[name])} - left_out:
         if isinstance(node, ast.Import):
             targets += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -117,7 +115,7 @@ def wrong_imports(package: Path, page: str) -> list[str]:
             if not other or (room != target and height.get(target, -1) >= height.get(room, 0)):
                 complaints.append(f"{name} imports {other or package.name}")
     try:
-        TopologicalSorter(graph).prepare()
+        TopologicalSorter({name: imports(name, package, modules, types=False) for name in graph}).prepare()
     except CycleError as error:
         complaints.append("a circle: " + " < ".join(error.args[1]))
     return sorted(complaints)
@@ -225,7 +223,6 @@ def test_wrong_imports_are_noticed(made_up):
         "from .. import low",
         "import made_up.low as l",
         "def f():\n    from . import mid",
-        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from ..top import x",
     ):
         (package / "sub" / "high.py").write_text(text)
         assert wrong_imports(package, order) == []
@@ -243,6 +240,8 @@ def test_wrong_imports_are_noticed(made_up):
     (package / "sub" / "high.py").write_text("from .mid import x")
     (package / "sub" / "mid.py").write_text("def f():\n    from .high import y")
     assert wrong_imports(package, order) == ["a circle: sub.high < sub.mid < sub.high"]
+    (package / "sub" / "mid.py").write_text("if TYPE_CHECKING:\n    from .high import y\n    from ..top import x")
+    assert wrong_imports(package, order) == ["sub.mid imports top"], "a type makes no circle, but has its layer"
     (package / "sub" / "mid.py").write_text("")
     assert wrong_imports(package, page("low < sub")) == ["top is not in docs/design.md"]
     assert wrong_imports(package, page("low, top < sub")) == []

@@ -12,10 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.util
-import inspect
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .atomic import whole
 from .errors import InputError
 from .model import backbone as vit
 from .model.reduced import ReducedVisionTransformer
@@ -45,6 +43,25 @@ class _Dense(nn.Module):
         self.about = {name: cfg.get(name) for name in ("input_size", "mean", "std", "interpolation")}
         self.about["class_names"] = model.class_names
         self.eval()
+
+    def choose(self, x: Tensor, group: int) -> Tensor | None:
+        """``x (B, S, C) -> (B, k)``: which of the patches stay; None for all."""
+        raise NotImplementedError
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """``(B, in_chans, height, width) -> logits (B, K), patch_ids (B, number left)``."""
+        x = vit.embed(self.backbone, images)
+        sizes = torch.ones_like(x[..., 0])
+        ids = torch.arange(x.shape[1] - self.prefix, device=x.device).expand(x.shape[0], -1)
+        for group, indices in enumerate(self.groups):
+            if (keep := self.choose(x, group)) is not None:
+                ids = ids.gather(1, keep)
+                x, sizes = self.drop(x, sizes, keep)
+            # whole: torch 2.10 cannot tell whether an unknown number of tokens is 1, and would be broadcast
+            bias = sizes.log()[:, None, None].expand(-1, self.num_heads, x.shape[1], -1) if self.merged else None
+            for index in indices:
+                x = self.backbone.blocks[index](x, attn_mask=bias)
+        return self.backbone.forward_head(self.backbone.norm(x)), ids
 
     def score(self, x: Tensor, group: int) -> Tensor:
         """``x (B, S, C) -> (B, S − P)`` informativeness of the patches."""
@@ -74,16 +91,6 @@ class _Dense(nn.Module):
         kept = shares.mT @ patches / total[..., None]
         return torch.cat([prefix, kept], 1), torch.cat([sizes[:, : self.prefix], total], 1)
 
-    def run_group(self, x: Tensor, sizes: Tensor, group: int) -> Tensor:
-        # whole: torch 2.10 cannot tell whether a number of tokens that it does not know is 1, and would be broadcast
-        bias = sizes.log()[:, None, None].expand(-1, self.num_heads, x.shape[1], -1) if self.merged else None
-        for index in self.groups[group]:
-            x = self.backbone.blocks[index](x, attn_mask=bias)
-        return x
-
-    def head(self, x: Tensor) -> Tensor:
-        return self.backbone.forward_head(self.backbone.norm(x))
-
 
 class FixedCount(_Dense):
     """A reduced model that keeps exactly ``num_keep[g]`` patches of every image in group g.
@@ -107,18 +114,10 @@ class FixedCount(_Dense):
             )
         self.num_keep = tuple(num_keep)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """``(B, in_chans, height, width) -> logits (B, K), patch_ids (B, num_keep[-1])``, what is left."""
-        x = vit.embed(self.backbone, images)
-        sizes = torch.ones_like(x[..., 0])
-        ids = torch.arange(x.shape[1] - self.prefix, device=x.device).expand(x.shape[0], -1)
-        for group, num_keep in enumerate(self.num_keep):
-            if num_keep < ids.shape[1]:
-                best = self.score(x, group).topk(num_keep).indices
-                ids = ids.gather(1, best)
-                x, sizes = self.drop(x, sizes, best)
-            x = self.run_group(x, sizes, group)
-        return self.head(x), ids
+    def choose(self, x: Tensor, group: int) -> Tensor | None:
+        """The best-scored ``num_keep[group]``."""
+        num_keep = self.num_keep[group]
+        return self.score(x, group).topk(num_keep).indices if num_keep < x.shape[1] - self.prefix else None
 
 
 class Adaptive(_Dense):
@@ -141,18 +140,15 @@ class Adaptive(_Dense):
             )
         self.thresholds = model.thresholds or ()
 
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+    def choose(self, x: Tensor, group: int) -> Tensor | None:
+        """What scores above the threshold."""
+        threshold = self.thresholds[group]
+        return (self.score(x, group) > threshold)[0].nonzero().mT if threshold > 0 else None
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """``(1, in_chans, height, width) -> logits (1, K), patch_ids (number left,) int64``."""
-        x = vit.embed(self.backbone, image)
-        sizes = torch.ones_like(x[..., 0])
-        ids = torch.arange(x.shape[1] - self.prefix, device=x.device)
-        for group, threshold in enumerate(self.thresholds):
-            if threshold > 0:
-                keep = (self.score(x, group)[0] > threshold).nonzero()[:, 0]
-                ids = ids[keep]
-                x, sizes = self.drop(x, sizes, keep[None])
-            x = self.run_group(x, sizes, group)
-        return self.head(x), ids
+        logits, ids = super().forward(images)
+        return logits, ids[0]
 
 
 def export(form: FixedCount | Adaptive, path: Path | str, batch_size: int | None = 1) -> None:
@@ -183,25 +179,18 @@ def export(form: FixedCount | Adaptive, path: Path | str, batch_size: int | None
     if onnx and importlib.util.find_spec("onnxscript") is None:
         raise InputError("ONNX needs the package onnxscript: pip install 'iared2[export]'")
     images = torch.zeros(batch_size or 2, *form.input_size)
-    name = next(iter(inspect.signature(form.forward).parameters))
-    shapes = None if batch_size else {name: {0: torch.export.Dim.DYNAMIC}}
+    shapes = None if batch_size else {"images": {0: torch.export.Dim.DYNAMIC}}
     program = torch.export.export(form, (images,), dynamic_shapes=shapes)
     about = json.dumps(form.about)
     if onnx:
         names: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits", "patch_ids"]}
         onnx_program: Any = torch.onnx.export(program, dynamo=True, verbose=False, **names)
         onnx_program.model.metadata_props["iared2"] = about
-    try:
-        with tempfile.TemporaryDirectory(prefix=".iared2-", dir=path.parent) as folder:
-            if onnx:
-                onnx_program.save(Path(folder, path.name))
-            else:
-                torch.export.save(program, Path(folder, path.name), extra_files={"iared2": about})
-            # of more than 1.5 GB, an ONNX model keeps its weights in a second file, which must be there before it
-            for file in sorted(Path(folder).iterdir(), key=lambda file: file.name == path.name):
-                os.replace(file, path.parent / file.name)
-    except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError where a file cannot be written
-        raise InputError(f"cannot write {path}: {error}") from None
+    with whole(path, errors=RuntimeError) as file:  # which torch's writer raises
+        if onnx:
+            onnx_program.save(file)  # above 1.5 GB with a second file for the weights beside it
+        else:
+            torch.export.save(program, file, extra_files={"iared2": about})
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -216,13 +205,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run ``iared2 export``."""
-    model = load(None if arguments.checkpoint == "box" else arguments.checkpoint)
-    if arguments.batch_size is not None and arguments.batch_size < 1:
-        raise InputError("--batch-size must be 1 or more")
+    model, batch_size = load(arguments.checkpoint), arguments.batch_size
     if arguments.adaptive:
-        export(Adaptive(model), arguments.output, arguments.batch_size or 1)
+        export(Adaptive(model), arguments.output, 1 if batch_size is None else batch_size)
     else:
         num_keep = arguments.num_keep * (model.num_groups if len(arguments.num_keep) == 1 else 1)
-        export(FixedCount(model, num_keep), arguments.output, arguments.batch_size)
+        export(FixedCount(model, num_keep), arguments.output, batch_size)
     print(f"wrote {arguments.output}")
     return 0

@@ -29,6 +29,32 @@ def test_equal_to_torchs_counter(family, dropped):
     assert count(lambda: model(x)) == out.macs.sum()
 
 
+class Adapter(torch.nn.Module):
+    """A layer with a low-rank branch beside it, as PEFT wraps it: neither a weight nor sizes of its own."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base_layer = base
+        if isinstance(base, torch.nn.Linear):
+            self.lora = torch.nn.Sequential(
+                torch.nn.Linear(base.in_features, 2, bias=False), torch.nn.Linear(2, base.out_features, bias=False)
+            )
+
+    def forward(self, x):
+        return self.base_layer(x) + (self.lora(x) if hasattr(self, "lora") else 0)
+
+
+@pytest.mark.parametrize("layer", ["blocks.1.mlp.fc2", "blocks.1.attn.proj", "attn_pool.kv", "attn_pool.q",
+                                   "attn_pool.mlp.fc1", "head", "patch_embed.proj"])  # fmt: skip
+def test_wrapped_layers_are_counted(layer):
+    tiny = {"img_size": 16, "patch_size": 4, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 5}
+    model = iared2.from_timm("vit_base_patch16_siglip_224", **tiny).eval().requires_grad_(False)
+    parent, _, name = layer.rpartition(".")
+    parent = model.backbone.get_submodule(parent)
+    setattr(parent, name, Adapter(getattr(parent, name)))
+    assert count(lambda: model.backbone(torch.randn(4, 3, 16, 16))) == 4 * model.dense_macs
+
+
 @pytest.mark.parametrize(("name", "gmacs"), [("deit_small_patch16_224", 4.6), ("deit_base_patch16_224", 17.6)])
 def test_published_figures(name, gmacs):
     with torch.device("meta"):

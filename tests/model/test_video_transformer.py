@@ -161,7 +161,7 @@ def test_wrong_clips_are_one_line(model):
     ("name", "change", "message"),
     [
         ("videomae_base_patch16_224", {"img_size": (5, 48, 32)}, "5 frames cannot be cut into patches of 2"),
-        ("videomae_base_patch16_224", {"img_size": (6, 44, 32)}, "44 rows of pixels"),
+        ("videomae_base_patch16_224", {"img_size": (6, 44, 32)}, "44 rows"),
         ("timesformer_joint_base_patch16_224", {"img_size": (48, 32)}, "three numbers"),
         ("timesformer_joint_base_patch16_224", {"img_size": 48}, "three numbers"),
         ("timesformer_joint_base_patch16_224", {"img_size": (0, 48, 32)}, "three numbers"),

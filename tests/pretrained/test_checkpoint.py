@@ -9,6 +9,7 @@ import timm
 import torch
 
 import iared2
+from iared2.cli import main
 from iared2.errors import InputError
 from iared2.pretrained.checkpoint import load_backbone_weights
 
@@ -237,3 +238,69 @@ def test_model_in_the_box_loads():
     out = model.trace(torch.randn(2, *size))
     assert out.logits.isfinite().all()
     assert (out.macs <= model.dense_macs * 1.01).all()
+
+
+@pytest.mark.parametrize("name", ["m.pth", "m.bin", "m", "box", "m.safetensors.bak"])
+def test_any_name_will_do(model, images, tmp_path, name):
+    model.save(tmp_path / name)
+    assert torch.equal(iared2.load(tmp_path / name)(images), model(images))
+
+
+def test_box_is_the_model_in_the_box_and_no_file(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model.save("box")
+    assert iared2.load("box").class_names == iared2.load().class_names
+    assert iared2.load("./box").class_names == tuple("abcde")
+    assert main(["export", "box", "m.pt2", "--num-keep", "9", "9", "9"]) == 1
+    assert "give 4 numbers" in capsys.readouterr().err, "the one in the box has 4 groups"
+
+
+def test_weights_of_a_checkpoint_are_saved_and_not_where_they_lay(images, tmp_path):
+    torch.save(timm.create_model("deit_tiny_patch16_224", **SMALL).state_dict(), tmp_path / "w.pth")
+    loader = {"checkpoint_path": str(tmp_path / "w.pth"), "cache_dir": str(tmp_path), "scriptable": False}
+    model = iared2.from_timm("deit_tiny_patch16_224", **SMALL, **loader).eval()
+    model.save(tmp_path / "m")
+    (tmp_path / "w.pth").unlink()
+    assert torch.equal(iared2.load(tmp_path / "m")(images), model(images))
+    assert str(tmp_path).encode() not in (tmp_path / "m").read_bytes()
+
+
+ARGUMENTS = {
+    "rectangle": {"img_size": (24, 16), "drop_path_rate": 0.1, "drop_rate": 0.1, "pos_drop_rate": 0.1},
+    "one number": {"img_size": 24, "patch_size": (8, 4), "mlp_ratio": 2.5},
+    "grey": {"in_chans": 1, "qk_norm": True, "init_values": 1e-5, "qkv_bias": False, "proj_bias": False},
+    "registers": {"reg_tokens": 4, "no_embed_class": True, "dynamic_img_size": True, "weight_init": "jax"},
+    "pooled": {"class_token": False, "global_pool": "avg", "fc_norm": False, "final_norm": True},
+    "names of layers": {"act_layer": "silu", "norm_layer": "rmsnorm", "embed_norm_layer": "layernorm"},
+    "no classes": {"num_classes": 0, "fc_norm": None, "pre_norm": True, "scale_mlp_norm": True},
+    "loader": {"pretrained_cfg": {"mean": [0.1, 0.2, 0.3], "std": [1.0, 2.0, 3.0]}, "dtype": torch.float32},
+}
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_whatever_timm_takes_comes_back(tmp_path, name):
+    model = iared2.from_timm("vit_tiny_patch16_224", **{**SMALL, **ARGUMENTS[name]}).eval()
+    model.save(tmp_path / "m")
+    twin, x = iared2.load(tmp_path / "m"), torch.randn(2, *model.pretrained_cfg["input_size"])
+    assert torch.equal(twin(x), model(x))
+    assert str(twin) == str(model)
+    assert list(twin.pretrained_cfg["mean"]) == list(model.pretrained_cfg["mean"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.backbone.norm.bias.data.fill_(float("nan")), "backbone.norm.bias' is not finite"),
+        (lambda m: setattr(m, "class_names", ("a",)), "1 class names for 5 classes"),
+        (lambda m: m.backbone.pretrained_cfg.update(mean=torch.ones(3)), "pretrained_cfg.mean"),
+        (lambda m: m.model_args.update(norm_layer=torch.nn.LayerNorm), "norm_layer"),
+    ],
+)
+def test_what_could_not_be_loaded_is_not_saved(model, tmp_path, change, message):
+    model.save(tmp_path / "m")
+    before = (tmp_path / "m").read_bytes()
+    change(model)
+    with pytest.raises(InputError, match=message) as error:
+        model.save(tmp_path / "m")
+    assert "\n" not in str(error.value)
+    assert (tmp_path / "m").read_bytes() == before

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import types
+
 import pytest
 import torch
 
@@ -86,6 +89,28 @@ def test_videomae_logits(kwargs):
     ours = iared2.from_videomae(theirs)
     assert_equal(theirs, ours)
     assert torch.equal(ours.backbone.pos_embed, theirs.videomae.embeddings.position_embeddings)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_videomae_before_transformers_5(bias):
+    """The biases were parameters of the attention then, not of its layers, and the setting had another name."""
+
+    class VideoMAEForVideoClassification(torch.nn.Module):
+        def __init__(self, theirs):
+            super().__init__()
+            self.classifier, self.fc_norm, self.theirs = theirs.classifier, theirs.fc_norm, theirs
+            self.config = types.SimpleNamespace(**theirs.config.to_dict(), num_labels=7, qkv_bias=bias)
+            del self.config.qv_bias
+
+        def state_dict(self):
+            names = {".query.bias": ".q_bias", ".value.bias": ".v_bias"}
+            state = self.theirs.state_dict()
+            return {functools.reduce(lambda n, old: n.replace(old, names[old]), names, n): t for n, t in state.items()}
+
+    theirs = videomae(qkv_bias=bias)
+    old = VideoMAEForVideoClassification(theirs)
+    assert any(name.endswith(".q_bias") for name in old.state_dict()) == bias
+    assert_equal(theirs, iared2.from_videomae(old))
 
 
 @pytest.mark.parametrize(("make", "convert"), [(timesformer, "from_timesformer"), (videomae, "from_videomae")])

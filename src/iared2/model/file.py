@@ -1,48 +1,105 @@
-"""Our file format: one safetensors file, its configuration as JSON in the header. Knows nothing of models.
+"""Our files: one safetensors file each, its configuration as JSON in the header, so that the two cannot part.
 
-One file, so weights and configuration cannot part; written atomically, so a reader or a crash sees the old file or the
-new one, never half of one.
+Owns what the configuration of a model may say. A file may come from anywhere, so whoever builds what it describes
+passes on nothing that ``check`` has not returned: no path, no URL, no class, no size without a bound.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
+from functools import cache
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import timm
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from ..atomic import whole
 from ..errors import InputError
+from .video_transformer import VideoTransformer
+
+if TYPE_CHECKING:
+    from .reduced import ReducedVisionTransformer
+
+LARGEST = 1 << 24
+"""Of all numbers in a configuration."""
+TIMM_ERRORS = ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError
+"""What timm raises for arguments that do not go together."""
+LOADER = {
+    *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "pretrained_strict"),
+    *("scriptable", "exportable", "no_jit", "use_naflex", "out_indices", "device", "dtype"),
+}
+"""Arguments that say where weights come from, not what a model is: files of version 0.1.0 may have them."""
+CONFIG: dict[str, Any] = {
+    "architecture": str,
+    "model_args": dict,
+    "groups": int,
+    "interpreter": str,
+    "dropped": str,
+    "threshold": float | list[float] | None,
+    "num_keep": list[int] | None,
+    "max_tokens": int | None,
+    "class_names": list[str] | None,
+    "pretrained_cfg": dict,
+}
+PRETRAINED_CFG: dict[str, Any] = {
+    "input_size": list[int] | None,
+    "mean": list[float] | None,
+    "std": list[float] | None,
+    "interpolation": Literal["bilinear", "bicubic", "nearest", "lanczos", "box", "hamming", "random"] | None,
+    "crop_pct": float | None,
+}
+
+
+def save(model: ReducedVisionTransformer, path: Path | str, half: bool = False) -> None:
+    """Write weights and configuration to one file, whole or not at all.
+
+    Args:
+        model: the model.
+        path: of the file.
+        half: in float16, half the size. Loaded, they are float32 again, rounded: measure the file, not the model.
+
+    Raises:
+        InputError: the file cannot be written, or the backbone cannot be rebuilt from its timm name.
+    """
+    tensors = model.state_dict()
+    if half:
+        tensors = {name: t.half() if t.is_floating_point() else t for name, t in tensors.items()}
+    check_values(tensors, path)
+    write(path, tensors, config_of(model))
 
 
 def write(path: Path | str, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
-    """Write tensors and configuration to ``path``, atomically.
+    """Write tensors and configuration to ``path``, whole or not at all.
 
     Raises:
         InputError: the folder does not exist or cannot be written.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with whole(path, errors=SafetensorError) as file:
+        contents = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        save_file(contents, file, {"iared2": json.dumps(config)})
+
+
+def is_safetensors(path: Path | str) -> bool:
+    """Whether a file begins as safetensors files do, whatever its name.
+
+    Raises:
+        InputError: there is no such file, or it cannot be read.
+    """
+    if not os.path.isfile(path):
+        raise InputError(f"there is no checkpoint {path}: give a file of model.save() or the folder of a training run")
     try:
-        save_file(
-            {name: t.detach().cpu().contiguous() for name, t in tensors.items()},
-            temporary,
-            {"iared2": json.dumps(config)},
-        )
-        os.umask(mask := os.umask(0))
-        os.chmod(temporary, 0o666 & ~mask)  # safetensors makes files that nobody else can read
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        raise InputError(
-            f"cannot write {path}: {error}; give a path in a folder that exists and can be written"
-        ) from None
-    finally:
-        temporary.unlink(missing_ok=True)
+        with open(path, "rb") as file:
+            return file.read(9)[8:] == b"{"
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def read(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -51,17 +108,137 @@ def read(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         InputError: no such file, or not a file of this format.
     """
-    if not Path(path).is_file():
-        raise InputError(f"there is no file {path}")
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            config = json.loads(metadata["iared2"])
-    except (SafetensorError, OSError, ValueError) as error:
+        config = json.loads(metadata.get("iared2", "null"))
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is not a readable safetensors file ({error})") from None
-    except KeyError:
-        raise InputError(
-            f"{path} is a safetensors file, but not one that iared2 saved: it has no configuration"
-        ) from None
+    if not isinstance(config, dict):
+        raise InputError(f"{path} is a safetensors file, but not one that iared2 saved: it has no configuration")
     return tensors, config
+
+
+def check_values(tensors: dict[str, Any], path: Path | str) -> None:
+    """Refuse what is no weight: anything but tensors of finite real numbers.
+
+    Raises:
+        InputError: names the tensor.
+    """
+    for name, tensor in tensors.items():
+        is_plain = isinstance(tensor, Tensor) and tensor.layout is torch.strided and not tensor.is_meta
+        if not is_plain or tensor.is_quantized or tensor.is_complex() or not tensor.numel():
+            kind = getattr(tensor, "dtype", type(tensor).__name__)
+            raise InputError(f"{path} cannot be used: {name!r:.100} is empty or no tensor of real numbers ({kind})")
+        if tensor.is_floating_point() and (tensor.dtype.itemsize < 2 or not tensor.isfinite().all()):
+            raise InputError(f"{path} cannot be used: {name!r:.100} is not finite (NaN or infinite), or of 8 bits")
+
+
+def config_of(model: ReducedVisionTransformer) -> dict[str, Any]:
+    """What ``iared2.load`` needs besides the weights, as JSON types.
+
+    Raises:
+        InputError: the backbone has no timm name, or its name and arguments do not give this backbone.
+    """
+    backbone, cfg = model.backbone, model.pretrained_cfg
+    if not cfg.get("architecture"):
+        raise InputError(
+            "this backbone has no timm name, so a file could not rebuild it: make it by iared2.from_timm(name)"
+        )
+    name = ".".join(filter(None, (cfg["architecture"], cfg.get("tag"))))
+    # timm >= 1.0.31 keeps the arguments itself, and adds to them what later changes of the model imply
+    given = {**model.model_args, **getattr(backbone, "_model_args", {})}
+    args = {key: value for key, value in given.items() if key in architectural()}
+    args |= {"num_classes": model.num_classes, "global_pool": backbone.global_pool}
+    args |= {"img_size": backbone.patch_embed.img_size, "in_chans": cfg["input_size"][0]}
+    config = {
+        "architecture": name,
+        "model_args": args,
+        "groups": model.num_groups,
+        "interpreter": model.interpreter,
+        "dropped": model.dropped,
+        "threshold": model.thresholds,
+        "num_keep": model.num_keep,
+        "max_tokens": model.max_tokens,
+        "class_names": model.class_names,
+        "pretrained_cfg": {key: cfg.get(key) for key in PRETRAINED_CFG},
+    }
+    try:
+        check(config)
+        with torch.device("meta"):
+            twin = timm.create_model(name, pretrained=False, **args)
+    except (InputError, *TIMM_ERRORS) as error:
+        raise InputError(f"this model cannot be written to a file, which could not rebuild it: {error}") from None
+    if _description(twin) != _description(backbone):
+        raise InputError(f"this backbone is not timm's {name} with {args}: make it by iared2.from_timm(name, ...)")
+    return config
+
+
+def check(config: dict[str, Any]) -> dict[str, Any]:
+    """The arguments for `iared2.from_timm` that a configuration names, all of them known, of the right type, in bounds.
+
+    Raises:
+        InputError: an entry of the configuration, which is named, is missing, unknown or cannot be meant.
+    """
+    # the first files did not have all of these
+    config |= {"interpreter": "sigmoid", "dropped": "gone", "num_keep": None, "max_tokens": None} | config
+    if missing := CONFIG.keys() - config.keys():
+        raise InputError(f"{min(missing)} is missing")
+    _check_types(config, CONFIG)
+    _check_types(config["pretrained_cfg"], PRETRAINED_CFG, "pretrained_cfg.")
+    args = {key: value for key, value in config["model_args"].items() if key not in LOADER}
+    _check_types(args, architectural(), "model_args.")
+
+    groups, names, num_classes = config["groups"], config["class_names"], args.get("num_classes")
+    mean, std = (config["pretrained_cfg"].get(key) or [1.0] for key in ("mean", "std"))
+    if len(mean) != len(std) or min(std) <= 0:
+        raise InputError(f"pretrained_cfg.std is {std} for a mean of {len(mean)} numbers")
+    if names and len(names) != num_classes:
+        raise InputError(f"{len(names)} class names for {num_classes} classes")
+    for name in ("threshold", "num_keep"):
+        if isinstance(config[name], (list, tuple)) and len(config[name]) != groups:
+            raise InputError(f"{name} has {len(config[name])} numbers for {groups} groups")
+
+    name = config["architecture"]
+    if not re.fullmatch(r"[\w.]+", name) or not timm.is_model(name):
+        raise InputError(f"timm has no model {name!r:.100}")
+    module = timm.model_entrypoint(name).__module__
+    if module.startswith("timm.") and module not in ("timm.models.vision_transformer", "timm.models.deit"):
+        raise InputError(f"timm's {name} is not a plain vision transformer")
+    kept = ("groups", "interpreter", "dropped")
+    return {"backbone": name, **{key: config[key] for key in kept}, **args}
+
+
+@cache
+def architectural() -> dict[str, Any]:
+    """The arguments of vision transformers that a file can hold, and their types, as their signatures have them."""
+    return get_type_hints(VisionTransformer.__init__) | get_type_hints(VideoTransformer.__init__)
+
+
+def _check_types(values: dict[str, Any], hints: dict[str, Any], where: str = "") -> None:
+    for name, value in values.items():
+        if not _is(value, hints.get(name)):
+            raise InputError(f"{where}{name} should not be {value!r:.80}")
+
+
+def _is(value: Any, hint: Any) -> bool:
+    """Whether a value of JSON is of this type; never of one that JSON has not, such as a class."""
+    kind, inner = get_origin(hint), get_args(hint)
+    if kind in (Union, UnionType):
+        return any(_is(value, one) for one in inner)
+    if kind in (list, tuple):
+        return isinstance(value, (list, tuple)) and all(_is(one, inner[0]) for one in value)
+    if kind is Literal:
+        return value in inner
+    if hint in (int, bool, float):
+        lowest, highest = -LARGEST if hint is float else 0, 1 if hint is bool else LARGEST
+        return isinstance(value, (int, float) if hint is float else int) and lowest <= value <= highest
+    return hint in (str, dict, NoneType) and isinstance(value, hint)
+
+
+def _description(backbone: Any) -> list[Any]:
+    """All that makes a backbone what it is but its weights: layers and settings, shapes, heads, pooling."""
+    shapes = [(name, tensor.shape) for name, tensor in backbone.state_dict().items()]
+    heads = [block.attn.num_heads for block in backbone.blocks]
+    return [str(backbone), shapes, heads, backbone.global_pool, backbone.pool_include_prefix]

@@ -1,33 +1,37 @@
-"""Multiply-adds of an image, counted from the numbers of patches that were alive.
+"""MACs (multiply-accumulate operations) per image, from the numbers of patches alive.
 
 What is counted: every matrix product (linear layers, patch embedding, attention's two products, the interpreters). Not
 counted: biases, norms, activations, softmax, as is usual in this field. ``torch.utils.flop_counter`` counts the same
-operations, two FLOPs a multiply-add; a test holds the two equal.
+operations, two FLOPs per MAC; a test holds the two equal.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.layers import AttentionPoolLatent
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    from .reduced import ReducedVisionTransformer
+
 
 def linear_macs(module: nn.Module) -> int:
-    """Multiply-adds of one token through all linear layers of ``module``."""
-    return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+    """MACs per token of all linear layers in ``module``, and per patch of convolutions; adapters around them count."""
+    layers = (m for m in module.modules() if isinstance(m, (nn.Linear, nn.Conv2d, nn.Conv3d)))
+    return sum(layer.weight.numel() for layer in layers)
 
 
 def embed_macs(backbone: VisionTransformer, num_patches: int) -> int:
-    """Multiply-adds of the patch embedding of one image of ``num_patches`` patches."""
-    return num_patches * backbone.patch_embed.proj.weight.numel()
+    """MACs of the patch embedding for ``num_patches`` patches."""
+    return num_patches * linear_macs(backbone.patch_embed.proj)
 
 
 def blocks_macs(blocks: Iterable[Any], num_tokens: Tensor) -> Tensor:
-    """Multiply-adds of some transformer blocks for each of ``num_tokens`` (integers of any shape), prefix included."""
+    """MACs of some transformer blocks for each of ``num_tokens`` (integers of any shape), prefix included."""
     n = num_tokens.to(torch.int64)
     macs = torch.zeros_like(n)
     for block in blocks:
@@ -36,7 +40,7 @@ def blocks_macs(blocks: Iterable[Any], num_tokens: Tensor) -> Tensor:
 
 
 def interpreter_macs(interpreter: Any, num_patches: Tensor) -> Tensor:
-    """Multiply-adds of the cheap interpreter: query, ``Wᵀ q`` and ``b·q``, then H·C a patch; a rival's do not count."""
+    """MACs of the interpreter: query, ``Wᵀ q`` and ``b·q``, then H·C per patch; a baseline's scores do not count."""
     if not hasattr(interpreter, "query"):
         return torch.zeros_like(num_patches, dtype=torch.int64)
     width = interpreter.query.in_features
@@ -44,13 +48,13 @@ def interpreter_macs(interpreter: Any, num_patches: Tensor) -> Tensor:
 
 
 def merge_macs(width: int, num_patches: Tensor, num_kept: Tensor) -> Tensor:
-    """Multiply-adds of merge.py's cosines, each patch with each, where any patch goes, as if the image were alone."""
+    """MACs of the cosines in merge.py, each patch with each, for images that drop a patch, as if each were alone."""
     n = num_patches.to(torch.int64)
     return torch.where(num_kept < n, n * n * width, 0)
 
 
 def head_macs(backbone: VisionTransformer, num_tokens: Tensor) -> Tensor:
-    """Multiply-adds of pooling and classifier for each of ``num_tokens`` final tokens, prefix included."""
+    """MACs of pooling and classifier for each of ``num_tokens`` final tokens, prefix included."""
     n = num_tokens.to(torch.int64)
     macs = torch.full_like(n, linear_macs(backbone.head) + linear_macs(getattr(backbone, "head_dist", nn.Identity())))
     pool = backbone.attn_pool
@@ -58,20 +62,20 @@ def head_macs(backbone: VisionTransformer, num_tokens: Tensor) -> Tensor:
         return macs
     keys = n if backbone.pool_include_prefix else n - backbone.num_prefix_tokens
     if isinstance(pool, AttentionPoolLatent):
-        queries = pool.latent_len
-        per_latent = linear_macs(pool) - pool.kv.weight.numel()
-        return macs + queries * per_latent + keys * pool.kv.weight.numel() + 2 * queries * keys * pool.q.out_features
+        queries, per_key = pool.latent_len, linear_macs(pool.kv)
+        macs += queries * (linear_macs(pool) - per_key) + keys * per_key
+        return macs + 2 * queries * keys * pool.num_heads * pool.head_dim
     return macs + 2 * keys * keys * backbone.embed_dim  # AttentionPoolPrr: attention without weights
 
 
 def dense_macs(backbone: Any) -> int:
-    """Multiply-adds of an image through the timm backbone alone."""
+    """MACs per image of the timm backbone alone."""
     num_patches = backbone.patch_embed.num_patches
     tokens = torch.tensor(num_patches + backbone.num_prefix_tokens)
     return int(blocks_macs(backbone.blocks, tokens) + head_macs(backbone, tokens)) + embed_macs(backbone, num_patches)
 
 
-def reduced_macs(model: Any, num_kept: Tensor, num_patches: int) -> Tensor:
+def reduced_macs(model: ReducedVisionTransformer, num_kept: Tensor, num_patches: int) -> Tensor:
     """``(B,)`` int64, as if each image were alone; see `ReducedVisionTransformer.count_macs`."""
     backbone = model.backbone
     tokens = num_kept + backbone.num_prefix_tokens

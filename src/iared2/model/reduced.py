@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from . import backbone as vit
 from . import calibrate, file, macs
-from .config import config_of
 from .decide import Decide, Decision
 from .facade import Facade
 from .interpreter import MultiHeadInterpreter
@@ -193,8 +192,5 @@ class ReducedVisionTransformer(Facade):
         return self.thresholds or ()
 
     def save(self, path: Path | str, half: bool = False) -> None:
-        """Write weights and configuration to one file (`file.save`); ``iared2.load`` reads it."""
-        tensors = self.state_dict()
-        if half:
-            tensors = {name: t.half() if t.is_floating_point() else t for name, t in tensors.items()}
-        file.write(path, tensors, config_of(self))
+        """Write weights and configuration to one file (`file.save`), which ``iared2.load`` reads."""
+        file.save(self, path, half)

@@ -1,8 +1,7 @@
 """Video backbones: timm's VisionTransformer with tubelets for patches, and nothing else of its own.
 
-Owns what a clip has and an image has not: tubelets, and their position in time. The rest (blocks, head, loading,
-saving) is timm's class and the image code. The models are registered with timm, so that a name and arguments make one
-wherever they make an image model: `from_timm`, a recipe, ``iared2 bench``, ``iared2.load``.
+Owns what a clip has and an image has not: tubelets, and their position in time. The models are registered with timm,
+so that a name makes one wherever it makes an image model: `from_timm`, a recipe, ``iared2 bench``, ``iared2.load``.
 
 Shapes: B clips of T frames; a patch is a tubelet of t frames × p × p pixels; N = T/t · rows · columns of them, numbered
 by time, then row, then column.
@@ -10,6 +9,7 @@ by time, then row, then column.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -54,14 +54,14 @@ class TubeletEmbed(nn.Module):
     ) -> None:
         super().__init__()
         self.img_size, self.patch_size = _three("img_size", img_size), _three("patch_size", patch_size)
-        names = ("frames", "rows of pixels", "columns of pixels")
-        for name, size, patch in zip(names, self.img_size, self.patch_size, strict=True):
+        grid = []
+        for name, size, patch in zip(("frames", "rows", "columns"), self.img_size, self.patch_size, strict=True):
             if size % patch:
                 raise InputError(f"a clip of {size} {name} cannot be cut into patches of {patch}: give a multiple")
+            grid.append(size // patch)
         if dynamic_img_pad:
             raise InputError("a video model has no dynamic_img_pad: its clips have one size")
-        frames, rows, columns = (size // patch for size, patch in zip(self.img_size, self.patch_size, strict=True))
-        self.grid_size, self.num_patches = (frames, rows, columns), frames * rows * columns
+        self.grid_size, self.num_patches = tuple(grid), math.prod(grid)
         self.proj = nn.Conv3d(
             in_chans, embed_dim, self.patch_size, stride=self.patch_size, bias=bias, device=device, dtype=dtype
         )
@@ -88,12 +88,9 @@ class TubeletEmbed(nn.Module):
 class VideoTransformer(VisionTransformer):
     """A timm ``VisionTransformer`` over clips, with joint attention of all patches of all frames.
 
-    TimeSformer adds a position's embedding and a frame's, and both are kept: ``pos_embed (1, 1 + rows·columns, C)`` and
-    ``time_embed (1, T/t, C)``. Summed into one table the logits would be the same, but one would train another model
-    (of T/t times as many free positions), which could not be converted back. The names are those of the original
-    repository, which took timm's.
-
-    VideoMAE's embedding is fixed: a sinusoid of the patch number, a buffer that no optimiser sees.
+    TimeSformer has ``pos_embed (1, 1 + rows·columns, C)`` and ``time_embed (1, T/t, C)``, named as in its repository.
+    Summed into one table they would train as another model, which could not be converted back. VideoMAE's embedding is
+    fixed: a sinusoid of the patch number, a buffer that no optimiser sees.
 
     Args:
         fixed_positions: VideoMAE's table, not TimeSformer's two.
@@ -178,28 +175,27 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create(name: str, pretrained: bool, img_size: Sequence[int], **kwargs: Any) -> VideoTransformer:
+def _create(name: str, pretrained: bool, kwargs: dict[str, Any]) -> VideoTransformer:
+    base = {"img_size": (8, 224, 224), "patch_size": (1, 16, 16), "embed_dim": 768, "depth": 12, "num_heads": 12}
+    kwargs = {**base, **kwargs}
     # bound, not passed: timm holds any img_size that it sees to height and width
-    return build_model_with_cfg(partial(VideoTransformer, img_size=img_size), name, pretrained, **kwargs)
+    return build_model_with_cfg(partial(VideoTransformer, img_size=kwargs.pop("img_size")), name, pretrained, **kwargs)
 
 
 @register_model
 def timesformer_joint_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> VideoTransformer:
     """JointST TimeSformer of ViT-B: 8 frames, 1,568 patches (arXiv:2102.05095)."""
-    base = {"img_size": (8, 224, 224), "patch_size": (1, 16, 16), "embed_dim": 768, "depth": 12, "num_heads": 12}
-    return _create("timesformer_joint_base_patch16_224", pretrained, **{**base, **kwargs})
+    return _create("timesformer_joint_base_patch16_224", pretrained, kwargs)
 
 
 @register_model
 def timesformer_joint_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> VideoTransformer:
     """The same, as wide as DeiT-S."""
-    small = {"img_size": (8, 224, 224), "patch_size": (1, 16, 16), "embed_dim": 384, "depth": 12, "num_heads": 6}
-    return _create("timesformer_joint_small_patch16_224", pretrained, **{**small, **kwargs})
+    return _create("timesformer_joint_small_patch16_224", pretrained, {"embed_dim": 384, "num_heads": 6, **kwargs})
 
 
 @register_model
 def videomae_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> VideoTransformer:
     """VideoMAE of ViT-B: 16 frames in tubelets of two, no class token, average pooling (arXiv:2203.12602)."""
-    base = {"img_size": (16, 224, 224), "patch_size": (2, 16, 16), "embed_dim": 768, "depth": 12, "num_heads": 12}
-    pooled = {"class_token": False, "global_pool": "avg", "fixed_positions": True}
-    return _create("videomae_base_patch16_224", pretrained, **{**base, **pooled, **kwargs})
+    base = {"img_size": (16, 224, 224), "patch_size": (2, 16, 16), "class_token": False, "global_pool": "avg"}
+    return _create("videomae_base_patch16_224", pretrained, {**base, "fixed_positions": True, **kwargs})

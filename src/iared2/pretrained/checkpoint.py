@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import importlib.resources
 import math
+import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile, is_zipfile
 
 import torch
+from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
-from timm.models import load_state_dict as read_state_dict
+from timm.models import clean_state_dict
 from torch import Tensor, nn
 
 from ..errors import InputError
@@ -19,43 +23,72 @@ from ..model.decide import Decision
 from ..model.reduced import ReducedVisionTransformer
 from .build import from_timm
 
+BOX = "box"
+"""What to ``load`` for the model that comes with the package."""
+WRAPPERS = "state_dict_ema", "model_ema", "state_dict", "model", "model_state"
+"""Where the checkpoints of training programs keep their weights, the best of them first."""
+MAX_DEPTH, MAX_VALUES = 1000, 1 << 27
+"""Of a model in a file: its blocks, and the numbers that it needs besides its weights."""
+
 
 def load(path: Path | str | None = None) -> ReducedVisionTransformer:
     """Load a reduced model, in evaluation mode, on the CPU.
 
     Args:
         path: a file of ``model.save``, a folder with such a ``model.safetensors`` (a run of ``iared2 train``), or a
-            ``.pth`` in the layout of the authors' interpretation tool. None: the model in the box.
+            file in the layout of the authors' interpretation tool; the contents tell which, not the name. None, or the
+            string ``"box"``: the model in the box, even where there is a file of that name, which is ``"./box"``.
 
     Raises:
-        InputError: no such file, not a checkpoint, or a tensor is missing, unexpected or of the wrong shape.
+        InputError: no such file, not a checkpoint, or a tensor is missing, unexpected, of the wrong shape or kind, or
+            not finite.
     """
-    if path is None:
-        path = Path(str(importlib.resources.files("iared2"))) / "box" / "model.safetensors"
-    path = Path(path)
-    if path.is_dir():
-        path = path / "model.safetensors"
-    if not path.is_file():
-        raise InputError(f"there is no checkpoint {path}: give a file of model.save() or the folder of a training run")
-    model = _load_authors(path) if path.suffix in (".pth", ".pt", ".bin") else _load_ours(path)
-    return model.eval()
+    if path is None or path == BOX:
+        path = str(importlib.resources.files("iared2") / "box")
+    path = Path(path, "model.safetensors") if os.path.isdir(path) else Path(path)
+    return (_load_ours if saved.is_safetensors(path) else _load_authors)(path).eval()
 
 
 def _load_ours(path: Path) -> ReducedVisionTransformer:
     tensors, config = saved.read(path)
+    saved.check_values(tensors, path)
     try:
-        kind = {key: config[key] for key in ("interpreter", "dropped") if key in config}  # the first files have none
-        model = from_timm(config["architecture"], groups=config["groups"], **kind, **config["model_args"])
-        num_keep, max_tokens = config.get("num_keep"), config.get("max_tokens")  # files of version 0.1.0 have none
-        model.decision = Decision(config["threshold"] if num_keep is None else None, num_keep, max_tokens)
-        model.backbone.pretrained_cfg = {**model.backbone.pretrained_cfg, **config["pretrained_cfg"]}
-        if config["class_names"]:
-            model.class_names = tuple(config["class_names"])
-            if len(model.class_names) != model.num_classes:
-                raise ValueError(f"{len(model.class_names)} class names for {model.num_classes} classes")
-    except (InputError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"the configuration in {path} does not describe a model ({error})") from None
-    load_strictly(model, tensors, path)
+        arguments = saved.check(config)
+    except InputError as error:
+        raise InputError(f"{path} does not describe a model: {error}") from None
+    model = filled(arguments, tensors, path)
+    num_keep = config["num_keep"]
+    model.decision = Decision(config["threshold"] if num_keep is None else None, num_keep, config["max_tokens"])
+    model.backbone.pretrained_cfg = {**model.backbone.pretrained_cfg, **config["pretrained_cfg"]}
+    model.class_names = tuple(config["class_names"] or ()) or None
+    return model
+
+
+def filled(
+    arguments: dict[str, Any],
+    tensors: dict[str, Tensor],
+    path: Path | str,
+    part: Callable[[ReducedVisionTransformer], nn.Module] = lambda model: model,
+) -> ReducedVisionTransformer:
+    """The model of these arguments of `from_timm`, with these weights in a part of it; allocated only if they fit.
+
+    Raises:
+        InputError: it cannot be built, is out of all proportion to the file, or a tensor does not fit.
+    """
+    try:
+        if (depth := arguments.get("depth", 1)) > MAX_DEPTH:
+            raise InputError(f"{depth} blocks are more than {MAX_DEPTH}")
+        with torch.device("meta"):
+            model = from_timm(**arguments)
+        # what takes memory, and is in no file: positions that are computed, and what the model will be shown
+        size = model.pretrained_cfg["input_size"]
+        if sum(b.numel() for b in model.buffers()) + math.prod(size) > MAX_VALUES:
+            raise InputError(f"inputs of {size} are too large")
+    except InputError as error:
+        raise InputError(f"{path} does not describe a model: {error}") from None
+    _check_fit(part(model), tensors, path)
+    model = from_timm(**arguments)
+    part(model).load_state_dict(tensors)
     return model
 
 
@@ -63,19 +96,27 @@ def load_strictly(model: nn.Module, tensors: dict[str, Tensor], path: Path | str
     """``load_state_dict`` that says in one line which tensor does not fit, before any weight is changed.
 
     Raises:
-        InputError: a tensor is missing, unexpected or of the wrong shape.
+        InputError: a tensor is missing, unexpected, of the wrong shape or of another kind of number.
     """
-    expected = model.state_dict()
-    missing, extra = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
-    wrong = [n for n in sorted(expected.keys() & tensors.keys()) if expected[n].shape != tensors[n].shape]
-    for what, names in (("lacks", sorted(missing)), ("has unexpected", sorted(extra))):
-        if names:
-            rest = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise InputError(f"{path} does not fit the model: it {what} the tensor {names[0]}{rest}")
-    for name in wrong:
-        have, want = tuple(tensors[name].shape), tuple(expected[name].shape)
-        raise InputError(f"{path} does not fit the model: {name} has shape {have}, expected {want}")
+    _check_fit(model, tensors, path)
     model.load_state_dict(tensors)
+
+
+def _check_fit(model: nn.Module, tensors: dict[str, Tensor], path: Path | str) -> None:
+    expected, wrong = model.state_dict(), None
+    missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    if missing or extra:
+        first, *rest = missing or extra
+        wrong = f"it {'lacks' if missing else 'has unexpected'} the tensor {first:.100}"
+        wrong += f" and {len(rest)} more" if rest else ""
+    for name in sorted(expected.keys() & tensors.keys()):
+        have, want = tensors[name], expected[name]
+        if have.shape != want.shape:
+            wrong = wrong or f"{name} has shape {tuple(have.shape)}, expected {tuple(want.shape)}"
+        if have.dtype != want.dtype and not (have.is_floating_point() and want.is_floating_point()):
+            wrong = wrong or f"{name} has numbers of {have.dtype}, expected {want.dtype}"
+    if wrong:
+        raise InputError(f"{path} does not fit the model: {wrong}")
 
 
 def load_backbone_weights(backbone: Any, path: Path | str) -> None:
@@ -91,17 +132,13 @@ def load_backbone_weights(backbone: Any, path: Path | str) -> None:
     if any(name.startswith("backbone.") for name in tensors):
         tensors = {n.removeprefix("backbone."): t for n, t in tensors.items() if n.startswith("backbone.")}
     own = backbone.state_dict()
-    positions = tensors.get("pos_embed")
-    if (
-        positions is not None
-        and "pos_embed" in own
-        and positions.ndim == 3
-        and positions.shape != own["pos_embed"].shape
-    ):
+    old, new = tensors.get("pos_embed"), own.get("pos_embed")
+    if old is not None and new is not None and old.ndim == 3 and old.shape != new.shape:
         prefix = 0 if backbone.no_embed_class else backbone.num_prefix_tokens
-        grid, patches = list(backbone.patch_embed.grid_size), positions.shape[1] - prefix
+        patches = old.shape[1] - prefix
         if patches > 0 and math.isqrt(patches) ** 2 == patches:  # timm takes the old grid for a square
-            tensors["pos_embed"] = resample_abs_pos_embed(positions, grid, num_prefix_tokens=prefix)
+            grid = list(backbone.patch_embed.grid_size)
+            tensors["pos_embed"] = resample_abs_pos_embed(old, grid, num_prefix_tokens=prefix)
     heads = [name for name in own if name.split(".")[0] in ("head", "head_dist")]
     if any(name not in tensors or own[name].shape != tensors[name].shape for name in heads):
         body = {name: tensor for name, tensor in tensors.items() if name.split(".")[0] not in ("head", "head_dist")}
@@ -109,19 +146,28 @@ def load_backbone_weights(backbone: Any, path: Path | str) -> None:
     load_strictly(backbone, tensors, path)
 
 
-def read_foreign(path: Path) -> dict[str, Any]:
-    """What a file of weights holds (``.pth``, ``.safetensors``), by name; code in it is never run.
+def read_foreign(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file of weights (of ``torch.save`` or safetensors), by name; code in it is never run.
 
     Raises:
-        InputError: no such file, or it cannot be read as weights.
+        InputError: no such file, it cannot be read as weights, or they are not finite real numbers.
     """
-    if not path.is_file():
-        raise InputError(f"there is no checkpoint {path}")
+    is_safetensors, size = saved.is_safetensors(path), os.path.getsize(path)
     try:
-        return read_state_dict(str(path), device="cpu", weights_only=True)
+        if not is_safetensors and is_zipfile(path) and sum(f.file_size for f in ZipFile(path).infolist()) > size:
+            raise ValueError("it is compressed: save it anew by torch.save")
+        contents: Any = load_file(path) if is_safetensors else torch.load(path, "cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds for a file that is no checkpoint
-        reason = str(error).strip().splitlines()[0][:120]
+        reason = next(iter(str(error).strip().splitlines()), "")[:120]
         raise InputError(f"{path} cannot be read as weights alone ({type(error).__name__}: {reason})") from None
+    if isinstance(contents, dict):
+        contents = next((contents[key] for key in WRAPPERS if contents.get(key) is not None), contents)
+    if not isinstance(contents, dict) or not contents or not all(isinstance(name, str) for name in contents):
+        raise InputError(f"{path} cannot be used: it holds a {type(contents).__name__}, not tensors by their names")
+    if sum(t.numel() for t in contents.values() if isinstance(t, Tensor)) > size:  # repeated by a stride of 0
+        raise InputError(f"{path} cannot be used: it promises more numbers than it holds")
+    saved.check_values(contents, path)
+    return {name: tensor.detach() for name, tensor in clean_state_dict(contents).items()}
 
 
 def read_arguments(tensors: dict[str, Tensor], path: Path | str) -> dict[str, Any]:
@@ -136,7 +182,7 @@ def read_arguments(tensors: dict[str, Tensor], path: Path | str) -> dict[str, An
         if name not in tensors or tensors[name].ndim != ndim:
             raise InputError(f"{path} does not fit its layout: {name} is missing or not of {ndim} dimensions")
     width, _, *patch_size = tensors["patch_embed.proj.weight"].shape
-    side = round((tensors["pos_embed"].shape[1] - 1) ** 0.5)
+    side = math.isqrt(tensors["pos_embed"].shape[1] - 1)
     return {
         "img_size": (side * patch_size[0], side * patch_size[1]),
         "patch_size": tuple(patch_size),
@@ -147,8 +193,8 @@ def read_arguments(tensors: dict[str, Tensor], path: Path | str) -> dict[str, An
     }
 
 
-AGENT = re.compile(r"groups\.(\d+)\.agent\.qk\.(weight|bias)")
-BLOCK = re.compile(r"groups\.(\d+)\.block_list\.(\d+)\.(.+)")
+AGENT = re.compile(r"groups\.(\d{1,4})\.agent\.qk\.(weight|bias)")
+BLOCK = re.compile(r"groups\.(\d{1,4})\.block_list\.(\d{1,4})\.(.+)")
 
 
 def _load_authors(path: Path) -> ReducedVisionTransformer:
@@ -161,11 +207,10 @@ def _load_authors(path: Path) -> ReducedVisionTransformer:
     arguments = read_arguments(tensors, path)
     width, depth = arguments["embed_dim"], arguments["depth"]
     groups = 1 + max(int(match[1]) for match in map(AGENT.fullmatch, tensors) if match)
-    model = from_timm("deit_small_patch16_224", groups=groups, **arguments)
     ours: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if match := AGENT.fullmatch(name):
-            if not tensor.ndim or tensor.shape[0] != 3 * width:
+            if tensor.shape[:1] != (3 * width,):
                 raise InputError(f"{path}: {name} has shape {tuple(tensor.shape)}, expected {3 * width} rows")
             query, key, _ = tensor.chunk(3)  # the value third was never used
             ours[f"interpreters.{match[1]}.query.{match[2]}"] = query
@@ -176,5 +221,4 @@ def _load_authors(path: Path) -> ReducedVisionTransformer:
                 raise InputError(f"{path} contradicts itself: {name} differs from its twin {twin}")
         else:
             ours[f"backbone.{name}"] = tensor
-    load_strictly(model, ours, path)
-    return model
+    return filled({"backbone": "deit_small_patch16_224", "groups": groups, **arguments}, ours, path)

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..model.reduced import ReducedVisionTransformer
 from .build import from_timm
-from .checkpoint import load_strictly, read_arguments, read_foreign
+from .checkpoint import filled, read_arguments, read_foreign
 
 NAMES = {  # Hugging Face's -> timm's
     r"^(timesformer|videomae)\.": "",
@@ -26,6 +26,8 @@ NAMES = {  # Hugging Face's -> timm's
     r"^time_embeddings": "time_embed",
     r"^encoder\.layer\.": "blocks.",
     r"attention\.attention": "attn",
+    r"attn\.q_bias": "attn.query.bias",  # VideoMAE before transformers 5
+    r"attn\.v_bias": "attn.value.bias",
     r"attention\.output\.dense": "attn.proj",
     r"layernorm_before": "norm1",
     r"layernorm_after": "norm2",
@@ -85,7 +87,8 @@ def from_timesformer(
         )
     found |= timm_kwargs
     found["patch_size"] = (1, *_pair(found.get("patch_size", 16)))
-    return _make("timesformer_joint_base_patch16_224", groups, {"img_size": asked, **found}, tensors, names, source)
+    arguments = {"backbone": "timesformer_joint_base_patch16_224", "groups": groups, "img_size": asked, **found}
+    return from_timm(**arguments).eval() if tensors is None else _make(arguments, tensors, names, source)
 
 
 def from_videomae(model: Any, *, groups: int = 3, **timm_kwargs: Any) -> ReducedVisionTransformer:
@@ -120,24 +123,18 @@ def from_videomae(model: Any, *, groups: int = 3, **timm_kwargs: Any) -> Reduced
             q, k, v = (tensors.pop(f"{block}.attn.{part}.{kind}", None) for part in ("query", "key", "value"))
             if q is not None and v is not None:
                 tensors[f"{block}.attn.qkv.{kind}"] = torch.cat([q, torch.zeros_like(q) if k is None else k, v])
-    return _make("videomae_base_patch16_224", groups, {**found, **timm_kwargs}, tensors, names, type(model).__name__)
+    arguments = {"backbone": "videomae_base_patch16_224", "groups": groups, **found, **timm_kwargs}
+    return _make(arguments, tensors, names, type(model).__name__)
 
 
 def _make(
-    name: str,
-    groups: int,
-    arguments: dict[str, Any],
-    tensors: dict[str, Tensor] | None,
-    class_names: tuple[str, ...] | None,
-    source: str,
+    arguments: dict[str, Any], tensors: dict[str, Tensor], class_names: tuple[str, ...] | None, source: str
 ) -> ReducedVisionTransformer:
-    model = from_timm(name, groups=groups, **arguments)
-    if tensors is not None:
-        weight = tensors.get("patch_embed.proj.weight")
-        if weight is not None and weight.ndim == 4:  # a tubelet of one frame was a patch
-            tensors["patch_embed.proj.weight"] = weight.unsqueeze(2)
-        load_strictly(model.backbone, tensors, source)
-        model.start_interpreters()
+    weight = tensors.get("patch_embed.proj.weight")
+    if weight is not None and weight.ndim == 4:  # a tubelet of one frame was a patch
+        tensors["patch_embed.proj.weight"] = weight.unsqueeze(2)
+    model = filled(arguments, tensors, source, lambda model: model.backbone)
+    model.start_interpreters()
     model.class_names = class_names
     return model.eval()
 
@@ -153,6 +150,11 @@ def _read_hugging_face(model: Any, kind: str) -> tuple[dict[str, Tensor], dict[s
     assert config is not None
     if config.hidden_act != "gelu":
         raise InputError(f"this {kind} has the activation {config.hidden_act}, not gelu: it is not supported")
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        for theirs, timms in NAMES.items():
+            name = re.sub(theirs, timms, name)
+        tensors[name] = tensor
     arguments = {
         "img_size": (config.num_frames, *_pair(config.image_size)),
         "patch_size": _pair(config.patch_size),
@@ -162,27 +164,20 @@ def _read_hugging_face(model: Any, kind: str) -> tuple[dict[str, Tensor], dict[s
         "num_heads": config.num_attention_heads,
         "num_classes": config.num_labels,
         "mlp_ratio": config.intermediate_size / config.hidden_size,
-        "qkv_bias": config.qkv_bias if kind == "timesformer" else config.qv_bias,
+        "qkv_bias": any(name.endswith(("attn.qkv.bias", "attn.query.bias")) for name in tensors),
         "norm_eps": config.layer_norm_eps,
         "pos_drop_rate": config.hidden_dropout_prob,
         "proj_drop_rate": config.hidden_dropout_prob,
         "attn_drop_rate": config.attention_probs_dropout_prob,
         "drop_path_rate": getattr(config, "drop_path_rate", 0.0),
     }
-    tensors = {}
-    for name, tensor in model.state_dict().items():
-        for theirs, timms in NAMES.items():
-            name = re.sub(theirs, timms, name)
-        tensors[name] = tensor
     labels = tuple(str(config.id2label[i]) for i in range(config.num_labels))
     return tensors, arguments, None if labels[:1] == ("LABEL_0",) else labels  # the name of one that has none
 
 
 def _read_original(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and timm's arguments of a checkpoint of facebookresearch/TimeSformer."""
-    contents = read_foreign(path)
-    contents = contents.get("model_state", contents)
-    tensors = {name.removeprefix("module.").removeprefix("model."): tensor for name, tensor in contents.items()}
+    tensors = {name.removeprefix("model."): tensor for name, tensor in read_foreign(path).items()}
     if any(".temporal_" in name for name in tensors):
         raise InputError(
             f"{path} has divided space-time attention (temporal_attn): give a checkpoint of joint attention"

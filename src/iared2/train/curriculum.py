@@ -31,8 +31,8 @@ from ..errors import InputError
 from ..model.backbone import pools_patches
 from ..model.baselines import KINDS as RIVALS
 from ..model.baselines import baseline_scores
-from ..model.config import config_of
 from ..model.decide import by_share
+from ..model.file import config_of
 from ..model.reduced import ReducedVisionTransformer
 from ..pretrained.build import from_timm
 from ..pretrained.checkpoint import load_backbone_weights, load_strictly

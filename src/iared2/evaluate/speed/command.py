@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from ...atomic import write
 from ...data.batches import eval_batches, model_transform
 from ...data.images import DataConfig, open_samples
 from ...device import usable_device
@@ -25,7 +26,7 @@ from ...keyed import permutation
 from ...model.reduced import ReducedVisionTransformer
 from ...model.video_transformer import default_cfgs as video
 from ...pretrained.build import from_timm
-from ...pretrained.checkpoint import load
+from ...pretrained.checkpoint import BOX, load
 from . import inference as speed
 from .workload import Workload, by_the_policy, drawn
 
@@ -103,10 +104,7 @@ def run(arguments: argparse.Namespace, more: Callable[[ReducedVisionTransformer,
     text = json.dumps(result)
     print(text)
     if arguments.json:
-        try:
-            Path(arguments.json).write_text(text + "\n")
-        except OSError as error:
-            raise InputError(f"cannot write {arguments.json}: {error.strerror}") from None
+        write(arguments.json, text + "\n")
     return 0
 
 
@@ -146,10 +144,10 @@ def _numbers(text: str) -> list[float]:
 
 def _model(arguments: argparse.Namespace) -> ReducedVisionTransformer:
     name, size, frames = arguments.model, arguments.img_size, arguments.frames
-    if name == "box" or Path(name).exists():
+    if name == BOX or Path(name).exists():
         if size or frames:
             raise InputError("--img-size and --frames go with a timm name; a checkpoint has its own size")
-        return load(None if name == "box" else name)
+        return load(name)
     if frames:
         if name.split(".")[0] not in video:
             raise InputError(f"--frames goes with one of {', '.join(video)}; not with {name}")
