@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from .images import Samples, Transform
-from .photo import find_photos, read_photo, to_rgb
+from .photo import files_in, find_photos, load_image, read_photo, reason, to_rgb
 from .sources import ALL, EVAL_NAMES, find_splits
 
 BOX, MASK = "bbox", "mask"
@@ -135,7 +135,7 @@ def region_batches(
             photo, mask = regions[row]
             image = transform(photo)
         except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error, zlib.error, …
-            skipped.append((regions.name(row), " ".join(str(error).split()) or type(error).__name__))
+            skipped.append((regions.name(row), reason(error)))
             continue
         height, width = image.shape[1:]
         resized = Image.fromarray(mask.astype(np.uint8)).resize((width, height), Image.Resampling.NEAREST)
@@ -162,7 +162,7 @@ def _batch(good: list[tuple[Tensor, Tensor, int]]) -> RegionBatch:
 
 
 def _open_table(root: Path, split: str, region: str | None, label: str | None, only: str) -> Regions:
-    files = [root] if root.is_file() else sorted([*root.glob("*.parquet"), *root.glob("data/*.parquet")])
+    files = [root] if root.is_file() else files_in(root, [".parquet"]) or files_in(root / "data", [".parquet"])
     if not files or files[0].suffix != ".parquet":
         raise InputError(f"{root}: give a parquet file, a folder of them, a folder with images/ and masks/, or a .mat")
     columns = _column_names(files[0])
@@ -185,7 +185,7 @@ def _open_table(root: Path, split: str, region: str | None, label: str | None, o
 
     def mask(index: int, frame: tuple[int, int]) -> np.ndarray:
         cell = cells[int(rows[index])][region]
-        return _box(cell, frame) if is_box else _inside(Image.open(io.BytesIO(cell["bytes"])))
+        return _box(cell, frame) if is_box else _inside(load_image(io.BytesIO(cell["bytes"])))
 
     return Regions(lambda i: samples[i][0], mask, samples.name, len(rows), is_box, samples.labels, samples.class_names)
 
@@ -223,10 +223,9 @@ def _box(box: Sequence[int], frame: tuple[int, int]) -> np.ndarray:
 
 def _inside(image: Image.Image) -> np.ndarray:
     """``(height, width)`` bool, where an image is not 0: grey level, palette index or colour, whatever its opacity."""
-    with image:
-        if image.mode not in ("1", "L", "P", "I", "I;16"):
-            image = image.convert("RGB")
-        pixels = np.asarray(image)
+    if image.mode not in ("1", "L", "P", "I", "I;16"):
+        image = image.convert("RGB")
+    pixels = np.asarray(image)
     return pixels != 0 if pixels.ndim == 2 else (pixels != 0).any(2)
 
 
@@ -239,7 +238,8 @@ def _open_folders(root: Path) -> Regions:
         raise InputError(f"{missing[0]}: there is no mask {root}/masks/{missing[0].stem}.png; add it")
 
     def mask(index: int, frame: tuple[int, int]) -> np.ndarray:
-        return _inside(Image.open(found[photos[index].stem]))
+        with found[photos[index].stem].open("rb") as file:
+            return _inside(load_image(file))
 
     return Regions(lambda i: read_photo(photos[i]), mask, lambda i: str(photos[i]), len(photos), False)
 

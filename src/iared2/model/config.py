@@ -10,6 +10,8 @@ import torch
 
 from ..errors import InputError
 
+TIMM_KEYS = "input_size", "mean", "std", "interpolation", "crop_pct"
+
 
 def config_of(model: Any) -> dict[str, Any]:
     """What ``iared2.load`` needs besides the weights, as JSON types.
@@ -48,7 +50,7 @@ def config_of(model: Any) -> dict[str, Any]:
         "num_keep": None if model.num_keep is None else [int(n) for n in model.num_keep],
         "max_tokens": None if model.max_tokens is None else int(model.max_tokens),
         "class_names": model.class_names,
-        "pretrained_cfg": {key: cfg.get(key) for key in ("input_size", "mean", "std", "interpolation", "crop_pct")},
+        "pretrained_cfg": {key: cfg.get(key) for key in (*TIMM_KEYS, "holdout")},
     }
 
 
