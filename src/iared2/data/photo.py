@@ -32,11 +32,8 @@ photos. HEIF and JXL need a plug-in that is registered."""
 MAX_PIXELS, MAX_SIDE = 89_478_485, 65_535
 """Larger photos are refused before they are decoded. Pillow suspects a bomb from there on; no JPEG is longer."""
 TOO_LARGE = f"too large, the limits are {MAX_PIXELS:,} pixels and {MAX_SIDE:,} a side; make it smaller first"
-_TURNS = {
-    **{2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM},
-    **{5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE},
-    8: Image.Transpose.ROTATE_90,
-}
+_TURNS = dict(zip(range(2, 9), map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), strict=True))
+"""By EXIF orientation."""
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -127,12 +127,11 @@ def _label(text: dict[str, bytes], field: str, where: str) -> int:
 
 def _store(cache: Path, members: np.ndarray) -> None:
     """Keep the index; whole or not at all, since other processes may do the same at the same time."""
-    part = cache.with_suffix(f".{os.getpid()}")
-    try:
+    part = cache.with_suffix(f".{os.getpid()}.npy")
+    with suppress(OSError):  # no home, or a full one: the next start reads the headers again
         cache.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as file:
-            np.save(file, members)
-        os.replace(part, cache)
-    except OSError:  # no home, or a full one: the next start reads the headers again
-        with suppress(OSError):
-            part.unlink()
+        try:
+            np.save(part, members)
+            os.replace(part, cache)
+        finally:
+            part.unlink(missing_ok=True)

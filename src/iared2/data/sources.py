@@ -52,13 +52,15 @@ class Files:
         return str(self.root / self.names[row]) if absolute else self.names[row]
 
 
-@dataclass(frozen=True, eq=False)
 class Table:
-    """Rows of a data set of `datasets`; a cell has the image's bytes, on the hub also a path that `datasets` made."""
+    """Encoded images, in a column of a data set of `datasets`: bytes, and on the hub also paths that `datasets` made.
 
-    dataset: Any
-    column: str
-    may_open: bool
+    Raises whatever pyarrow raises if the column has neither.
+    """
+
+    def __init__(self, dataset: Any, column: str, may_open: bool = False) -> None:
+        self.dataset, self.column = dataset.cast_column(column, _datasets().Image(decode=False)), column
+        self.may_open = may_open
 
     def __getitem__(self, row: int) -> BinaryIO:
         cell = self.dataset[row][self.column] or {}
@@ -218,43 +220,49 @@ def _open_parquet(files: list[Path], columns: list[str], order: Path) -> Source:
     datasets, where = _datasets(), str(files[0])
     import pyarrow.parquet as pq
 
+    _check_columns(column_names(files[0]), where, columns)
     with _input_errors(where):
-        _check_columns(pq.read_schema(files[0]).names, where, columns)
-        declared = {file: _declared(pq.read_schema(file), columns[1]) for file in {*files, order}}
+        of = {f: _declared(datasets.Features.from_arrow_schema(pq.read_schema(f)), columns) for f in {*files, order}}
         for file in files:
-            if sorted(declared[file]) != sorted(declared[order]) or declared[file] != declared[files[0]]:
-                other = order if declared[file] == declared[files[0]] else files[0]
+            if sorted(of[file]) != sorted(of[order]) or of[file] != of[files[0]]:
+                other = order if of[file] == of[files[0]] else files[0]
                 raise InputError(f"{file} declares other classes than {other}, or in another order; write them anew")
         if sum(file.stat().st_size for file in files) <= MAX_IN_MEMORY:
             # from_parquet would write a copy to the cache on disk, even if told to keep the data in memory
             dataset = datasets.Dataset(pq.read_table(files, columns=columns))
         else:
             dataset = datasets.Dataset.from_parquet([str(file) for file in files], columns=columns)
-        return _open_table(dataset, where, files[0].parent, columns, declared[order])
+        return _open_table(dataset, where, files[0].parent, columns, of[order])
 
 
-def _declared(schema: Any, column: str) -> tuple[str, ...]:
-    feature = _datasets().Features.from_arrow_schema(schema).get(column)
-    return tuple(getattr(feature, "names", None) or ())
+def column_names(file: Path) -> list[str]:
+    """The columns of a parquet file. Raises InputError if it is not one, or the package `datasets` is missing."""
+    _datasets()
+    import pyarrow.parquet as pq
+
+    with _input_errors(str(file)):
+        return pq.read_schema(file).names
+
+
+def _declared(features: Any, columns: list[str]) -> tuple[str, ...]:
+    return tuple(getattr(features.get(columns[1]), "names", None) or ())
 
 
 def _open_table(
     dataset: Any, where: str, folder: Path, columns: list[str], order: tuple[str, ...] = (), may_open: bool = False
 ) -> Source:
     _check_columns(dataset.column_names, where, columns)
-    image_column, label_column, *_ = columns
-    dataset = dataset.select_columns(columns).cast_column(image_column, _datasets().Image(decode=False))
-    values = dataset[label_column][:]
+    reader = Table(dataset.select_columns(columns), columns[0], may_open)
+    values = dataset[columns[1]][:]
     if len(values) == 0:
         raise InputError(f"{where}: no rows; give a data set with images")
     if odd := next((repr(value) for value in values if type(value) is not int), None):
-        raise InputError(f"{where}: the column {label_column!r} has {odd}; labels must be integers from 0")
-    labels = np.array(values)
-    declared = tuple(getattr(dataset.features[label_column], "names", None) or ())
+        raise InputError(f"{where}: the column {columns[1]!r} has {odd}; labels must be integers from 0")
+    labels, declared = np.array(values), _declared(dataset.features, columns)
     if order and order != declared:
         check_labels(labels, len(declared), lambda row: f"{where}: row {row}")
         labels, declared = np.array([order.index(name) for name in declared])[labels], order
-    return _named(Table(dataset, image_column, may_open), labels, declared, folder, f"{where}: ")
+    return _named(reader, labels, declared, folder, f"{where}: ")
 
 
 def _open_shards(files: list[Path], columns: list[str], order: Path) -> Source:
@@ -271,13 +279,7 @@ def _named(reader: Any, labels: np.ndarray, declared: tuple[str, ...], folder: P
 def check_labels(labels: np.ndarray, number: int, where: Callable[[int], str]) -> None:
     """Refuse what cannot be the number of a class, before anything of that size is made.
 
-    Args:
-        labels: ``(n,)`` integers.
-        number: of classes; 0: unknown.
-        where: row -> what the message begins with.
-
-    Raises:
-        InputError: a label is not in 0…``number`` − 1.
+    ``number`` of classes is 0 if it is unknown; the message begins with ``where(row)``. Raises InputError.
     """
     number = number or max(len(labels), MAX_CLASSES)
     if len(wrong := np.flatnonzero((labels < 0) | (labels >= number))):
@@ -311,7 +313,8 @@ def _class_names(declared: tuple[str, ...], file: Path) -> tuple[tuple[str, ...]
         place = {own: i for i, own in enumerate(declared)}
         if 0 < sum(entry["name"] in place for entry in entries) < len(declared):
             raise ValueError("the data set itself declares other names")
-        entries.sort(key=lambda e: place.get(e["name"], place.get(e.get("wnid"), e["index"])))
+        places = [place.get(e["name"], place.get(e.get("wnid"), e["index"])) for e in entries]
+        entries = [entries[places.index(i)] for i in range(len(entries))]
         names = tuple(entry["name"] for entry in entries)
         others = [{e.get("wnid", ""), *e.get("synonyms", "").split(", ")} for e in entries]
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:

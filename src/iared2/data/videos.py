@@ -4,7 +4,7 @@
     VideoSamples[i]          -> frames, label   T Pillow images of one clip, V·T of V clips
     train_transform, views_transform: frames -> (3, T, H, W), or (V, 3, T, H, W) of V views
 
-Splits, classes and the holdout are those of images (data.py). Deviations from TimeSformer's loader, for clips of its
+Splits, classes and the holdout are those of images (images.py). Deviations from TimeSformer's loader, for clips of its
 length (8 frames at a sampling rate of 32 of 30 a second are 8.53 seconds):
 
 1. Frames are taken by their time, the centres of equal segments, and not by their number from the first to the last.
@@ -32,7 +32,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from ..errors import InputError
-from .batches import Transform, as_clips
+from .batches import Transform, as_clips, clip_length
 from .clips import SUFFIXES, open_video
 from .images import DataConfig, Samples, choose, open_samples
 from .photo import files_in, readable
@@ -142,16 +142,15 @@ def train_transform(pretrained_cfg: dict[str, Any], min_scale: float, hflip: flo
         color_jitter: strength of brightness, contrast and saturation changes; 0: none.
     """
     cfg = resolve_data_config(pretrained_cfg=pretrained_cfg)
-    _, length, *size = cfg["input_size"]
-    change = v2.Compose(
+    return v2.Compose(
         [
-            v2.RandomResizedCrop(size, (min_scale, 1.0), interpolation=v2.InterpolationMode.BICUBIC),
+            _stack,
+            v2.RandomResizedCrop(cfg["input_size"][2:], (min_scale, 1.0), interpolation=v2.InterpolationMode.BICUBIC),
             v2.RandomHorizontalFlip(hflip),
             v2.ColorJitter(color_jitter, color_jitter, color_jitter),
-            _Normalise(cfg["mean"], cfg["std"], length),
+            *_normalise(cfg),
         ]
     )
-    return partial(_apply, change)
 
 
 def views_transform(pretrained_cfg: dict[str, Any], crops: int) -> Transform:
@@ -164,32 +163,26 @@ def views_transform(pretrained_cfg: dict[str, Any], crops: int) -> Transform:
     cfg = resolve_data_config(pretrained_cfg=pretrained_cfg)
     _, length, *size = cfg["input_size"]
     places = [0.5] if crops == 1 else [i / (crops - 1) for i in range(crops)]
-    return partial(_views, tuple(size), places, _Normalise(cfg["mean"], cfg["std"], length))
+    return v2.Compose([partial(_views, size, places, length), *_normalise(cfg)])
 
 
-class _Normalise(NamedTuple):
+def _stack(images: Sequence[Image.Image]) -> Tensor:
+    return torch.stack([F.pil_to_tensor(image) for image in images])
+
+
+def _normalise(cfg: dict[str, Any]) -> list[Transform]:
     """Frames ``(V·T, 3, H, W)`` uint8 -> clips float32."""
-
-    mean: Sequence[float]
-    std: Sequence[float]
-    length: int
-
-    def __call__(self, frames: Tensor) -> Tensor:
-        frames = F.normalize(F.to_dtype(frames, torch.float32, scale=True), list(self.mean), list(self.std))
-        return as_clips(frames, self.length)
+    to_clips = partial(as_clips, length=clip_length(cfg))
+    return [v2.ToDtype(torch.float32, scale=True), v2.Normalize(cfg["mean"], cfg["std"]), to_clips]
 
 
-def _apply(change: Transform, images: Sequence[Image.Image]) -> Tensor:
-    return change(torch.stack([F.pil_to_tensor(image) for image in images]))
-
-
-def _views(size: tuple[int, int], places: list[float], normalise: _Normalise, images: Sequence[Image.Image]) -> Tensor:
+def _views(size: Sequence[int], places: list[float], length: int, images: Sequence[Image.Image]) -> Tensor:
     scale = max(size[0] / images[0].height, size[1] / images[0].width)
     height, width = (max(s, round(scale * side)) for s, side in zip(size, images[0].size[::-1], strict=True))
-    frames = _apply(partial(F.resize, size=[height, width], interpolation=v2.InterpolationMode.BICUBIC), images)
+    frames = F.resize(_stack(images), [height, width], v2.InterpolationMode.BICUBIC)
     crops = [F.crop(frames, round(p * (height - size[0])), round(p * (width - size[1])), *size) for p in places]
-    by_clip = torch.stack(crops).unflatten(1, (-1, normalise.length)).transpose(0, 1)  # (V, crops, T, 3, H, W)
-    return normalise(by_clip.flatten(0, 2))
+    by_clip = torch.stack(crops).unflatten(1, (-1, length)).transpose(0, 1)  # (V, crops, T, 3, H, W)
+    return by_clip.flatten(0, 2)
 
 
 class _Row(NamedTuple):

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ..data.batches import clip_length, steps_per_epoch
 from ..data.cluttered import open_cluttered
-from ..data.device_dataset import OnDevice, ResidentImages
+from ..data.device_dataset import DeviceDataset, ResidentImages
 from ..data.videos import open_for
 from ..errors import InputError
 from ..model.backbone import pools_patches
@@ -214,7 +214,7 @@ def train(recipe: Recipe, output: Path, data: RunData | None = None) -> Path:
     try:
         samples, held_out = data.read(accelerator.device)
         for images in (samples, held_out):
-            for name, reason in images.skipped if isinstance(images, OnDevice) else ():
+            for name, reason in images.skipped if isinstance(images, DeviceDataset) else ():
                 log.warn(f"skipped {name}: {reason}")
         run = Run(
             output=output,
