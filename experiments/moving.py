@@ -3,7 +3,7 @@
     python experiments/moving.py --data DATA -o runs/moving
 
 DATA is a folder with the parquet files of Tiny-ImageNet (docs/results.md). The clips are those of
-src/iared2/video/moving.py: a small object over a still photo, whose class needs every frame. A small JointST
+moving_clips.py: a small object over a still photo, whose class needs every frame. A small JointST
 TimeSformer learns them without dropping anything, then by Algorithm 1: with our settings, as published, and with as
 many random patches. Finished runs are not trained again, killed ones go on. OUT gets ``moving.json``, ``moving.md`` and
 ``moving.png``, and a folder a run.
@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from lab import Measured, Part, Table, Trained, row
+from moving_clips import MovingClips
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
@@ -27,7 +28,6 @@ from iared2 import InputError, ReducedVisionTransformer, keyed
 from iared2.data.batches import Batch
 from iared2.data.device_dataset import ResidentImages
 from iared2.data.images import DataConfig, open_samples
-from iared2.data.moving import MovingClips
 from iared2.explain.figures import blank, fit, grid
 from iared2.model.decide import Decide, keep_all
 from iared2.train.augment import AugmentConfig

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +25,7 @@ CALIBRATION_IMAGES = 512
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 0 if all went well. What a person got wrong is one line on stderr and status 1."""
+    warnings.formatwarning = lambda message, *_, **__: f"note: {message}\n"  # without the line of code that warns
     parser = argparse.ArgumentParser(
         prog="iared2", description="Vision transformers that drop uninformative patches, and show which."
     )
@@ -67,6 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument("--clips", type=int, default=1, help="of videos: clips a video, spread over it (default: 1)")
     command.add_argument("--span", type=float, default=0.0, help="of videos: seconds of a clip (default: all of it)")
     command.add_argument("--crops", type=int, default=1, help="of videos: crops a clip, from end to end (default: 1)")
+    command.add_argument(
+        "--all", action="store_true", help="of a folder without splits: also the images that the model was trained on"
+    )
     command.add_argument("--plot", help="write accuracy against multiply-adds to this .png, .pdf or .svg")
     command.add_argument("--batch-size", type=int, default=64)
     command.add_argument("--workers", type=int, default=2)
@@ -132,7 +137,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import track
 
-    from .data.batches import eval_batches, model_transform
+    from .data.batches import clip_length, eval_batches, model_transform
     from .data.images import DataConfig
     from .data.videos import ClipConfig, open_for, views_transform
     from .device import usable_device
@@ -155,14 +160,24 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     # a model that knows its classes by name gets them in its own order, whatever the order of the folders
     classes = arguments.classes or model.class_names or ()
     data = DataConfig(path=arguments.data, eval_split=arguments.split, classes=tuple(classes))
-    input_size = model.pretrained_cfg["input_size"]
-    is_video = len(input_size) == 4
-    if not is_video and (arguments.clips, arguments.span, arguments.crops) != (1, 0, 1):
+    frames = clip_length(model.pretrained_cfg)
+    if not frames and (arguments.clips, arguments.span, arguments.crops) != (1, 0, 1):
         raise InputError("--clips, --span and --crops are of videos, and this is a model of images")
     if arguments.crops < 1:
         raise InputError("--crops must be 1 or more")
     clips = ClipConfig(span=arguments.span, test_clips=arguments.clips)
-    samples = open_for(input_size, data, "eval", clips, whole=True)
+    share = model.pretrained_cfg.get("holdout") or 0.0
+    kept_aside = replace(data, holdout=share)
+    try:
+        samples = open_for(frames, data, "eval", clips)
+    except NoSplit:  # then what training put aside is new to the model
+        if share and not arguments.all:
+            samples = open_for(frames, kept_aside, "holdout", clips)
+            note = f"there is no split to evaluate on: taking the {share:.0%} that training put aside; --all takes all"
+        else:
+            samples = open_for(frames, data, "eval", clips, whole=True)
+            note = "warning: if this is what the model was trained on, it has seen most of it" if share else ""
+        print(note, end="\n" * bool(note), file=sys.stderr)
     if len(samples.class_names) != model.num_classes:
         raise InputError(f"{arguments.data} has {len(samples.class_names)} classes, the model {model.num_classes}")
     if arguments.limit:
@@ -175,14 +190,14 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     budgets = {}
     if arguments.budget:
         try:
-            sample, calibrated_on = open_for(input_size, data, "train", clips), "training images"
+            sample, calibrated_on = open_for(frames, kept_aside, "train", clips), "training images"
         except NoSplit:
             sample, calibrated_on = samples, "the evaluated images, without their labels: there is no training split"
         chosen = permutation(0, 0, len(sample))[:CALIBRATION_IMAGES].numpy()
         sample = replace(sample, rows=sample.rows[chosen], labels=sample.labels[chosen])
         read = next(iter(eval_batches(sample, transform, batch_size=len(sample), workers=0)))
         print(f"budgets are calibrated on {len(sample)} of {calibrated_on}", file=sys.stderr)
-        views = read.images.flatten(0, -1 - len(input_size)).to(device)
+        views = read.images.flatten(0, -5 if frames else -4).to(device)
         for share in arguments.budget:
             gmacs = share * model.dense_macs / 1e9
             budgets[f"budget {share:g}"] = thresholds_for(model, views, gmacs=gmacs)

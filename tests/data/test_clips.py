@@ -234,8 +234,15 @@ def test_damage_inside(tmp_path: Path, codec: str) -> None:
 
 def test_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_video(tmp_path / "a.mp4", 2)
-    monkeypatch.setattr(clips, "MAX_PIXELS", 80 * 48 - 1)
-    with pytest.raises(InputError, match="too large, the limit is 3,839 pixels"):
+    monkeypatch.setattr("iared2.data.photo.MAX_PIXELS", 80 * 48 - 1)
+    with pytest.raises(InputError, match="too large, the limits are"):
+        open_video(path)
+
+
+def test_pixels_that_would_make_it_too_wide(tmp_path: Path) -> None:
+    """A small file that says a pixel is 16 times as wide as it is high: shown, a frame has 76,800 pixels a row."""
+    path = write_video(tmp_path / "a.mp4", 2, size=(4800, 16), pixel_aspect=16)
+    with pytest.raises(InputError, match="too large, the limits are"):
         open_video(path)
 
 

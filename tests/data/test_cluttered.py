@@ -16,7 +16,7 @@ from iared2 import InputError, keyed
 from iared2.data.batches import Batch
 from iared2.data.cluttered import LOOSE, WHOLE, ClutteredImages, open_cluttered, patch_truth
 from iared2.data.device_dataset import BatchAugment, ResidentImages
-from iared2.data.images import DataConfig
+from iared2.data.images import DataConfig, open_samples
 
 SIZE, CANVAS = 16, 64
 ZERO, ONE = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
@@ -377,7 +377,7 @@ class TestOpenCluttered:
         every = open_cluttered(config, "train", 64, photo_size=12)
         some = open_cluttered(replace(config, classes=("dog", "bee")), "train", 64, photo_size=12)
         assert (every.canvas, every.min_side, every.max_side) == (64, 20, 32)
-        assert every.photos.images.shape == (30, 3, 12, 12)
+        assert every.photos.images.shape == (len(open_samples(config, "train")), 3, 12, 12)
         assert pictures(some.photos.images) == pictures(every.photos.images[(every.photos.labels % 2) == 1])
         assert pictures(some.filling) == pictures(every.photos.images[(every.photos.labels % 2) == 0])
         assert (some.filling_labels == -1).all()

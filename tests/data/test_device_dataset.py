@@ -12,6 +12,7 @@ from torch import Tensor
 
 import iared2
 from iared2 import InputError, keyed
+from iared2.data import device_dataset
 from iared2.data.batches import Batch, eval_batches, eval_transform
 from iared2.data.device_dataset import (
     COLOUR_DRAWS,
@@ -112,7 +113,7 @@ def test_resumed_and_divided_passes_are_the_same(resident: ResidentImages):
         run(resident, batch_size=25)
 
 
-def test_an_unreadable_image_is_left_out_and_reported(tmp_path: Path):
+def test_an_unreadable_image_is_left_out_and_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     root = write_folder(tmp_path / "images")
     whole = ResidentImages.read(opened(root), (12, 12))
     assert whole.skipped == []
@@ -125,6 +126,11 @@ def test_an_unreadable_image_is_left_out_and_reported(tmp_path: Path):
     seen, before = by_sample(run(broken, batch_size=7)), by_sample(run(whole))
     for i, image in seen.items():  # its neighbours keep their draws
         torch.testing.assert_close(image, before[i], rtol=0, atol=1e-5)
+    for file in (root / "cat").glob("*.jpg"):
+        file.write_bytes(b"")
+    small = {"batch_size": 4}  # the first batch has not one image
+    monkeypatch.setattr(device_dataset, "eval_batches", lambda *args, **more: eval_batches(*args, **more | small))
+    assert len(ResidentImages.read(opened(root), (12, 12)).skipped) == 4
     for file in root.glob("*/*.jpg"):
         file.write_bytes(b"")
     with pytest.raises(InputError, match="cannot be read"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import random
 import warnings
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pictures import jpeg, write_folder, write_parquet
+from pictures import jpeg, samples_of, write_folder, write_parquet, write_shard
 from PIL import Image
 from timm.data import create_transform
 
@@ -272,6 +273,38 @@ class TestSplits:
         with pytest.raises(InputError, match="'2', a class to evaluate on"):
             open_samples(DataConfig(str(tmp_path)), "eval")
 
+    @pytest.mark.parametrize("order", [("bee", "cat", "ant"), ("ant", "bee", "cat")])
+    @pytest.mark.parametrize("with_file", [False, True])
+    def test_names_decide_and_not_numbers(self, tmp_path: Path, order: tuple[str, ...], with_file: bool):
+        """Two files of a data set that number their classes in another order, with other names in a file or without."""
+        write_parquet(tmp_path / "train.parquet", [0, 1, 2, 2], ("ant", "bee", "cat"))
+        write_parquet(tmp_path / "validation.parquet", [0, 0, 1, 2], order)
+        entries = [{"index": i, "name": f"the {name}", "wnid": name} for i, name in enumerate(("cat", "ant", "bee"))]
+        if with_file:
+            (tmp_path / "classes.json").write_text(json.dumps(entries))
+        samples = open_samples(DataConfig(str(tmp_path)), "eval")
+        the = "the " * with_file
+        assert samples.class_names == (f"{the}ant", f"{the}bee", f"{the}cat")
+        assert samples.class_names == open_samples(DataConfig(str(tmp_path)), "train").class_names
+        found = [samples.class_names[label].removeprefix("the ") for label in samples.labels]
+        assert found == [order[0], order[0], order[1], order[2]]
+
+    @pytest.mark.parametrize("names", [("ant", "bee", "dog"), ("ant", "bee"), ("ant", "bee", "cat", "dog"), ()])
+    def test_splits_of_other_classes(self, tmp_path: Path, names: tuple[str, ...]):
+        write_parquet(tmp_path / "train.parquet", [0, 1, 2], ("ant", "bee", "cat"))
+        write_parquet(tmp_path / "validation.parquet", [0, 1], names)
+        with pytest.raises(
+            InputError, match=r"validation\.parquet declares other classes than .*train\.parquet"
+        ) as error:
+            open_samples(DataConfig(str(tmp_path)), "eval")
+        assert "\n" not in str(error.value)
+
+    def test_shards_of_one_split_in_another_order(self, tmp_path: Path):
+        write_parquet(tmp_path / "train-00000-of-00002.parquet", [0, 1], ("ant", "bee"))
+        write_parquet(tmp_path / "train-00001-of-00002.parquet", [0, 1], ("bee", "ant"))
+        with pytest.raises(InputError, match=r"other classes than .*, or in another order"):
+            open_samples(DataConfig(str(tmp_path)), "train")
+
     def test_no_split_to_evaluate_on(self, tmp_path: Path):
         config = DataConfig(str(write_folder(tmp_path)))
         with pytest.raises(
@@ -279,8 +312,8 @@ class TestSplits:
         ):
             open_samples(config, "eval")
         assert len(open_samples(config, "eval", whole=True)) == 8
-        held = open_samples(DataConfig(config.path, holdout=0.25), "eval")
-        assert held.rows.tolist() == open_samples(DataConfig(config.path, holdout=0.25), "holdout").rows.tolist()
+        held = open_samples(DataConfig(config.path, holdout=0.5), "eval")
+        assert held.rows.tolist() == open_samples(DataConfig(config.path, holdout=0.5), "holdout").rows.tolist()
 
     def test_only_a_split_to_evaluate_on(self, tmp_path: Path):
         write_folder(tmp_path / "val")
@@ -295,18 +328,40 @@ class TestSplits:
 
 
 class TestHoldout:
-    def test_the_same_share_of_every_class(self, tmp_path: Path):
-        file = write_parquet(tmp_path / "train.parquet", [0, 1, 1, 0, 2] * 20, images=[b"-"] * 100)
+    def test_a_share_of_the_rows(self, tmp_path: Path):
+        file = write_parquet(tmp_path / "train.parquet", [0, 1, 1, 0, 2] * 400, images=[b"-"] * 2000)
         config = DataConfig(str(file), holdout=0.1)
         train, held = open_samples(config, "train"), open_samples(config, "holdout")
-        assert np.bincount(held.labels).tolist() == [4, 4, 2]
-        assert sorted([*train.rows, *held.rows]) == list(range(100))
-        assert held.rows.tolist() != list(range(10))
+        assert np.bincount(held.labels) == pytest.approx([80, 80, 40], abs=20)
+        assert sorted([*train.rows, *held.rows]) == list(range(2000))
+        assert held.rows.tolist() != list(range(len(held)))
         # a subset of the classes puts the same images aside
         subset = open_samples(DataConfig(str(file), holdout=0.1, classes=("2", "0")), "holdout")
         assert set(subset.rows) == set(held.rows[held.labels != 1])
 
-    @pytest.mark.parametrize("share", [-0.1, 1.0, 0.0, 0.01])
+    @pytest.mark.parametrize("kind", ["folder", "shards"])
+    def test_images_that_come_and_go_change_nothing_for_the_others(self, tmp_path: Path, kind: str):
+        """Nor does the place of the data set. Else an image that was trained on could be held out another time."""
+
+        def names(root: Path, split: str) -> set[str]:
+            samples = open_samples(DataConfig(str(root), holdout=0.3), split)
+            return {os.path.relpath(samples.name(i), root) for i in range(len(samples))}
+
+        first, second = tmp_path / "a", tmp_path / "b" / "c"
+        if kind == "folder":
+            write_folder(first, each=30)
+            write_folder(second, each=40)
+            (second / "cat" / "3.jpg").unlink()
+        else:
+            for root, count in ((first, 60), (second, 80)):
+                write_shard(root / "train-0.tar", samples_of([0, 1] * (count // 2)))
+        held, other = names(first, "holdout"), names(second, "holdout")
+        assert 5 < len(held) < 30
+        assert not held & names(first, "train")
+        assert {name for name in held if "cat/3.jpg" not in name} <= other
+        assert not other & names(first, "train")
+
+    @pytest.mark.parametrize("share", [-0.1, 1.0, 0.0, 0.01, "a lot", None])
     def test_none(self, tmp_path: Path, share: float):
         config = DataConfig(str(write_folder(tmp_path)), holdout=share)
         with pytest.raises(InputError, match=r"data\.holdout"):

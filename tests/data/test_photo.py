@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import struct
 import zlib
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from PIL import Image
 
 from iared2 import InputError
 from iared2.data import photo
+from iared2.data.images import DataConfig, open_samples
 from iared2.data.photo import find_photos, read_photo, to_rgb
 
 MIDDLE = 0x8080  # 16-bit grey that is exactly 0x80 in 8 bits
@@ -97,6 +99,71 @@ def test_broken_exif_does_no_harm(tmp_path: Path, exif: bytes) -> None:
     assert read_photo(tmp_path / "a.jpg").size == (4, 2)
 
 
+def chunk(kind: bytes, content: bytes, checksum: int | None = None) -> bytes:
+    checksum = zlib.crc32(kind + content) if checksum is None else checksum
+    return len(content).to_bytes(4, "big") + kind + content + checksum.to_bytes(4, "big")
+
+
+def segment(marker: int, content: bytes) -> bytes:
+    return bytes([0xFF, marker]) + (len(content) + 2).to_bytes(2, "big") + content
+
+
+TURNED = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
+ODD = {
+    "zTXt, not compressed": chunk(b"zTXt", b"key\0\0text"),
+    "zTXt, unknown method": chunk(b"zTXt", b"key\0\7text"),
+    "zTXt, a bomb": chunk(b"zTXt", b"key\0\0" + zlib.compress(bytes(100_000_000))),
+    "zTXt, many": b"".join(chunk(b"zTXt", b"%d\0\0" % i + zlib.compress(bytes(1_000_000))) for i in range(70)),
+    "iTXt, a bomb": chunk(b"iTXt", b"key\0\1\0\0\0" + zlib.compress(bytes(10_000_000))),
+    "iTXt, not UTF-8": chunk(b"iTXt", b"key\0\0\0\xff\0\xff\0\xff"),
+    "tEXt, wrong checksum": chunk(b"tEXt", b"key\0text", 1),
+    "iCCP, not compressed": chunk(b"iCCP", b"name\0\0profile"),
+    "iCCP, unknown method": chunk(b"iCCP", b"name\0\5profile"),
+    "eXIf, rubbish": chunk(b"eXIf", b"rubbish"),
+    "eXIf, wrong checksum": chunk(b"eXIf", TURNED[6:], 1),
+    "pHYs, short": chunk(b"pHYs", b"1"),
+    "JPEG, profile without a number": segment(0xE2, b"ICC_PROFILE\0"),
+    "JPEG, several pictures": segment(0xE2, b"MPF\0MM\0*\0\0\0\x08\0\1\xb0\1\0\4\0\0\0\2"),
+    "JPEG, Photoshop": segment(0xED, b"Photoshop 3.0\x008BIM\3"),
+    "JPEG, a maker's notes": segment(0xE1, TURNED.replace(b"\x01\x12\0\x03", b"\x92\x7c\xff\xff")),
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_odd_metadata_does_no_harm(tmp_path: Path, odd: str) -> None:
+    """The pixels are all there; and what the rest says of their direction counts."""
+    picture, turned = Image.fromarray(skimage.data.chelsea()[:40, :60]), "eXIf" not in odd and "maker" not in odd
+    is_jpeg, data = odd.startswith("JPEG"), io.BytesIO()
+    picture.save(data, "JPEG" if is_jpeg else "PNG")
+    at = 2 if is_jpeg else 33  # behind the header
+    exif = (segment(0xE1, TURNED) if is_jpeg else chunk(b"eXIf", TURNED[6:])) if turned else b""
+    (tmp_path / "a.jpg").write_bytes(data.getvalue()[:at] + exif + ODD[odd] + data.getvalue()[at:])
+    found = np.asarray(read_photo(tmp_path / "a.jpg"))
+    assert np.array_equal(found, np.rot90(Image.open(data), -1) if turned else Image.open(data))
+
+
+@pytest.mark.parametrize("head", [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", b"%PDF-1.4\n"])
+def test_no_format_but_those_of_photos_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, head: bytes) -> None:
+    """Of a file of any name. An EPS would start Ghostscript, which runs what is in it."""
+    Image.init()
+    for name in ("EPS", "FITS", "WMF", "GBR", "FLI", "SPIDER"):
+        monkeypatch.setitem(Image.OPEN, name, (lambda *_: pytest.fail("opened"), None))
+    for folder in ("cat", "dog"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.jpg").write_bytes(head + bytes(200))
+    with pytest.raises(InputError, match="not an image that can be read here"):
+        read_photo(tmp_path / "cat" / "a.jpg")
+    samples = open_samples(DataConfig(str(tmp_path)), "train")
+    with pytest.raises(Image.UnidentifiedImageError):
+        samples[0]
+
+
+def test_every_image_is_opened_in_one_place() -> None:
+    """Which is the one that knows the formats."""
+    sources = Path(photo.__file__).parents[1].rglob("*.py")
+    assert [file.name for file in sources if "Image.open(" in file.read_text(encoding="utf-8")] == ["photo.py"]
+
+
 def test_one_pixel(tmp_path: Path) -> None:
     Image.new("RGB", (1, 1), (1, 2, 3)).save(tmp_path / "a.png")
     assert read_photo(str(tmp_path / "a.png")).getpixel((0, 0)) == (1, 2, 3)
@@ -118,6 +185,11 @@ def png(width: int, height: int, data: bytes = b"") -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
 
 
+def icon(content: bytes) -> bytes:
+    """An .ico whose header says 16×16 of whatever is in it."""
+    return struct.pack("<3H4B2H2I", 0, 1, 1, 16, 16, 0, 0, 1, 32, len(content), 22) + content
+
+
 BAD_FILES = {
     "empty": (b"", "empty"),
     "text": (b"I am not a photo\n", "not an image"),
@@ -127,6 +199,9 @@ BAD_FILES = {
     "20,000×20,000": (png(20_000, 20_000, bytes(2501 * 20_000)), "too large"),
     "bomb": (png(60_000, 60_000), "too large"),
     "just too large": (png(photo.MAX_PIXELS + 1, 1), "too large"),
+    "too long for a resize": (png(20_000_000, 1, bytes(2_500_001)), "too large"),
+    "too high": (png(1, photo.MAX_SIDE + 1, bytes(2 * photo.MAX_SIDE + 2)), "too large"),
+    "an icon with more in it": (icon(png(20_000_000, 1, bytes(2_500_001))), "too large"),
 }
 
 
@@ -186,6 +261,18 @@ def test_globs_and_files(folder: Path) -> None:
         folder / name for name in ("b.jpg", "a.PNG", "cat[1].jpg")
     ]
     assert find_photos([folder / "missing.jpg"]) == [folder / "missing.jpg"]  # named by read_photo
+
+
+def test_globs_where_links_lead_upwards(folder: Path) -> None:
+    """Python's own `**` follows both at each of 40 levels. A file has one name, a hidden folder none."""
+    for name in ("up", "also_up"):
+        (folder / "album.jpg" / name).symlink_to("..")
+    (folder / ".hidden").mkdir()
+    (folder / ".hidden" / "d.jpg").touch()
+    os.mkfifo(folder / "album.jpg" / "pipe.jpg")
+    assert [p.name for p in find_photos([f"{folder}/**/*.jpg"])] == ["c.jpg", "b.jpg", "cat[1].jpg"]
+    assert [p.name for p in find_photos([f"{folder}/**/album*/**/?.jpg"])] == ["c.jpg"]
+    assert [p.name for p in find_photos([f"{folder}/a*/**"])] == ["c.jpg"]
 
 
 @pytest.mark.parametrize("pattern", ["*.gif", "empty"])

@@ -60,8 +60,7 @@ class TestShards:
         assert source.labels.tolist() == LABELS * 2
         assert source.names == ("0", "1", "2")
         assert not source.complete
-        file, label = source.reader[10]  # at random access, from the second shard
-        assert (file.read(), label) == (jpeg(14), 1)
+        assert source.reader[10].read() == jpeg(14)  # at random access, from the second shard
         assert source.reader.filename(10) == "imagenet1k-train-0001.tar/n04_7.jpg"
         assert len(source.reader) == 12
 
@@ -73,7 +72,7 @@ class TestShards:
         stream = stream.cast_column("jpg", datasets.Image(decode=False))
         source = open_split(tmp_path, "train")
         theirs = [(row["jpg"]["bytes"], row["cls"]) for row in stream]
-        assert [(file.read(), label) for file, label in (source.reader[i] for i in range(12))] == theirs
+        assert [(source.reader[i].read(), source.labels[i]) for i in range(12)] == theirs
 
     @pytest.mark.parametrize(
         ("train", "val", "splits"),
@@ -112,13 +111,15 @@ class TestShards:
             "cat/1.json": b'{"class_id": 2}',
             "dog/1.png": jpeg(2),
             "dog/1.cls": b" 1\n",
+            "emu/1.tiff": jpeg(3),
+            "emu/1.cls": b"0",
             "dog/1.seg.png": b"-",
             "dog/._1.jpg": b"-",
             "dog/.hidden": b"-",
         }
         source = open_split(write_shard(tmp_path / "a.tar", members), label_column="class_id")
-        assert source.labels.tolist() == [2, 1]
-        assert [source.reader[i][0].read() for i in range(2)] == [jpeg(1), jpeg(2)]
+        assert source.labels.tolist() == [2, 1, 0]
+        assert [source.reader[i].read() for i in range(3)] == [jpeg(1), jpeg(2), jpeg(3)]
         assert source.reader.filename(1) == "a.tar/dog/1.png"
 
     def test_folders_of_classes_come_first(self, tmp_path: Path):
@@ -140,7 +141,10 @@ class TestRefused:
             ({"x.jpg": b"", "x.json": b'{"label": "cat"}'}, "json is"),
             ({"x.jpg": b"", "x.json": b"[1]"}, "json is"),
             ({"x.jpg": b"", "x.json": b"\xff"}, "json is"),
-            (samples_of([0, 1, -1]), "n02_7.jpg has the label -1; labels must be in 0…1"),
+            ({"x.jpg": b"", "x.json": b"[" * 100_000}, "json is"),
+            ({"x.jpg": b"", "x.cls": b"9" * 30}, "cls is"),
+            ({**samples_of([0]), "x.jpg": b"", "x.cls": b"1000000000"}, "x.jpg has the label 1000000000"),
+            (samples_of([0, 1, -1]), "n02_7.jpg has the label -1; labels must be in 0…65535"),
         ],
     )
     def test_contents(self, tmp_path: Path, members: dict[str, bytes], words: str):
@@ -183,7 +187,7 @@ class TestIndex:
             patch.setattr(shards, "_read_headers", lambda *_: pytest.fail("read again"))
             second = open_split(tmp_path, "train")
         assert np.array_equal(second.labels, first.labels)
-        assert second.reader[7][0].read() == jpeg(11)
+        assert second.reader[7].read() == jpeg(11)
         kept.write_bytes(kept.read_bytes()[:-8])
         assert open_split(tmp_path, "train").labels.tolist() == LABELS * 2
         kept.write_bytes(b"")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -55,12 +56,34 @@ def test_a_folder_of_classes(made: Path) -> None:
     assert taken(samples, 4) == [5, 15, 25, 35]
 
 
+def test_folders_in_class_folders(made: Path, tmp_path: Path) -> None:
+    """And GIFs, which are videos in a folder of videos; hidden folders and what is no video are left out."""
+    for name in ("rise/left/old/a.mp4", "fall/a.mp4", ".hidden/a.mp4"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes((made / "rise" / "rise0.mp4").read_bytes())
+    frames = [Image.fromarray(numbered(i, 80, 48)) for i in range(8)]
+    frames[0].save(tmp_path / "fall" / "b.gif", save_all=True, append_images=frames[1:], duration=100)
+    (tmp_path / "fall" / "cover.jpg").touch()
+    with pytest.warns(UserWarning, match="no videos to be read here are left out: 1 .jpg"):
+        samples = open_videos(DataConfig(path=str(tmp_path)), "train", 4)
+    assert [Path(samples.name(i)).name for i in range(3)] == ["a.mp4", "b.gif", "a.mp4"]
+    assert samples.class_names == ("fall", "rise")
+    assert samples.labels.tolist() == [0, 0, 1]
+    assert taken(replace(samples, is_random=False), 1) == [1, 3, 5, 7]
+
+
+def test_numbers_in_a_list_have_an_end(made: Path, tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text("fall/fall0.mp4,0\nrise/rise0.mp4,1000000000\n")
+    with pytest.raises(InputError, match=r"list\.csv, row 2 has the label 1000000000; labels must be in 0…65535"):
+        open_videos(DataConfig(path=str(tmp_path / "list.csv")), "train", 4, ClipConfig(root=str(made)))
+
+
 def test_splits_classes_and_holdout_are_those_of_images(made: Path, tmp_path: Path) -> None:
     for split in ("train", "val"):
         (tmp_path / split).symlink_to(made)
-    config = DataConfig(path=str(tmp_path), classes=("rise", "fall"), holdout=0.4)
+    config = DataConfig(path=str(tmp_path), classes=("rise", "fall"), holdout=0.5)
     train, held, evaluation = (open_videos(config, split, 4) for split in ("train", "holdout", "eval"))
-    assert (len(train), len(held), len(evaluation)) == (4, 2, 6)
+    assert len(train) + len(held) == len(evaluation) == 6
     assert train.class_names == ("rise", "fall")
     assert (train.is_random, held.is_random, evaluation.is_random) == (True, False, False)
     with pytest.raises(InputError, match="did you mean 'rise'"):

@@ -7,7 +7,7 @@ number of processes. Transforms are timm's. Knows nothing of models.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -22,10 +22,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from .. import keyed
 from ..errors import InputError
-from .images import Samples
-
-Transform = Callable[[Any], Tensor]
-"""Of an image, or of the images of a clip."""
+from .images import Samples, Transform
+from .photo import reason
 
 MAX_UNREADABLE = 100
 """So many unreadable images in a row end a run: it is the data set that is broken, not an image."""
@@ -138,6 +136,12 @@ def eval_transform(
     )
 
 
+def clip_length(pretrained_cfg: dict[str, Any]) -> int:
+    """T of a model for clips, whose input size is ``(3, T, H, W)``; 0 of one for images."""
+    size = pretrained_cfg["input_size"]
+    return size[1] if len(size) == 4 else 0
+
+
 def model_transform(pretrained_cfg: dict[str, Any]) -> Transform:
     """The evaluation transform for a model: the whole image, in the size and normalisation of its ``pretrained_cfg``.
 
@@ -146,7 +150,7 @@ def model_transform(pretrained_cfg: dict[str, Any]) -> Transform:
     """
     cfg = resolve_data_config(pretrained_cfg=pretrained_cfg)
     frame = eval_transform(cfg["input_size"], cfg["mean"], cfg["std"], cfg["interpolation"])
-    return frame if len(cfg["input_size"]) == 3 else partial(_transform_clip, frame, cfg["input_size"][1])
+    return partial(_transform_clip, frame, length) if (length := clip_length(cfg)) else frame
 
 
 def _transform_clip(frame: Transform, length: int, images: Iterable[Image.Image]) -> Tensor:
@@ -194,8 +198,7 @@ class _Reading(Dataset[Batch]):
             try:
                 return self.samples[index]
             except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error, zlib.error, …
-                reason = " ".join(str(error).split()) or type(error).__name__
-                skipped.append((self.samples.name(index), reason))
+                skipped.append((self.samples.name(index), reason(error)))
         return None
 
 
@@ -213,8 +216,8 @@ def _load(reading: _Reading, workers: int) -> Iterator[Batch]:
 
 
 def _unreadable(batch: Batch) -> InputError:
-    name, reason = batch.skipped[-1]
-    return InputError(f"image after image cannot be read, the last is {name} ({reason}); repair the data set")
+    name, fault = batch.skipped[-1]
+    return InputError(f"image after image cannot be read, the last is {name} ({fault}); repair the data set")
 
 
 def _seed_generators(seed: int) -> None:

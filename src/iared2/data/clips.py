@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import InputError
-from .photo import MAX_PIXELS, check_file, find_files, to_rgb
+from .photo import TOO_LARGE, check_file, find_files, is_too_large, to_rgb
 
 SUFFIXES = {
     *(".3gp", ".asf", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg"),
@@ -199,6 +199,8 @@ def open_video(path: str | Path) -> Video:
         rate = float(stream.average_rate or stream.guessed_rate or 25)
     rotation = round(first.rotation / 90) * 90 % 360
     width, height = (max(1, round(first.width * aspect)), first.height)[:: -1 if rotation % 180 else 1]
+    if is_too_large(width, height):  # with square pixels
+        raise InputError(f"{path}: {TOO_LARGE}")
 
     by_count = any(time is None for time, *_ in packets)
     if by_count:
@@ -249,8 +251,8 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
             streams = [s for s in container.streams.video if not s.disposition & cover and s.codec_context]
             if not streams:
                 raise InputError(f"{path}: no video in this file; give one that has pictures")
-            if streams[0].width * streams[0].height > MAX_PIXELS:
-                raise InputError(f"{path}: too large, the limit is {MAX_PIXELS:,} pixels; make it smaller first")
+            if is_too_large(streams[0].width, streams[0].height):
+                raise InputError(f"{path}: {TOO_LARGE}")
             yield container, streams[0]
     except av.FFmpegError as error:
         if is_open:

@@ -42,7 +42,7 @@ from .device_dataset import (
 )
 from .images import DataConfig, open_samples
 
-SITE = 4 << 20  # sites of keyed draws, apart from those of resident.py
+SITE = 4 << 20  # sites of keyed draws, apart from those of device_dataset.py
 SITE_SIDES, SITE_WHOLE, SITE_LOOSE, SITE_CELLS, SITE_SOURCES, SITE_AUGMENT, SITE_ERASE = range(SITE, SITE + 7)
 WHOLE, LOOSE = 4, 6  # layers of each kind
 CHUNK = 32  # canvases that are made at once, for the sake of memory
@@ -121,7 +121,7 @@ class ClutteredImages(MadeOfPhotos):
         pixels, boxes = self._render(rows, keys, None)
         return (pixels * 255).round().to(torch.uint8), boxes
 
-    def changed(self, places: Tensor, keys: Tensor, augment: BatchAugment) -> Batch:
+    def train_batch(self, places: Tensor, keys: Tensor, augment: BatchAugment) -> Batch:
         """Crop, mirror image and colours change each picture before it is cut and pasted, the photo like all others; a
         box is erased from the canvas.
         """
@@ -130,7 +130,7 @@ class ClutteredImages(MadeOfPhotos):
         images = augment.erase(images, keyed.uniform(keys, SITE_ERASE, ERASE_DRAWS))
         return Batch(images, self.photos.labels[places], self.rows[places], [], boxes)
 
-    def as_it_is(self, places: Tensor, mean: Sequence[float], std: Sequence[float]) -> Batch:
+    def eval_batch(self, places: Tensor, mean: Sequence[float], std: Sequence[float]) -> Batch:
         """``(B, 3, V, V)`` canvases, always the same of a photo."""
         pixels, boxes = self.canvases(places, self.eval_keys(places))
         return Batch(

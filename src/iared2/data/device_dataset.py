@@ -84,7 +84,7 @@ class BatchAugment:
         return pixels.masked_fill(gone & (happens < self.random_erasing)[:, None, None, None], 0)
 
 
-class OnDevice(ABC):
+class DeviceDataset(ABC):
     """Images or clips in memory that come in whole batches. What makes them is the subclass's; the passes are here."""
 
     rows: Tensor
@@ -97,11 +97,11 @@ class OnDevice(ABC):
         return len(self.rows)
 
     @abstractmethod
-    def changed(self, places: Tensor, keys: Tensor, augment: BatchAugment) -> Batch:
+    def train_batch(self, places: Tensor, keys: Tensor, augment: BatchAugment) -> Batch:
         """A batch to train on, of ``places (B,)`` in ``rows``; all draws are functions of ``keys (B,)``."""
 
     @abstractmethod
-    def as_it_is(self, places: Tensor, mean: Sequence[float], std: Sequence[float]) -> Batch:
+    def eval_batch(self, places: Tensor, mean: Sequence[float], std: Sequence[float]) -> Batch:
         """A batch to evaluate on, of ``places (B,)`` in ``rows``, the same at every call."""
 
     def train_batches(
@@ -119,18 +119,18 @@ class OnDevice(ABC):
         steps = steps_per_epoch(self, batch_size, world_size)
         order = keyed.permutation(seed, epoch, len(self))[: steps * world_size * batch_size].to(self.rows.device)
         for places in order.view(steps, world_size, batch_size)[start_step:, rank]:
-            yield self.changed(places, keyed.sample_keys(seed, epoch, self.rows[places]), augment)
+            yield self.train_batch(places, keyed.sample_keys(seed, epoch, self.rows[places]), augment)
 
     def eval_batches(
         self, mean: Sequence[float], std: Sequence[float], *, batch_size: int, rank: int = 0, world_size: int = 1
     ) -> Iterator[Batch]:
         """One pass in order; process ``rank`` takes every ``world_size``-th batch."""
         for places in torch.arange(len(self), device=self.rows.device).split(batch_size)[rank::world_size]:
-            yield self.as_it_is(places, mean, std)
+            yield self.eval_batch(places, mean, std)
 
 
 @dataclass(frozen=True, eq=False)
-class ResidentImages(OnDevice):
+class ResidentImages(DeviceDataset):
     """All images of a data set at one size, on one device.
 
     Attributes:
@@ -161,25 +161,21 @@ class ResidentImages(OnDevice):
             return pil_to_tensor(image if same else image.resize((width, height), Image.Resampling.BICUBIC))
 
         batches = list(eval_batches(samples, resized, batch_size=256, workers=workers))
-        batches = [batch for batch in batches if len(batch.labels)]
-        return cls(
-            torch.cat([batch.images for batch in batches]).to(device),
-            torch.cat([batch.labels for batch in batches]).to(device),
-            torch.cat([batch.samples for batch in batches]).to(device),
-            [reason for batch in batches for reason in batch.skipped],
-        )
+        good = [(batch.images, batch.labels, batch.samples) for batch in batches if len(batch.labels)]
+        images, labels, rows = (torch.cat(parts).to(device) for parts in zip(*good, strict=True))
+        return cls(images, labels, rows, [file for batch in batches for file in batch.skipped])
 
-    def changed(self, places: Tensor, keys: Tensor, augment: BatchAugment) -> Batch:
+    def train_batch(self, places: Tensor, keys: Tensor, augment: BatchAugment) -> Batch:
         """``(B, 3, H, W)`` images, changed by ``augment``."""
         return Batch(augment(self.images[places], keys), self.labels[places], self.rows[places], [])
 
-    def as_it_is(self, places: Tensor, mean: Sequence[float], std: Sequence[float]) -> Batch:
+    def eval_batch(self, places: Tensor, mean: Sequence[float], std: Sequence[float]) -> Batch:
         """``(B, 3, H, W)`` images, only normalised."""
         images = normalise(self.images[places].float() / 255, mean, std)
         return Batch(images, self.labels[places], self.rows[places], [])
 
 
-class MadeOfPhotos(OnDevice):
+class MadeOfPhotos(DeviceDataset):
     """Made on the fly of photos in memory, one sample a photo."""
 
     photos: ResidentImages

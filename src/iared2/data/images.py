@@ -6,25 +6,26 @@ sources.py finds and opens what is there, batches.py reads it. Knows nothing of 
 from __future__ import annotations
 
 import difflib
-import warnings
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image, ImageOps
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from .. import keyed
 from ..errors import InputError, NoSplit
-from .photo import MAX_PIXELS, to_rgb
+from .photo import load_image, to_rgb, upright
 from .sources import ALL, EVAL_NAMES, TRAIN_NAMES, Source, Splits, find_splits
 
-Transform = Callable[[Image.Image], Tensor]
+Transform = Callable[[Any], Tensor]
+"""Of an image, or of the images of a clip."""
 
 HOLDOUT_SEED = 0
-"""Not the run's seed: runs of different seeds are compared on the same holdout."""
+"""Not the run's seed: runs of different seeds are compared on the same holdout, and `evaluate` finds it again."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ class DataConfig:
     classes: tuple[str, ...] = ()
     """Use only these classes, numbered in this order, given by name, WordNet id or synonym; empty: all."""
     holdout: float = 0.0
-    """Share of every class of the training split that is put aside to choose settings on, in [0, 1)."""
+    """Share of the training split that is put aside to choose settings on, in [0, 1). Each image is drawn by its path
+    in the data set, or its row in a table, so that `iared2 evaluate` finds the same ones again."""
     workers: int = 2
     """Processes that read images; 0: the main process does."""
     clutter: int = 0
@@ -62,7 +64,7 @@ class Samples(Dataset[tuple[Any, int]]):
     """An open data set. ``samples[i]`` is image i, upright 8-bit RGB, and its label; raises whatever decoders raise."""
 
     reader: Any
-    """timm's reader."""
+    """Of a ``Source``."""
     rows: np.ndarray
     """``(n,)`` int64, the samples' positions in the reader."""
     labels: np.ndarray
@@ -74,22 +76,12 @@ class Samples(Dataset[tuple[Any, int]]):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # remarks on odd metadata; the size, also a mere warning, is checked below
-            file = self.reader[int(self.rows[index])][0]
-            with file, Image.open(file) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise Image.DecompressionBombError(f"more than {MAX_PIXELS:,} pixels")
-                return to_rgb(ImageOps.exif_transpose(image)), int(self.labels[index])
+        with self.reader[int(self.rows[index])] as file:
+            return to_rgb(upright(load_image(file))), int(self.labels[index])
 
     def name(self, index: int) -> str:
         """The image's file name, or its row in the table if it has none."""
-        row = int(self.rows[index])
-        try:
-            name = self.reader.filename(row, absolute=True)
-        except TypeError:  # a table's empty cell
-            name = None
-        return name or f"row {row}"
+        return self.reader.filename(int(self.rows[index]), absolute=True)
 
 
 def open_samples(config: DataConfig, split: Literal["train", "holdout", "eval"], whole: bool = False) -> Samples:
@@ -136,7 +128,7 @@ def choose(
         labels, class_names = number[labels], config.classes
     part = labels >= 0
     if split != "eval":
-        part &= _held_out(labels, config.holdout) == (split == "holdout")
+        part &= _held_out(source, config.holdout) == (split == "holdout")
     rows, labels = rows[part], labels[part]
     if len(rows) == 0:
         raise InputError(f"{config.path}: no images in the {split} split; see data.classes and data.holdout")
@@ -177,13 +169,13 @@ def _close(name: str, names: Iterable[str]) -> str:
     return f"did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
-def _held_out(labels: np.ndarray, share: float) -> np.ndarray:
-    """``(n,)`` bool: the same share of every class, rounded down. Labels below 0 count as a class, too."""
-    if not 0 <= share < 1:
+def _held_out(source: Source, share: float) -> np.ndarray:
+    """``(n,)`` bool: drawn for each sample by itself, so that others may come and go."""
+    if not isinstance(share, (int, float)) or not 0 <= share < 1:
         raise InputError(f"data.holdout = {share} must be in [0, 1)")
-    order = keyed.permutation(HOLDOUT_SEED, 0, len(labels)).numpy()
-    held = np.zeros(len(labels), dtype=bool)
-    by_class = order[labels[order].argsort(kind="stable")]
-    for rows in np.split(by_class, np.flatnonzero(np.diff(labels[by_class])) + 1):
-        held[rows[: int(share * len(rows))]] = True
-    return held
+    if not share:
+        return np.zeros(len(source.labels), dtype=bool)
+    names = (source.reader.filename(row).encode(errors="surrogateescape") for row in range(len(source.labels)))
+    digests = b"".join(hashlib.blake2b(name, digest_size=8).digest() for name in names)
+    keys = torch.from_numpy(np.frombuffer(digests, "<i8").astype(np.int64))
+    return (keyed.uniform(keyed.sample_keys(HOLDOUT_SEED, 0, keys), 0, 1)[:, 0] < share).numpy()

@@ -8,17 +8,32 @@ the backbones were trained. Of an animation the first frame is taken.
 from __future__ import annotations
 
 import glob
+import io
+import os
+import re
 import warnings
-from collections.abc import Collection, Sequence
+import zlib
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from ..errors import InputError
 
-MAX_PIXELS = 89_478_485
-"""Larger photos are refused before they are decoded. It is the size from which on Pillow suspects a bomb."""
+FORMATS = (
+    *("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF", "JPEG2000", "JXL", "PPM", "PSD", "QOI", "DIB"),
+    *("ICO", "ICNS", "PCX", "SGI", "XBM", "XPM", "TGA"),
+)
+"""Still images by Pillow's names, whatever the file is called. Of the others, some start programs (EPS), or are no
+photos. HEIF and JXL need a plug-in that is registered."""
+MAX_PIXELS, MAX_SIDE = 89_478_485, 65_535
+"""Larger photos are refused before they are decoded. Pillow suspects a bomb from there on; no JPEG is longer."""
+TOO_LARGE = f"too large, the limits are {MAX_PIXELS:,} pixels and {MAX_SIDE:,} a side; make it smaller first"
+_TURNS = dict(zip(range(2, 9), map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), strict=True))
+"""By EXIF orientation."""
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -49,30 +64,95 @@ def _eight_bit(grey: np.ndarray) -> Image.Image:
     return Image.fromarray(np.rint((values - low) * (255 / (high - low))).astype(np.uint8))
 
 
+def is_too_large(width: int, height: int) -> bool:
+    """Whether an image of this size is refused."""
+    return width * height > MAX_PIXELS or max(width, height) > MAX_SIDE
+
+
+def load_image(file: BinaryIO) -> Image.Image:
+    """A still image of one of ``FORMATS``, decoded; mode and direction are those of the file.
+
+    Text, colour profile and EXIF may be damaged. Raises `Image.DecompressionBombError` if it ``is_too_large`` (the
+    header tells, before decoding), and whatever else decoders raise.
+    """
+    try:
+        return _load(file)
+    except Image.DecompressionBombError:
+        raise
+    except Exception as error:  # decoders raise anything, also of odd text that has nothing to do with the pixels
+        file.seek(0)
+        try:
+            return _load(io.BytesIO(_without_metadata(file.read(8 * MAX_PIXELS))))
+        except Exception:
+            raise error from None
+
+
+def _load(file: BinaryIO) -> Image.Image:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # remarks on odd metadata; the size, also a mere warning, is checked here
+        Image.init()
+        image = Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
+        for _ in range(2):  # what lies in an icon may be larger than the icon's header says
+            if is_too_large(*image.size):
+                raise Image.DecompressionBombError(TOO_LARGE)
+            image.load()
+        return image
+
+
+def _without_metadata(data: bytes) -> bytes:
+    """A PNG or JPEG with the blocks alone that make its pixels and their direction; empty if it is neither."""
+    kept, at = [], 8
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        while at < len(data):
+            end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+            kind = data[at + 4 : at + 8]
+            is_sound = zlib.crc32(data[at + 4 : end - 4]) == int.from_bytes(data[end - 4 : end], "big")
+            if kind in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND") or (kind == b"eXIf" and is_sound):
+                kept.append(data[at:end])
+            at = end
+        return data[:8] + b"".join(kept)
+    if not data.startswith(b"\xff\xd8"):
+        return b""
+    at = 2
+    while data[at : at + 1] == b"\xff" and (kind := data[at + 1 : at + 2]) != b"\xda":  # the scan is not in blocks
+        end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        if not b"\xe2" <= kind <= b"\xed":  # APP2 … APP13; APP0 and APP14 tell the colours, APP1 the direction
+            kept.append(data[at:end])
+        at = end
+    return data[:2] + b"".join(kept) + data[at:]
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF says, if that can be read. Pillow's own function writes the EXIF anew: odd ones fail there."""
+    try:
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # it raises anything
+        turn = None
+    return image if turn is None else image.transpose(turn)
+
+
 def read_photo(path: str | Path) -> Image.Image:
     """The photo in a file, decoded, upright, 8-bit RGB.
 
-    Raises `InputError` with one line that names the file if it is missing, not a file, not readable, empty, not an
-    image, cut short or damaged, or of more than `MAX_PIXELS` pixels (found out from the header, before decoding).
+    Raises `InputError` with one line that names the file if it is missing, not a file, not readable, empty, not a still
+    image, cut short or damaged, or of more than `MAX_PIXELS` pixels or `MAX_SIDE` a side.
     """
     path = Path(path)
+    check_file(path, "an image")
     try:
-        check_file(path, "an image")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # remarks on odd metadata; the size, also a mere warning, is checked below
-            with Image.open(path) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise Image.DecompressionBombError
-                return to_rgb(ImageOps.exif_transpose(image))
-    except InputError:
-        raise
+        with path.open("rb") as file:
+            return to_rgb(upright(load_image(file)))
     except Image.DecompressionBombError:
-        raise InputError(f"{path}: too large, the limit is {MAX_PIXELS:,} pixels; make it smaller first") from None
+        raise InputError(f"{path}: {TOO_LARGE}") from None
     except UnidentifiedImageError:
         raise InputError(f"{path}: not an image that can be read here; convert it to JPEG or PNG") from None
     except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error, zlib.error, IndexError, …
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{path}: the image is cut short or damaged ({reason}); copy or download it again") from None
+        raise InputError(f"{path}: the image is cut short or damaged ({reason(error)}); copy it again") from None
+
+
+def reason(error: Exception) -> str:
+    """What an exception says, in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def check_file(path: Path, what: str) -> None:
@@ -97,7 +177,7 @@ def find_photos(patterns: Sequence[str | Path]) -> list[Path]:
 
     Raises `InputError` if a folder cannot be read, or if a folder or a glob has no photo.
     """
-    return find_files(patterns, _photo_suffixes(), "photo")
+    return find_files(patterns, photo_suffixes(), "photo")
 
 
 def find_files(patterns: Sequence[str | Path], suffixes: Collection[str], what: str) -> list[Path]:
@@ -111,26 +191,71 @@ def find_files(patterns: Sequence[str | Path], suffixes: Collection[str], what: 
     for pattern in map(str, patterns):
         path = Path(pattern)
         if path.is_dir():
-            found = _files_in(path, suffixes)
+            found = files_in(path, suffixes)
         elif path.exists() or not glob.has_magic(pattern):  # a file may well be called `cat[1].jpg`
             found = [path]
         else:
-            found = [match for match in map(Path, sorted(glob.glob(pattern, recursive=True))) if match.is_file()]
+            found = sorted(_glob(pattern))
         if not found:
             raise InputError(f"{pattern}: no {what} there; give a file, a folder of {what}s or a glob like '{what}s/*'")
         found_in_all += found
     return list(dict.fromkeys(found_in_all))
 
 
-def _files_in(folder: Path, suffixes: Collection[str]) -> list[Path]:
-    try:
-        files = sorted(folder.iterdir())
-    except OSError as error:
-        raise InputError(f"{folder}: the folder cannot be read ({error.strerror}); make it readable for you") from None
+def _glob(pattern: str) -> set[Path]:
+    """The regular files of a glob. Python's own `**` goes round and round where links lead upwards."""
+    deep = re.search(r"(^|(?<=/))\*\*(/|$)", pattern)
+    if not deep:
+        return {path for path in map(Path, glob.glob(pattern)) if path.is_file()}
+    found: set[Path] = set()
+    with readable():
+        for folder in map(Path, glob.glob(pattern[: deep.start()] or ".")):
+            below = {place for file in walk(folder, set()) for place in file.relative_to(folder).parents}
+            rest = pattern[deep.end() :] or "*"
+            found.update(*(_glob(f"{glob.escape(str(folder / place))}/{rest}") for place in below))
+    return found
+
+
+def files_in(folder: Path, suffixes: Collection[str]) -> list[Path]:
+    """The regular files of these suffixes directly in a folder, by name, without hidden ones; a missing one has none.
+
+    Raises:
+        InputError: the folder cannot be read.
+    """
+    with readable():
+        files = sorted(folder.iterdir()) if folder.is_dir() else []
     return [f for f in files if f.suffix.lower() in suffixes and not f.name.startswith(".") and f.is_file()]
 
 
-def _photo_suffixes() -> set[str]:
-    """The suffixes of the still images that Pillow opens, not of the videos and data files that it only recognises."""
-    formats = Image.registered_extensions().items()
-    return {suffix for suffix, name in formats if name in Image.OPEN and Image.MIME.get(name, "").startswith("image/")}
+def walk(folder: Path, seen: set[str]) -> Iterator[Path]:
+    """The regular files below a folder, without what is hidden. Each real folder is entered once, those above it never.
+
+    ``seen`` are real folders not to enter; it gets those that were. Raises OSError.
+    """
+    seen.update(map(str, [folder.resolve(), *folder.resolve().parents]))
+    folders = [str(folder)]
+    while folders:
+        for entry in sorted(os.scandir(folders.pop()), key=lambda entry: entry.name):
+            is_link = entry.is_symlink()  # which may lead nowhere, or to itself: os.path is never surprised
+            if entry.name.startswith("."):
+                continue
+            if os.path.isdir(entry) if is_link else entry.is_dir():
+                if (real := os.path.realpath(entry)) not in seen:
+                    seen.add(real)
+                    folders.append(entry.path)
+            elif os.path.isfile(entry) if is_link else entry.is_file():
+                yield Path(entry.path)
+
+
+@contextmanager
+def readable() -> Iterator[None]:
+    """What the system says when a file or folder is closed to us, as an ``InputError``."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{error.filename}: cannot be read ({error.strerror}); make it readable for you") from None
+
+
+def photo_suffixes() -> set[str]:
+    """The suffixes of ``FORMATS``."""
+    return {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}

@@ -10,11 +10,10 @@ inside if the pixel of the photo under its centre is.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,8 +22,8 @@ from torch import Tensor
 
 from ..errors import InputError
 from .images import Samples, Transform
-from .photo import find_photos, read_photo, to_rgb
-from .sources import ALL, EVAL_NAMES, find_splits
+from .photo import files_in, find_photos, load_image, read_photo, reason, to_rgb
+from .sources import ALL, EVAL_NAMES, Table, column_names, find_splits
 
 BOX, MASK = "bbox", "mask"
 """Columns of regions in a table; the second one is taken if both are there."""
@@ -131,11 +130,13 @@ def region_batches(
     good: list[tuple[Tensor, Tensor, int]] = []
     read = 0
     for row in order.tolist():
+        if read == limit:
+            break
         try:
             photo, mask = regions[row]
             image = transform(photo)
         except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error, zlib.error, …
-            skipped.append((regions.name(row), " ".join(str(error).split()) or type(error).__name__))
+            skipped.append((regions.name(row), reason(error)))
             continue
         height, width = image.shape[1:]
         resized = Image.fromarray(mask.astype(np.uint8)).resize((width, height), Image.Resampling.NEAREST)
@@ -144,16 +145,14 @@ def region_batches(
             continue
         good.append((image, torch.from_numpy(small), row))
         read += 1
-        if len(good) == batch_size or read == limit:
+        if len(good) == batch_size:
             yield _batch(good)
             good = []
-        if read == limit:
-            return
+    if good:
+        yield _batch(good)
     if not read:
         hint = f"the last is {skipped[-1][0]} ({skipped[-1][1]})" if skipped else "the data set is empty"
         raise InputError(f"there is no photo with a region that can be read; {hint}")
-    if good:
-        yield _batch(good)
 
 
 def _batch(good: list[tuple[Tensor, Tensor, int]]) -> RegionBatch:
@@ -162,10 +161,10 @@ def _batch(good: list[tuple[Tensor, Tensor, int]]) -> RegionBatch:
 
 
 def _open_table(root: Path, split: str, region: str | None, label: str | None, only: str) -> Regions:
-    files = [root] if root.is_file() else sorted([*root.glob("*.parquet"), *root.glob("data/*.parquet")])
+    files = [root] if root.is_file() else files_in(root, [".parquet"]) or files_in(root / "data", [".parquet"])
     if not files or files[0].suffix != ".parquet":
         raise InputError(f"{root}: give a parquet file, a folder of them, a folder with images/ and masks/, or a .mat")
-    columns = _column_names(files[0])
+    columns = column_names(files[0])
     region = region or (MASK if MASK in columns else BOX)
     label = label or next((name for name in LABELS if name in columns), LABELS[0])
     for column in filter(None, ("image", region, label, only)):
@@ -176,40 +175,22 @@ def _open_table(root: Path, split: str, region: str | None, label: str | None, o
     if (name := next((name for name in wanted if name in splits), None)) is None:
         raise InputError(f"{root}: no split {split!r}, there is {', '.join(splits)}; name one of them")
     source = splits[name]()
-    rows = np.flatnonzero(source.reader.dataset[only][:]) if only else np.arange(len(source.labels))
+    dataset = source.reader.dataset
+    rows = np.flatnonzero(dataset[only][:]) if only else np.arange(len(source.labels))
     samples = Samples(source.reader, rows, source.labels[rows], source.names)
-    cells = source.reader.dataset.select_columns([region])
+    cells = dataset.select_columns([region])
     is_box = np.shape(cells[0][region]) == (4,)
-    if not is_box:
-        cells = _as_images(cells, region, root)
-
-    def mask(index: int, frame: tuple[int, int]) -> np.ndarray:
-        cell = cells[int(rows[index])][region]
-        return _box(cell, frame) if is_box else _inside(Image.open(io.BytesIO(cell["bytes"])))
-
-    return Regions(lambda i: samples[i][0], mask, samples.name, len(rows), is_box, samples.labels, samples.class_names)
-
-
-def _column_names(file: Path) -> list[str]:
     try:
-        import pyarrow.parquet as pq
-    except ImportError:
-        raise InputError("parquet files need the package datasets; pip install 'iared2[train]'") from None
-    try:
-        return pq.read_schema(file).names
-    except Exception as error:  # pyarrow raises anything
-        raise InputError(f"{file}: cannot be opened ({str(error).splitlines()[0]})") from None
-
-
-def _as_images(cells: Any, region: str, root: Path) -> Any:
-    """Encoded images, bare or in the layout of Hugging Face, in that layout."""
-    import datasets
-
-    try:
-        return cells.cast_column(region, datasets.Image(decode=False))
+        masks = None if is_box else Table(cells, region)
     except Exception:  # pyarrow raises anything
         kind = cells.features[region]
         raise InputError(f"{root}: the column {region!r} is neither boxes nor encoded masks, but {kind}") from None
+
+    def mask(index: int, frame: tuple[int, int]) -> np.ndarray:
+        row = int(rows[index])
+        return _inside(load_image(masks[row])) if masks else _box(cells[row][region], frame)
+
+    return Regions(lambda i: samples[i][0], mask, samples.name, len(rows), is_box, samples.labels, samples.class_names)
 
 
 def _box(box: Sequence[int], frame: tuple[int, int]) -> np.ndarray:
@@ -223,10 +204,9 @@ def _box(box: Sequence[int], frame: tuple[int, int]) -> np.ndarray:
 
 def _inside(image: Image.Image) -> np.ndarray:
     """``(height, width)`` bool, where an image is not 0: grey level, palette index or colour, whatever its opacity."""
-    with image:
-        if image.mode not in ("1", "L", "P", "I", "I;16"):
-            image = image.convert("RGB")
-        pixels = np.asarray(image)
+    if image.mode not in ("1", "L", "P", "I", "I;16"):
+        image = image.convert("RGB")
+    pixels = np.asarray(image)
     return pixels != 0 if pixels.ndim == 2 else (pixels != 0).any(2)
 
 
@@ -239,7 +219,8 @@ def _open_folders(root: Path) -> Regions:
         raise InputError(f"{missing[0]}: there is no mask {root}/masks/{missing[0].stem}.png; add it")
 
     def mask(index: int, frame: tuple[int, int]) -> np.ndarray:
-        return _inside(Image.open(found[photos[index].stem]))
+        with found[photos[index].stem].open("rb") as file:
+            return _inside(load_image(file))
 
     return Regions(lambda i: read_photo(photos[i]), mask, lambda i: str(photos[i]), len(photos), False)
 

@@ -21,15 +21,17 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import InputError
+from .photo import photo_suffixes
 
-IMAGE_KINDS = ("jpg", "jpeg", "png", "webp")
-VERSION = 1
+VERSION = 2
 """Of the cached index; another one is made anew."""
+MAX_TEXT = 1 << 20
+"""Bytes that are read of a label's file."""
 
 
 @dataclass(frozen=True, eq=False)
 class ShardReader:
-    """The part of timm's readers that we need: ``reader[i]`` is image i as an open file, and its label.
+    """``reader[i]`` is image i as an open file.
 
     A shard is opened for each image: that takes microseconds, and a process that is forked or sent this has no file
     position to share with its parent.
@@ -43,11 +45,11 @@ class ShardReader:
     def __len__(self) -> int:
         return len(self.members)
 
-    def __getitem__(self, index: int) -> tuple[io.BytesIO, int]:
+    def __getitem__(self, index: int) -> io.BytesIO:
         member = self.members[index]
         with open(self.files[member["shard"]], "rb") as file:
             file.seek(member["offset"])
-            return io.BytesIO(file.read(member["size"])), int(member["label"])
+            return io.BytesIO(file.read(member["size"]))
 
     def filename(self, index: int, absolute: bool = False) -> str:
         """``SHARD/NAME``, where NAME is that of the file in the shard; ``absolute``: with the shard's folder."""
@@ -84,7 +86,7 @@ def read_shards(files: Sequence[Path], label_field: str) -> ShardReader:
 def _read_headers(file: Path, label_field: str) -> list[tuple[int, int, int, bytes]]:
     """Offset, size, label and name of each image."""
     samples: dict[str, dict[str, tarfile.TarInfo]] = {}
-    rows = []
+    rows, suffixes = [], photo_suffixes()
     try:
         with open(file, "rb") as content, tarfile.open(fileobj=content, mode="r:") as tar:
             for member in tar:
@@ -96,12 +98,12 @@ def _read_headers(file: Path, label_field: str) -> list[tuple[int, int, int, byt
             if content.read(tarfile.BLOCKSIZE).strip(b"\0"):  # tarfile takes a damaged header for the end
                 raise tarfile.ReadError(f"damaged at byte {tar.offset}")
             for key, parts in samples.items():
-                if image := next((parts[kind] for kind in IMAGE_KINDS if kind in parts), None):
+                if image := next((parts[kind] for kind in sorted(parts) if f".{kind}" in suffixes), None):
                     text = {}
                     for kind in ("cls", "json"):
                         if kind in parts:
                             content.seek(parts[kind].offset_data)
-                            text[kind] = content.read(parts[kind].size)
+                            text[kind] = content.read(min(parts[kind].size, MAX_TEXT))
                     label = _label(text, label_field, f"{file}: {key}")
                     rows.append((image.offset_data, image.size, label, image.name.encode(errors="surrogateescape")))
     except (tarfile.TarError, OSError) as error:
@@ -114,9 +116,9 @@ def _read_headers(file: Path, label_field: str) -> list[tuple[int, int, int, byt
 def _label(text: dict[str, bytes], field: str, where: str) -> int:
     try:
         label = int(text["cls"]) if "cls" in text else json.loads(text["json"])[field]
-        if type(label) is int:
+        if type(label) is int and abs(label) < 1 << 31:
             return label
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         pass
     kind = "cls" if "cls" in text else "json"
     found = f"{kind} is {text[kind][:40]!r}" if text else "there is neither"
@@ -125,12 +127,11 @@ def _label(text: dict[str, bytes], field: str, where: str) -> int:
 
 def _store(cache: Path, members: np.ndarray) -> None:
     """Keep the index; whole or not at all, since other processes may do the same at the same time."""
-    part = cache.with_suffix(f".{os.getpid()}")
-    try:
+    part = cache.with_suffix(f".{os.getpid()}.npy")
+    with suppress(OSError):  # no home, or a full one: the next start reads the headers again
         cache.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as file:
-            np.save(file, members)
-        os.replace(part, cache)
-    except OSError:  # no home, or a full one: the next start reads the headers again
-        with suppress(OSError):
-            part.unlink()
+        try:
+            np.save(part, members)
+            os.replace(part, cache)
+        finally:
+            part.unlink(missing_ok=True)

@@ -1,24 +1,29 @@
 """Where labelled images lie: folders of classes, parquet files, WebDataset shards, Hugging Face data sets.
 
-timm's readers find and read the files, with Hugging Face `datasets` for tables. What is ours: the search for splits,
-shards at random access (shards.py), the names of the classes, and errors that say what is wrong before training begins.
-Decodes no image.
+Hugging Face `datasets` reads tables. What is ours: the search for splits, files of any depth in a class folder, shards
+at random access (shards.py), the names of the classes, and errors that say what is wrong before training begins. No
+image is decoded here.
 """
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import warnings
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-from timm.data.readers import create_reader
 
 from ..errors import InputError
+from .photo import files_in, photo_suffixes, readable, walk
 from .shards import read_shards
 
 ALL = "all"
@@ -27,13 +32,54 @@ TRAIN_NAMES = ("train", "training", ALL)
 EVAL_NAMES = ("validation", "val", "valid", "test")
 MAX_IN_MEMORY = 1 << 30
 """Parquet files of up to so many bytes are held in memory; larger ones are mapped from `datasets`' cache on disk."""
+MAX_CLASSES = 1 << 16
+"""Where no names are declared, a larger label than this is a mistake, unless there are as many samples."""
+
+
+@dataclass(frozen=True)
+class Files:
+    """Files in a folder."""
+
+    root: Path
+    names: Sequence[str]
+    """Relative to ``root``."""
+
+    def __getitem__(self, row: int) -> BinaryIO:
+        return open(self.root / self.names[row], "rb")
+
+    def filename(self, row: int, absolute: bool = False) -> str:
+        """The name; ``absolute``: with ``root``."""
+        return str(self.root / self.names[row]) if absolute else self.names[row]
+
+
+class Table:
+    """Encoded images, in a column of a data set of `datasets`: bytes, and on the hub also paths that `datasets` made.
+
+    Raises whatever pyarrow raises if the column has neither.
+    """
+
+    def __init__(self, dataset: Any, column: str, may_open: bool = False) -> None:
+        self.dataset, self.column = dataset.cast_column(column, _datasets().Image(decode=False)), column
+        self.may_open = may_open
+
+    def __getitem__(self, row: int) -> BinaryIO:
+        cell = self.dataset[row][self.column] or {}
+        if cell.get("bytes") is None and self.may_open and os.path.isfile(cell.get("path") or ""):
+            return open(cell["path"], "rb")
+        return io.BytesIO(cell.get("bytes") or b"")
+
+    def filename(self, row: int, absolute: bool = False) -> str:
+        """The row; ``absolute``: the path in the cell, if there is one."""
+        path = (self.dataset[row][self.column] or {}).get("path") if absolute else None
+        return path or f"row {row}"
 
 
 class Source(NamedTuple):
     """One split as it lies there."""
 
     reader: Any
-    """timm's reader, or one like it: ``reader[i]`` is an open file and a label."""
+    """``reader[row]`` is an open file. ``reader.filename(row)`` says where it lies in the data set, wherever that lies;
+    ``reader.filename(row, absolute=True)`` is for people."""
     labels: np.ndarray
     """``(n,)`` int64."""
     names: tuple[str, ...]
@@ -41,7 +87,7 @@ class Source(NamedTuple):
     aliases: tuple[set[str], ...] = ()
     """Other names of each class."""
     complete: bool = False
-    """The names were declared for all splits; else they are only those that occur in this one."""
+    """The names were declared, and are in the same order in all splits; else they are those that occur in this one."""
 
 
 Splits = dict[str, Callable[[], Source]]
@@ -63,29 +109,28 @@ def find_splits(
     if path.startswith("hf:"):
         return _hub_splits(path, columns)
     root = Path(path)
+    if root.is_file() and root.suffix in (".parquet", ".tar"):
+        return {ALL: partial(_open_parquet if root.suffix == ".parquet" else _open_shards, [root], columns, root)}
+    if not root.is_dir():
+        if not root.exists():
+            raise InputError(f"{root}: no such file or folder; give the path of a data set")
+        raise InputError(f"{root}: not a data set; give a folder of images per class, parquet files or shards")
     with readable():
-        if not root.is_dir():
-            if not root.exists():
-                raise InputError(f"{root}: no such file or folder; give the path of a data set")
-            if root.suffix not in (".parquet", ".tar"):
-                raise InputError(f"{root}: not a data set; give a folder of images per class, parquet files or shards")
-            return {ALL: partial(_open_shards if root.suffix == ".tar" else _open_parquet, [root], columns)}
-        if files := sorted(root.glob("*.parquet")) or sorted(root.glob("data/*.parquet")):
-            shards: dict[str, list[Path]] = {}
-            for file in files:  # Hugging Face's layout: train-00000-of-00005.parquet
-                shards.setdefault(re.sub(r"-\d+-of-\d+.*", "", file.stem), []).append(file)
-            return {split: partial(_open_parquet, files, columns) for split, files in shards.items()}
-        folders = _folders(root)
-        # beside folders of classes lies the archive that they came from, at times
-        inside = not folders or [folder.name for folder in folders] == ["data"]
-        if inside and (files := sorted(root.glob("*.tar")) or sorted(root.glob("data/*.tar"))):
-            shards = {}
-            for file in files:  # train-000000.tar, imagenet1k-train-0000.tar, or a mere number
-                stem = re.sub(r"[-_.]?\d+(-of-\d+)?$", "", file.stem)
+        for suffix, opener, number in (
+            (".parquet", _open_parquet, r"-\d+-of-\d+.*"),  # Hugging Face's layout: train-00000-of-00005.parquet
+            (".tar", _open_shards, r"[-_.]?\d+(-of-\d+)?$"),  # train-000000.tar, imagenet1k-train-0000.tar, 0000.tar
+        ):
+            if suffix == ".tar" and not {folder.name for folder in _folders(root)} <= {"data"}:
+                continue  # beside folders of classes lies the archive that they came from, at times
+            splits: dict[str, list[Path]] = {}
+            for file in files_in(root, [suffix]) or files_in(root / "data", [suffix]):
+                stem = re.sub(number, "", file.stem)
                 word = re.split("[-_.]", stem)[-1]
-                split = word if stem not in names and word in (*TRAIN_NAMES, *EVAL_NAMES, *names) else stem
-                shards.setdefault(split or ALL, []).append(file)
-            return {split: partial(_open_shards, files, columns) for split, files in shards.items()}
+                is_split = stem not in names and word in (*TRAIN_NAMES, *EVAL_NAMES, *names)
+                splits.setdefault(word if is_split else stem or ALL, []).append(file)
+            if splits:
+                first = next((split for split in (*names, *TRAIN_NAMES) if split in splits), min(splits))
+                return {split: partial(opener, files, columns, splits[first][0]) for split, files in splits.items()}
         return folder_splits(root, open_folder, names)
 
 
@@ -103,36 +148,47 @@ def folder_splits(root: Path, opener: Callable[[Path], Source], names: Sequence[
     return {ALL: partial(opener, root)}
 
 
-@contextmanager
-def readable() -> Iterator[None]:
-    """What the system says when a file or folder is closed to us, as an ``InputError``."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"{error.filename}: {error.strerror}; make it readable for you") from None
-
-
 def _folders(root: Path) -> list[Path]:
-    return sorted(f for f in root.iterdir() if f.is_dir() and not f.name.startswith("."))
+    return sorted((f for f in root.iterdir() if f.is_dir() and not f.name.startswith(".")), key=_natural)
 
 
-def open_folder(root: Path, suffixes: Iterable[str] = (), what: str = "image") -> Source:
-    """The files of these suffixes (none: images) in a folder of class folders; ``what`` they are.
+def _natural(path: Path) -> list[str | int]:
+    """For sorting: `10.jpg` comes after `9.jpg`."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(path).lower())]
 
-    Raises:
-        InputError: there are none, or some outside of the class folders, or an empty class folder.
+
+def open_folder(root: Path, suffixes: Collection[str] = (), what: str = "image") -> Source:
+    """The files of these suffixes (none: images) in a folder of class folders, however deep; ``what`` they are.
+
+    Warns of other files. Raises InputError if there are none of these, some outside of the class folders, or an empty
+    class folder.
     """
-    try:
-        reader = create_reader("", root=str(root), input_key=";".join(suffixes))
-    except RuntimeError:  # timm's word for "none"
-        raise InputError(f"{root}: no {what}s there; give a folder with one folder of {what}s per class") from None
-    # timm makes a class "" of stray images, passes over folders that are empty or closed to us, and numbers the rest
-    parts = [Path(reader.filename(i)).parts for i in range(len(reader))]
-    if stray := next((p for p in parts if len(p) == 1), None):
-        raise InputError(f"{root}: {stray[0]} lies outside the class folders; put every {what} into {root}/CLASS_NAME/")
-    if empty := sorted({f.name for f in _folders(root)} - {p[0] for p in parts}):
-        raise InputError(f"{root / empty[0]}: a class folder without {what}s that you may read; add some or remove it")
-    return Source(reader, np.array([label for _, label in reader.samples]), tuple(reader.class_to_idx))
+    suffixes = suffixes or photo_suffixes()
+    if stray := files_in(root, suffixes):
+        raise InputError(f"{stray[0]}: lies outside the class folders; put every {what} into {root}/CLASS_NAME/")
+    names: list[str] = []
+    labels: list[int] = []
+    left_out: Counter[str] = Counter()
+    with readable():
+        folders = _folders(root)
+        seen = {os.path.realpath(folder) for folder in folders}
+        if len(seen) < len(folders):
+            raise InputError(f"{root}: two class folders are links to the same folder; remove one")
+        for label, folder in enumerate(folders):
+            for file in sorted(walk(folder, seen), key=_natural):
+                if file.suffix.lower() in suffixes:
+                    names.append(str(file.relative_to(root)))
+                    labels.append(label)
+                else:
+                    left_out[file.suffix.lower() or "without a suffix"] += 1
+    if not names:
+        raise InputError(f"{root}: no {what}s there; give a folder with one folder of {what}s per class")
+    if empty := sorted(set(range(len(folders))).difference(labels)):
+        raise InputError(f"{folders[empty[0]]}: a class folder without {what}s; add some or remove it")
+    if left_out:
+        kinds = ", ".join(f"{number} {suffix}" for suffix, number in left_out.most_common())
+        warnings.warn(f"{root}: files that are no {what}s to be read here are left out: {kinds}", stacklevel=2)
+    return Source(Files(root, names), np.array(labels), tuple(folder.name for folder in folders))
 
 
 def _datasets() -> Any:
@@ -152,58 +208,83 @@ def _hub_splits(path: str, columns: list[str]) -> Splits:
 
     def open_split(split: str) -> Source:
         with _input_errors(path):
-            return _open_table(datasets.load_dataset(name, subset, split=split), f"{path} ({split})", name, columns)
+            dataset = datasets.load_dataset(name, subset, split=split)
+            return _open_table(dataset, f"{path} ({split})", Path(name), columns, may_open=True)
 
     with _input_errors(path):
         return {split: partial(open_split, split) for split in datasets.get_dataset_split_names(name, subset)}
 
 
-def _open_parquet(files: list[Path], columns: list[str]) -> Source:
+def _open_parquet(files: list[Path], columns: list[str], order: Path) -> Source:
+    """``order`` is the file whose order of the classes counts: other splits may declare them in another one."""
     datasets, where = _datasets(), str(files[0])
     import pyarrow.parquet as pq
 
+    _check_columns(column_names(files[0]), where, columns)
     with _input_errors(where):
-        _check_columns(pq.read_schema(files[0]).names, where, columns)
+        of = {f: _declared(datasets.Features.from_arrow_schema(pq.read_schema(f)), columns) for f in {*files, order}}
+        for file in files:
+            if sorted(of[file]) != sorted(of[order]) or of[file] != of[files[0]]:
+                other = order if of[file] == of[files[0]] else files[0]
+                raise InputError(f"{file} declares other classes than {other}, or in another order; write them anew")
         if sum(file.stat().st_size for file in files) <= MAX_IN_MEMORY:
             # from_parquet would write a copy to the cache on disk, even if told to keep the data in memory
             dataset = datasets.Dataset(pq.read_table(files, columns=columns))
         else:
             dataset = datasets.Dataset.from_parquet([str(file) for file in files], columns=columns)
-        return _open_table(dataset, where, files[0].parent, columns)
+        return _open_table(dataset, where, files[0].parent, columns, of[order])
 
 
-def _open_table(dataset: Any, where: str, folder: str | Path, columns: list[str]) -> Source:
+def column_names(file: Path) -> list[str]:
+    """The columns of a parquet file. Raises InputError if it is not one, or the package `datasets` is missing."""
+    _datasets()
+    import pyarrow.parquet as pq
+
+    with _input_errors(str(file)):
+        return pq.read_schema(file).names
+
+
+def _declared(features: Any, columns: list[str]) -> tuple[str, ...]:
+    return tuple(getattr(features.get(columns[1]), "names", None) or ())
+
+
+def _open_table(
+    dataset: Any, where: str, folder: Path, columns: list[str], order: tuple[str, ...] = (), may_open: bool = False
+) -> Source:
     _check_columns(dataset.column_names, where, columns)
-    image_column, label_column, *_ = columns
-    dataset = dataset.select_columns(columns).cast_column(image_column, _datasets().Image(decode=False))
-    values = dataset[label_column][:]
+    reader = Table(dataset.select_columns(columns), columns[0], may_open)
+    values = dataset[columns[1]][:]
     if len(values) == 0:
         raise InputError(f"{where}: no rows; give a data set with images")
     if odd := next((repr(value) for value in values if type(value) is not int), None):
-        raise InputError(f"{where}: the column {label_column!r} has {odd}; labels must be integers from 0")
-    # timm's reader, given a data set that is open: by itself it opens neither a single file nor a configuration
-    from timm.data.readers.reader_hfds import ReaderHfds
-
-    reader: Any = ReaderHfds.__new__(ReaderHfds)
-    reader.dataset, reader.image_key, reader.label_key = dataset, image_column, label_column
-    reader.target_keys, reader.remap_class, reader.additional_features = None, False, None
-    return _named(reader, np.array(values), dataset.features[label_column], Path(folder), lambda i: f"{where}: row {i}")
+        raise InputError(f"{where}: the column {columns[1]!r} has {odd}; labels must be integers from 0")
+    labels, declared = np.array(values), _declared(dataset.features, columns)
+    if order and order != declared:
+        check_labels(labels, len(declared), lambda row: f"{where}: row {row}")
+        labels, declared = np.array([order.index(name) for name in declared])[labels], order
+    return _named(reader, labels, declared, folder, f"{where}: ")
 
 
-def _open_shards(files: list[Path], columns: list[str]) -> Source:
+def _open_shards(files: list[Path], columns: list[str], order: Path) -> Source:
     reader = read_shards(files, columns[1])
-    labels = np.ascontiguousarray(reader.members["label"])
-    return _named(reader, labels, None, files[0].parent, lambda i: reader.filename(i, absolute=True))
+    return _named(reader, np.ascontiguousarray(reader.members["label"]), (), order.parent, f"{order.parent}{os.sep}")
 
 
-def _named(reader: Any, labels: np.ndarray, feature: Any, folder: Path, where: Callable[[int], str]) -> Source:
-    names, aliases = _class_names(feature, folder / "classes.json")
-    complete = bool(names)
-    names = names or tuple(map(str, range(labels.max() + 1)))
-    if len(wrong := np.flatnonzero((labels < 0) | (labels >= len(names)))):
-        row = wrong[0]
-        raise InputError(f"{where(row)} has the label {labels[row]}; labels must be in 0…{len(names) - 1}")
-    return Source(reader, labels, names, aliases, complete)
+def _named(reader: Any, labels: np.ndarray, declared: tuple[str, ...], folder: Path, where: str) -> Source:
+    names, aliases = _class_names(declared, folder / "classes.json")
+    check_labels(labels, len(names), lambda row: where + reader.filename(row))
+    return Source(reader, labels, names or tuple(map(str, range(labels.max() + 1))), aliases, bool(names))
+
+
+def check_labels(labels: np.ndarray, number: int, where: Callable[[int], str]) -> None:
+    """Refuse what cannot be the number of a class, before anything of that size is made.
+
+    ``number`` of classes is 0 if it is unknown; the message begins with ``where(row)``. Raises InputError.
+    """
+    number = number or max(len(labels), MAX_CLASSES)
+    if len(wrong := np.flatnonzero((labels < 0) | (labels >= number))):
+        row = int(wrong[0])
+        raise InputError(f"{where(row)} has the label {labels[row]}; labels must be in 0…{number - 1}")
 
 
 def _check_columns(found: Sequence[str], where: str, columns: list[str]) -> None:
@@ -213,27 +294,32 @@ def _check_columns(found: Sequence[str], where: str, columns: list[str]) -> None
         )
 
 
-def _class_names(feature: Any, file: Path) -> tuple[tuple[str, ...], tuple[set[str], ...]]:
+def _class_names(declared: tuple[str, ...], file: Path) -> tuple[tuple[str, ...], tuple[set[str], ...]]:
     """Names and other names, from classes.json and the column's own list; empty if there is neither.
 
-    The file wins: where there are both, it has the names for people, and the list has identifiers.
+    The file wins: where there are both, it has the names for people, and the list has identifiers. Where the list has
+    the file's names or WordNet ids, these tell which entry is which, and not the place in the file.
     """
-    own = tuple(getattr(feature, "names", None) or ())
     if not file.is_file():
-        return own, ()
+        return declared, ()
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(entries, list) or not entries:
             raise ValueError("no list")
         entries = [{"index": i, "name": e} if isinstance(e, str) else e for i, e in enumerate(entries)]
         entries.sort(key=lambda entry: entry["index"])
-        if [entry["index"] for entry in entries] != list(range(len(own or entries))):
-            raise ValueError(f"the indices are not 0…{len(own or entries) - 1}")
+        if [entry["index"] for entry in entries] != list(range(len(declared or entries))):
+            raise ValueError(f"the indices are not 0…{len(declared or entries) - 1}")
+        place = {own: i for i, own in enumerate(declared)}
+        if 0 < sum(entry["name"] in place for entry in entries) < len(declared):
+            raise ValueError("the data set itself declares other names")
+        places = [place.get(e["name"], place.get(e.get("wnid"), e["index"])) for e in entries]
+        entries = [entries[places.index(i)] for i in range(len(entries))]
         names = tuple(entry["name"] for entry in entries)
-        own = own or ("",) * len(names)
         others = [{e.get("wnid", ""), *e.get("synonyms", "").split(", ")} for e in entries]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise InputError(f'{file}: not a list of names or of {{"index", "name"}} ({error!r}); repair it') from None
+    own = declared or ("",) * len(names)
     return names, tuple((other | {label}) - {"", name} for other, label, name in zip(others, own, names, strict=True))
 
 

@@ -4,7 +4,7 @@
     VideoSamples[i]          -> frames, label   T Pillow images of one clip, V·T of V clips
     train_transform, views_transform: frames -> (3, T, H, W), or (V, 3, T, H, W) of V views
 
-Splits, classes and the holdout are those of images (data.py). Deviations from TimeSformer's loader, for clips of its
+Splits, classes and the holdout are those of images (images.py). Deviations from TimeSformer's loader, for clips of its
 length (8 frames at a sampling rate of 32 of 30 a second are 8.53 seconds):
 
 1. Frames are taken by their time, the centres of equal segments, and not by their number from the first to the last.
@@ -32,10 +32,11 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from ..errors import InputError
-from .batches import Transform, as_clips
+from .batches import Transform, as_clips, clip_length
 from .clips import SUFFIXES, open_video
 from .images import DataConfig, Samples, choose, open_samples
-from .sources import ALL, Source, Splits, folder_splits, open_folder, readable
+from .photo import files_in, readable
+from .sources import ALL, Files, Source, Splits, check_labels, folder_splits, open_folder
 
 
 @dataclass(frozen=True)
@@ -78,16 +79,14 @@ class VideoSamples(Samples):
 
 
 def open_for(
-    input_size: Sequence[int],
+    frames: int,
     config: DataConfig,
     split: Literal["train", "holdout", "eval"],
     clips: ClipConfig | None = None,
     whole: bool = False,
 ) -> Samples:
-    """Images for a model whose input is ``(3, H, W)``, videos for one of ``(3, T, H, W)``; see the two functions."""
-    if len(input_size) == 3:
-        return open_samples(config, split, whole)
-    return open_videos(config, split, input_size[1], clips, whole)
+    """Images, or videos for a model that takes clips of ``frames`` (``batches.clip_length``); see the two functions."""
+    return open_videos(config, split, frames, clips, whole) if frames else open_samples(config, split, whole)
 
 
 def open_videos(
@@ -118,13 +117,13 @@ def open_videos(
     if not config.path:
         raise InputError("no data set; give --data PATH")
     path = Path(config.path)
-    opener = partial(open_folder, suffixes=sorted(SUFFIXES), what="video")
+    opener = partial(open_folder, suffixes={*SUFFIXES, ".gif"}, what="video")
     with readable():
         if path.is_file():
             splits = _list_splits([path], clips.root)
         elif not path.is_dir():
             raise InputError(f"{path}: no such file or folder; give the path of a data set")
-        elif lists := sorted(path.glob("*.csv")):
+        elif lists := files_in(path, [".csv"]):
             splits = _list_splits(lists, clips.root)
         else:
             splits = folder_splits(path, opener, (config.train_split, config.eval_split))
@@ -143,16 +142,15 @@ def train_transform(pretrained_cfg: dict[str, Any], min_scale: float, hflip: flo
         color_jitter: strength of brightness, contrast and saturation changes; 0: none.
     """
     cfg = resolve_data_config(pretrained_cfg=pretrained_cfg)
-    _, length, *size = cfg["input_size"]
-    change = v2.Compose(
+    return v2.Compose(
         [
-            v2.RandomResizedCrop(size, (min_scale, 1.0), interpolation=v2.InterpolationMode.BICUBIC),
+            _stack,
+            v2.RandomResizedCrop(cfg["input_size"][2:], (min_scale, 1.0), interpolation=v2.InterpolationMode.BICUBIC),
             v2.RandomHorizontalFlip(hflip),
             v2.ColorJitter(color_jitter, color_jitter, color_jitter),
-            _Normalise(cfg["mean"], cfg["std"], length),
+            *_normalise(cfg),
         ]
     )
-    return partial(_apply, change)
 
 
 def views_transform(pretrained_cfg: dict[str, Any], crops: int) -> Transform:
@@ -165,47 +163,33 @@ def views_transform(pretrained_cfg: dict[str, Any], crops: int) -> Transform:
     cfg = resolve_data_config(pretrained_cfg=pretrained_cfg)
     _, length, *size = cfg["input_size"]
     places = [0.5] if crops == 1 else [i / (crops - 1) for i in range(crops)]
-    return partial(_views, tuple(size), places, _Normalise(cfg["mean"], cfg["std"], length))
+    return v2.Compose([partial(_views, size, places, length), *_normalise(cfg)])
 
 
-class _Normalise(NamedTuple):
+def _stack(images: Sequence[Image.Image]) -> Tensor:
+    return torch.stack([F.pil_to_tensor(image) for image in images])
+
+
+def _normalise(cfg: dict[str, Any]) -> list[Transform]:
     """Frames ``(V·T, 3, H, W)`` uint8 -> clips float32."""
-
-    mean: Sequence[float]
-    std: Sequence[float]
-    length: int
-
-    def __call__(self, frames: Tensor) -> Tensor:
-        frames = F.normalize(F.to_dtype(frames, torch.float32, scale=True), list(self.mean), list(self.std))
-        return as_clips(frames, self.length)
+    to_clips = partial(as_clips, length=clip_length(cfg))
+    return [v2.ToDtype(torch.float32, scale=True), v2.Normalize(cfg["mean"], cfg["std"]), to_clips]
 
 
-def _apply(change: Transform, images: Sequence[Image.Image]) -> Tensor:
-    return change(torch.stack([F.pil_to_tensor(image) for image in images]))
-
-
-def _views(size: tuple[int, int], places: list[float], normalise: _Normalise, images: Sequence[Image.Image]) -> Tensor:
+def _views(size: Sequence[int], places: list[float], length: int, images: Sequence[Image.Image]) -> Tensor:
     scale = max(size[0] / images[0].height, size[1] / images[0].width)
     height, width = (max(s, round(scale * side)) for s, side in zip(size, images[0].size[::-1], strict=True))
-    frames = _apply(partial(F.resize, size=[height, width], interpolation=v2.InterpolationMode.BICUBIC), images)
+    frames = F.resize(_stack(images), [height, width], v2.InterpolationMode.BICUBIC)
     crops = [F.crop(frames, round(p * (height - size[0])), round(p * (width - size[1])), *size) for p in places]
-    by_clip = torch.stack(crops).unflatten(1, (-1, normalise.length)).transpose(0, 1)  # (V, crops, T, 3, H, W)
-    return normalise(by_clip.flatten(0, 2))
-
-
-class _Listed(NamedTuple):
-    """In place of timm's reader."""
-
-    files: list[str]
-
-    def filename(self, row: int, absolute: bool = True) -> str:
-        return self.files[row]
+    by_clip = torch.stack(crops).unflatten(1, (-1, length)).transpose(0, 1)  # (V, crops, T, 3, H, W)
+    return by_clip.flatten(0, 2)
 
 
 class _Row(NamedTuple):
     where: str
-    files: list[Path]
-    """Where the video may lie."""
+    root: Path
+    names: list[str]
+    """Where the video may lie below it."""
     label: str
     may_be_gone: bool
 
@@ -244,31 +228,32 @@ def _read_list(file: Path, root: Path) -> list[tuple[str, _Row]]:
             stems = ["_".join([key, *(f"{t:06d}" for t in times)]), key]
             folders = ["", split, label, label.replace(" ", "_"), f"{split}/{label}"]
             names = [f"{folder}/{stem}.mp4".strip("/") for folder in folders for stem in stems]
-        files = [root / name for name in dict.fromkeys(names)]
-        rows.append((split, _Row(f"{file}, row {number}", files, label, "path" not in row)))
+        names = list(dict.fromkeys(names))
+        rows.append((split, _Row(f"{file}, row {number}", root, names, label, "path" not in row)))
     return rows
 
 
 def _open_list(rows: list[_Row]) -> Source:
-    found, labels, gone = [], [], 0
+    found: list[tuple[str, _Row]] = []
     for row in rows:
         if not row.label:
             raise InputError(f"{row.where}: no label; give one, or leave the row out")
-        file = next((file for file in row.files if file.is_file()), None)
-        if file is None and not row.may_be_gone:
-            raise InputError(f"{row.where}: there is no file {row.files[0]}; correct the list, or set its root")
-        gone += file is None
-        if file is not None:
-            found.append(str(file))
-            labels.append(row.label)
+        if name := next((name for name in row.names if (row.root / name).is_file()), None):
+            found.append((name, row))
+        elif not row.may_be_gone:
+            raise InputError(
+                f"{row.where}: there is no file {row.root / row.names[0]}; correct the list, or set its root"
+            )
+    root, first = rows[0].root, rows[0].where
     if not found:
-        raise InputError(f"{rows[0].where}: none of its videos is there, such as {rows[0].files[0]}; set its root")
-    if gone:
-        warnings.warn(f"{rows[0].where.split(',')[0]}: {gone} of {len(rows)} videos are not there", stacklevel=2)
-    if all(label.isdecimal() for label in labels):
-        names = tuple(map(str, range(max(map(int, labels)) + 1)))
-        labels = [str(int(label)) for label in labels]
-    else:
-        names = tuple(sorted({row.label for row in rows}))
+        raise InputError(f"{first}: none of its videos is there, such as {root / rows[0].names[0]}; set its root")
+    if gone := len(rows) - len(found):
+        warnings.warn(f"{first.split(',')[0]}: {gone} of {len(rows)} videos are not there", stacklevel=2)
+    files = Files(root, [name for name, _ in found])
+    if all(row.label.isdecimal() and len(row.label) < 19 for _, row in found):
+        labels = np.array([int(row.label) for _, row in found])
+        check_labels(labels, 0, lambda i: found[i][1].where)
+        return Source(files, labels, tuple(map(str, range(labels.max() + 1))))
+    names = sorted({row.label for row in rows})
     number = {name: i for i, name in enumerate(names)}
-    return Source(_Listed(found), np.array([number[label] for label in labels]), names)
+    return Source(files, np.array([number[row.label] for _, row in found]), tuple(names))

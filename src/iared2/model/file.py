@@ -55,6 +55,7 @@ PRETRAINED_CFG: dict[str, Any] = {
     "std": list[float] | None,
     "interpolation": Literal["bilinear", "bicubic", "nearest", "lanczos", "box", "hamming", "random"] | None,
     "crop_pct": float | None,
+    "holdout": float | None,  # share of each class that training put aside: data/images.py finds it again
 }
 
 
@@ -194,6 +195,8 @@ def check(config: dict[str, Any]) -> dict[str, Any]:
     mean, std = (config["pretrained_cfg"].get(key) or [1.0] for key in ("mean", "std"))
     if len(mean) != len(std) or min(std) <= 0:
         raise InputError(f"pretrained_cfg.std is {std} for a mean of {len(mean)} numbers")
+    if not 0 <= (config["pretrained_cfg"].get("holdout") or 0.0) < 1:
+        raise InputError(f"pretrained_cfg.holdout is {config['pretrained_cfg']['holdout']}, not a share in [0, 1)")
     if names and len(names) != num_classes:
         raise InputError(f"{len(names)} class names for {num_classes} classes")
     for name in ("threshold", "num_keep"):

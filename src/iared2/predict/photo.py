@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from timm.data import ImageNetInfo, infer_imagenet_subset
 
 from ..data.clips import is_video
-from ..data.photo import read_photo, to_rgb
+from ..data.photo import read_photo, to_rgb, upright
 from ..errors import InputError
 from ..explain import figures
 from ..explain.heatmap import clamp_below, overlay, upsample
@@ -138,7 +138,7 @@ def _as_image(photo: str | Path | Image.Image | np.ndarray) -> Image.Image:
             raise InputError(f"{photo}: a video, and this model takes photos; give a video model with -c")
         return read_photo(photo)
     if isinstance(photo, Image.Image):
-        return to_rgb(ImageOps.exif_transpose(photo))
+        return to_rgb(upright(photo))
     if photo.dtype != np.uint8 or photo.ndim != 3 or photo.shape[2] != 3 or not photo.size:
         raise InputError(f"a photo as an array is (H, W, 3) uint8 RGB, not {photo.shape} {photo.dtype}")
     return Image.fromarray(photo)

@@ -8,7 +8,7 @@ from timm.data import Mixup, create_transform
 from timm.data.mixup import mixup_target
 from torch import Tensor
 
-from ..data.batches import Transform
+from ..data.batches import Transform, clip_length
 from ..data.device_dataset import BatchAugment
 from ..data.videos import train_transform
 from ..errors import InputError
@@ -50,7 +50,7 @@ class AugmentConfig:
             InputError: timm does not know the policy, or a value is out of its range.
         """
         cfg = model.pretrained_cfg
-        if len(cfg["input_size"]) == 4:
+        if clip_length(cfg):
             if self.auto_augment or self.random_erasing:
                 raise InputError("recipe: auto_augment and random_erasing are not for clips; leave them out")
             return train_transform(cfg, self.min_scale, self.hflip, self.color_jitter)

@@ -23,9 +23,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ..data.batches import steps_per_epoch
+from ..data.batches import clip_length, steps_per_epoch
 from ..data.cluttered import open_cluttered
-from ..data.device_dataset import OnDevice, ResidentImages
+from ..data.device_dataset import DeviceDataset, ResidentImages
 from ..data.videos import open_for
 from ..errors import InputError
 from ..model.backbone import pools_patches
@@ -129,13 +129,13 @@ def open_data(recipe: Recipe) -> RunData:
     config = recipe.data
     with torch.device("meta"):  # is it a model of images or of videos?
         model = from_timm(recipe.model.backbone, groups=recipe.model.groups, **recipe.model.timm)
-    size = model.pretrained_cfg["input_size"]
+    size, frames = model.pretrained_cfg["input_size"], clip_length(model.pretrained_cfg)
     on_device = config.resident or bool(config.clutter)
-    if len(size) == 4 and on_device:
+    if frames and on_device:
         raise InputError("recipe: data.resident and data.clutter are for images; set them to false and 0")
     if config.clutter and tuple(size[1:]) != (config.clutter,) * 2:
         raise InputError(f"recipe: data.clutter = {config.clutter} is the side of the canvas; set img_size to it")
-    opened = {split: open_for(size, config, split, recipe.clips) for split in SPLITS}
+    opened = {split: open_for(frames, config, split, recipe.clips) for split in SPLITS}
 
     def read(device: torch.device) -> tuple[Images, Images]:
         def one(split: Literal["train", "eval"]) -> Images:
@@ -183,6 +183,7 @@ def train(recipe: Recipe, output: Path, data: RunData | None = None) -> Path:
             raise InputError(f"{output} holds a run of another recipe (other {differing}); give another --output")
     model = build_model(recipe, len(data.class_names), weights=not parts)
     model.class_names = data.class_names
+    model.backbone.pretrained_cfg = {**model.pretrained_cfg, "holdout": recipe.data.holdout}  # `evaluate` looks it up
     if parts:
         load_strictly(model, parts["model"], state)
         model.threshold = parts["decision"]["threshold"].tolist()
@@ -213,7 +214,7 @@ def train(recipe: Recipe, output: Path, data: RunData | None = None) -> Path:
     try:
         samples, held_out = data.read(accelerator.device)
         for images in (samples, held_out):
-            for name, reason in images.skipped if isinstance(images, OnDevice) else ():
+            for name, reason in images.skipped if isinstance(images, DeviceDataset) else ():
                 log.warn(f"skipped {name}: {reason}")
         run = Run(
             output=output,

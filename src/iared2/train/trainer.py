@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .. import keyed
 from ..data.batches import Batch, eval_batches, model_transform, steps_per_epoch, train_batches
-from ..data.device_dataset import OnDevice
+from ..data.device_dataset import DeviceDataset
 from ..data.images import Samples
 from ..measure import measure
 from ..model.decide import Decide
@@ -34,7 +34,7 @@ CALIBRATION_IMAGES = 1024
 CALIBRATION_SEED = 0  # not the run's: what a budget means should not depend on it
 
 
-Images = Samples | OnDevice
+Images = Samples | DeviceDataset
 
 
 @dataclass(frozen=True)

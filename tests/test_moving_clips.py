@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from itertools import combinations
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +13,9 @@ from torch import Tensor
 from iared2 import InputError
 from iared2.data.batches import Batch
 from iared2.data.device_dataset import BatchAugment, ResidentImages
-from iared2.data.moving import COLOUR, MovingClips
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "experiments"))
+from moving_clips import COLOUR, MovingClips
 
 SIDE = 20
 ZERO, ONE = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)

@@ -28,10 +28,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import keyed
-from ..errors import InputError
-from .batches import Batch
-from .device_dataset import COLOUR_DRAWS, BatchAugment, MadeOfPhotos, ResidentImages, normalise, recolour
+from iared2 import InputError, keyed
+from iared2.data.batches import Batch
+from iared2.data.device_dataset import COLOUR_DRAWS, BatchAugment, MadeOfPhotos, ResidentImages, normalise, recolour
 
 SITE = 5 << 20  # sites of keyed draws, apart from those of cluttered.py
 SITE_ORDER, SITE_SIDE, SITE_PLACE, SITE_PICTURES, SITE_COLOUR = range(SITE, SITE + 5)
@@ -81,14 +80,14 @@ class MovingClips(MadeOfPhotos):
         """Pixels along a cell's side."""
         return self.size / math.isqrt(self.num_classes)
 
-    def changed(self, places: Tensor, keys: Tensor, augment: BatchAugment) -> Batch:
+    def train_batch(self, places: Tensor, keys: Tensor, augment: BatchAugment) -> Batch:
         """Of ``augment`` only the colours, alike in all frames of a clip. ``Batch.boxes`` are ``(B, T, 4)``."""
         pixels, labels, boxes = self.clips(places, keys)
         factors = augment.colour_factors(keyed.uniform(keys, SITE_COLOUR, COLOUR_DRAWS))[..., None, None]
         pixels = recolour(pixels.flatten(2, 3), factors).view_as(pixels)  # frames as one tall picture
         return Batch(_normalise(pixels, augment.mean, augment.std), labels, self.rows[places], [], boxes)
 
-    def as_it_is(self, places: Tensor, mean: Sequence[float], std: Sequence[float]) -> Batch:
+    def eval_batch(self, places: Tensor, mean: Sequence[float], std: Sequence[float]) -> Batch:
         """``(B, 3, T, V, V)`` clips, always the same of a photo."""
         pixels, labels, boxes = self.clips(places, self.eval_keys(places))
         return Batch(_normalise(pixels, mean, std), labels, self.rows[places], [], boxes)
