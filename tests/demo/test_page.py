@@ -276,7 +276,7 @@ def test_the_command_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr(demo, "serve", lambda *args, **kwargs: asked.append((args[1:], kwargs)))
     assert main(["demo", "--host", "0.0.0.0", "--port", "80", "--root-path", "/x", "--max-file-size", "5"]) == 0
-    assert asked == [(("0.0.0.0", 80), {"root_path": "/x", "max_file_size": 5})]
+    assert asked == [((), {"host": "0.0.0.0", "port": 80, "root_path": "/x", "max_file_size": 5})]
 
 
 def test_without_gradio(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

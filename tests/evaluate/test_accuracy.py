@@ -130,7 +130,7 @@ def test_command_with_budgets_and_a_plot(model, folder, tmp_path, capsys):
         (["--json", "/no/such/folder/x.json"], "cannot write"),
         (["--plot", "/no/such/folder/x.png"], "cannot write"),
         (["--plot", "x.nonsense"], "cannot write x.nonsense"),
-        (["--budget", "1.5"], "shares of the dense multiply-adds"),
+        (["--budget", "1.5"], "shares of the dense MACs"),
         (["--split", "nonsense"], "no split 'nonsense'"),
         (["--batch-size", "0"], "must be 1 or more"),
     ],

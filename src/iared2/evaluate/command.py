@@ -1,0 +1,140 @@
+"""``iared2 evaluate``: a model on labelled images or videos, also at other budgets."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from ..atomic import whole, write
+from ..data.batches import clip_length, eval_batches, model_transform
+from ..data.images import DataConfig
+from ..data.videos import ClipConfig, open_for, views_transform
+from ..device import usable_device
+from ..errors import InputError, NoSplit
+from ..keyed import permutation
+from ..model.calibrate import thresholds_for
+from ..model.reduced import ReducedVisionTransformer
+from ..pretrained.checkpoint import load
+from .accuracy import evaluate
+
+CALIBRATION_IMAGES = 512
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """The arguments of ``iared2 evaluate``."""
+    command.add_argument("checkpoint", help="file of model.save(), folder of a run, or 'box' for the model in the box")
+    command.add_argument(
+        "data", help="folder of class folders, folder of parquet files, hf:NAME; of videos, also a CSV"
+    )
+    command.add_argument("--split", default="validation", help="split to evaluate on (default: validation, or test)")
+    command.add_argument("--classes", nargs="+", default=[], help="only these classes, in the model's order")
+    command.add_argument("--threshold", type=float, nargs="+", help="one number, or one for each group")
+    command.add_argument(
+        "--budget",
+        type=float,
+        nargs="+",
+        metavar="SHARE",
+        help="also at these shares of the dense multiply-adds, e.g. 0.4 0.5 0.6, calibrated on training images",
+    )
+    command.add_argument("--clips", type=int, default=1, help="of videos: clips a video, spread over it (default: 1)")
+    command.add_argument("--span", type=float, default=0.0, help="of videos: seconds of a clip (default: all of it)")
+    command.add_argument("--crops", type=int, default=1, help="of videos: crops a clip, from end to end (default: 1)")
+    command.add_argument(
+        "--all", action="store_true", help="of a folder without splits: also the images that the model was trained on"
+    )
+    command.add_argument("--plot", help="write accuracy against multiply-adds to this .png, .pdf or .svg")
+    command.add_argument("--batch-size", type=int, default=64)
+    command.add_argument("--workers", type=int, default=2)
+    command.add_argument("--device", default="cpu")
+    command.add_argument("--limit", type=int, help="only so many images")
+    command.add_argument("--json", help="write the figures to this file too")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run ``iared2 evaluate``."""
+    device = usable_device(arguments.device)
+    model = load(arguments.checkpoint).to(device)
+    model.pack_weights()
+    if arguments.threshold:
+        model.threshold = arguments.threshold
+    _check(arguments, clip_length(model.pretrained_cfg))
+    samples, train_samples = _open(arguments, model)
+    if len(samples.class_names) != model.num_classes:
+        raise InputError(f"{arguments.data} has {len(samples.class_names)} classes, the model {model.num_classes}")
+    if arguments.limit:
+        samples = replace(samples, rows=samples.rows[: arguments.limit], labels=samples.labels[: arguments.limit])
+    cfg, crops = model.pretrained_cfg, arguments.crops
+    transform = views_transform(cfg, crops) if crops > 1 else model_transform(cfg)  # which shows the whole frame
+    batches = eval_batches(samples, transform, batch_size=arguments.batch_size, workers=arguments.workers)
+    budgets = {}
+    if arguments.budget:
+        calibrated_on = "training images"
+        if train_samples is None:
+            train_samples = samples
+            calibrated_on = "the evaluated images, without their labels: there is no training split"
+        chosen = permutation(0, 0, len(train_samples))[:CALIBRATION_IMAGES].numpy()
+        print(f"budgets are calibrated on {len(chosen)} of {calibrated_on}", file=sys.stderr)
+        sample = replace(train_samples, rows=train_samples.rows[chosen], labels=train_samples.labels[chosen])
+        images = next(iter(eval_batches(sample, transform, batch_size=len(sample), workers=0))).images.to(device)
+        budgets = _thresholds(model, images, arguments.budget)
+    steps, console = -(-len(samples) // arguments.batch_size), Console(stderr=True)
+    progress = track(batches, "evaluating", steps, console=console, transient=True)
+    result = evaluate(model, progress, device, budgets=budgets)
+    Console().print(result.table())
+    text = json.dumps(result.to_dict())
+    print(text)
+    if arguments.json:
+        write(arguments.json, text + "\n")
+    if arguments.plot:
+        with whole(arguments.plot, errors=ValueError) as file:  # of matplotlib, for a suffix that it does not know
+            result.figure().savefig(file, dpi=200)
+    return 0
+
+
+def _check(arguments: argparse.Namespace, frames: int) -> None:
+    if not all(0 < share <= 1 for share in arguments.budget or ()):
+        raise InputError("--budget: give shares of the dense MACs, above 0 and up to 1")
+    if min(arguments.batch_size, arguments.limit or 1, arguments.crops) < 1:
+        raise InputError("--batch-size, --limit and --crops must be 1 or more")
+    if not frames and (arguments.clips, arguments.span, arguments.crops) != (1, 0, 1):
+        raise InputError("--clips, --span and --crops are of videos, and this is a model of images")
+
+
+def _open(arguments: argparse.Namespace, model: ReducedVisionTransformer) -> tuple[Any, Any]:
+    """The samples to evaluate, and those to find budgets on, if asked for and there are any."""
+    # a model that knows its classes by name gets them in its own order, whatever the order of the folders
+    classes = tuple(arguments.classes or model.class_names or ())
+    data = DataConfig(path=arguments.data, eval_split=arguments.split, classes=classes)
+    frames, share = clip_length(model.pretrained_cfg), model.pretrained_cfg.get("holdout") or 0.0
+    clips = ClipConfig(span=arguments.span, test_clips=arguments.clips)
+    train_samples = None
+    if arguments.budget:
+        with suppress(NoSplit):
+            train_samples = open_for(frames, replace(data, holdout=share), "train", clips)
+    try:
+        return open_for(frames, data, "eval", clips), train_samples
+    except NoSplit:  # then what training put aside is new to the model
+        if share and not arguments.all:
+            message = (
+                f"there is no split to evaluate on: taking the {share:.0%} that training put aside; --all takes all"
+            )
+            print(message, file=sys.stderr)
+            return open_for(frames, replace(data, holdout=share), "holdout", clips), train_samples
+        if share:
+            print("warning: if this is what the model was trained on, it has seen most of it", file=sys.stderr)
+        return open_for(frames, data, "eval", clips, whole=True), train_samples
+
+
+def _thresholds(model: ReducedVisionTransformer, images: torch.Tensor, shares: list[float]) -> dict[str, list[float]]:
+    """Name of each budget -> its thresholds, found on images, or on clips of some views."""
+    clips = images.flatten(0, -5 if clip_length(model.pretrained_cfg) else -4)
+    dense = model.dense_macs / 1e9
+    return {f"budget {share:g}": thresholds_for(model, clips, gmacs=share * dense) for share in shares}
