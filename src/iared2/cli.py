@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from . import export
+from .atomic import whole, write
 from .errors import InputError, NoSplit
 from .evaluate.explanations import command as explain_bench
 from .evaluate.speed import command as bench
@@ -190,14 +191,11 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     Console().print(result.table())
     text = json.dumps(result.to_dict())
     print(text)
-    path = arguments.json
-    try:
-        if arguments.json:
-            Path(path).write_text(text + "\n")
-        if path := arguments.plot:
-            result.figure().savefig(path, dpi=200)
-    except (OSError, ValueError) as error:  # ValueError: matplotlib does not know the suffix
-        raise InputError(f"cannot write {path}: {error}") from None
+    if arguments.json:
+        write(arguments.json, text + "\n")
+    if arguments.plot:
+        with whole(arguments.plot, errors=ValueError) as file:  # of matplotlib, for a suffix that it does not know
+            result.figure().savefig(file, dpi=200)
     return 0
 
 

@@ -14,8 +14,6 @@ import copy
 import importlib.util
 import inspect
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .atomic import whole
 from .errors import InputError
 from .model import backbone as vit
 from .model.reduced import ReducedVisionTransformer
@@ -191,17 +190,11 @@ def export(form: FixedCount | Adaptive, path: Path | str, batch_size: int | None
         names: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits", "patch_ids"]}
         onnx_program: Any = torch.onnx.export(program, dynamo=True, verbose=False, **names)
         onnx_program.model.metadata_props["iared2"] = about
-    try:
-        with tempfile.TemporaryDirectory(prefix=".iared2-", dir=path.parent) as folder:
-            if onnx:
-                onnx_program.save(Path(folder, path.name))
-            else:
-                torch.export.save(program, Path(folder, path.name), extra_files={"iared2": about})
-            # of more than 1.5 GB, an ONNX model keeps its weights in a second file, which must be there before it
-            for file in sorted(Path(folder).iterdir(), key=lambda file: file.name == path.name):
-                os.replace(file, path.parent / file.name)
-    except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError where a file cannot be written
-        raise InputError(f"cannot write {path}: {error}") from None
+    with whole(path, errors=RuntimeError) as file:  # which torch's writer raises
+        if onnx:
+            onnx_program.save(file)  # above 1.5 GB with a second file for the weights beside it
+        else:
+            torch.export.save(program, file, extra_files={"iared2": about})
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:

@@ -320,7 +320,7 @@ def test_a_failed_save_leaves_what_was_there(
 
 def test_save_where_nothing_can_be_written(result: Interpretation, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="cannot be written"):
+    with pytest.raises(InputError, match="cannot write"):
         result.save(tmp_path / "file")
     with pytest.raises(InputError, match="colour map"):
         result.save(tmp_path / "new", colormap="rainbows")

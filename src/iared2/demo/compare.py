@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+from ..atomic import whole
 from ..data.photo import read_photo
 from ..errors import InputError
 from ..explain import figures
@@ -106,7 +107,7 @@ def compare(
 def write_archive(comparisons: Sequence[Comparison], path: str | Path) -> None:
     """A ZIP file with a folder for each photo: `heatmap.png`, `hierarchy.png`, `result.json`."""
     folders = folder_names([Path(comparison.name) for comparison in comparisons])
-    with zipfile.ZipFile(path, "w") as archive:
+    with whole(path) as place, zipfile.ZipFile(place, "w") as archive:
         for folder, comparison in zip(folders, comparisons, strict=True):
             after = comparison.after
             pictures = {"heatmap": figures.result_figure(after.photo, comparison.heat), "hierarchy": after.hierarchy()}

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from rich.console import Console
 from rich.progress import track
 from torch.nn.functional import interpolate
 
+from ..atomic import write
 from ..data.photo import find_photos, read_photo
 from ..device import usable_device
 from ..errors import InputError
@@ -90,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
             raise InputError(f"{len(photos)} photos are too many for one picture; write a .pdf, which has pages")
     if not rows:
         raise InputError("none of the photos can be read")
-    _write(output, plate(rows, titles, output.suffix[1:].lower()))
+    write(output, plate(rows, titles, output.suffix[1:].lower()), parents=True)
     print(f"{output}: {len(rows)} photos, {', '.join(titles)}")
     return int(len(rows) < len(photos))
 
@@ -120,18 +119,3 @@ def _hierarchy(predictor: Predictor, args: argparse.Namespace) -> tuple[list[str
         return [Panel(photo), *(Panel(blank(photo, k), f"{k.mean():.2f}") for k in kept)]
 
     return ["photo", *(f"group {group + 1}" for group in range(predictor.model.num_groups))], row
-
-
-def _write(path: Path, content: bytes) -> None:
-    """A file that appears whole or not at all, its folder made if need be.
-
-    Raises:
-        InputError: it cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".iared2-", dir=path.parent) as temporary:
-            Path(temporary, path.name).write_bytes(content)
-            os.replace(Path(temporary, path.name), path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); choose another output") from None

@@ -8,9 +8,7 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 import platform
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -22,6 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..atomic import whole
 from ..data.batches import model_transform
 from ..device import timed, usable_device
 from ..errors import InputError
@@ -106,21 +105,12 @@ class Findings:
 
         Each file appears whole or not at all, `result.json` last. Raises `InputError` if the folder cannot be written.
         """
-        folder = Path(folder)
         pictures = self.pictures(group, colormap)
         text = json.dumps(self.to_dict()) + "\n"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=".iared2-", dir=folder) as temporary:
-                files = [Path(temporary, name) for name in (*self.PICTURES, RESULT)]
-                for file, picture in zip(files, pictures, strict=False):
-                    file.write_bytes(picture)
-                files[-1].write_text(text, encoding="utf-8")
-                for file in files:
-                    os.replace(file, folder / file.name)
-        except OSError as error:
-            reason = error.strerror or error
-            raise InputError(f"{folder}: cannot be written ({reason}); choose another output") from None
+        with whole(Path(folder, RESULT), parents=True) as result:
+            for name, picture in zip(self.PICTURES, pictures, strict=True):
+                result.with_name(name).write_bytes(picture)
+            result.write_text(text, encoding="utf-8")
 
 
 class Finder:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from ..atomic import write
 
 SHOWN = ("loss", "reward", "reward_greedy", "keep_ratio_sampled", "keep_ratio_greedy", "top1", "top1_greedy")
 
@@ -32,9 +33,7 @@ class RunLog:
         path = directory / "metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["total_steps"] <= total_steps]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(kept))
-        os.replace(temporary, path)
+        write(path, "".join(kept))
         self.file = path.open("a", buffering=1)
         self.tensorboard = SummaryWriter(str(directory / "tensorboard"), purge_step=total_steps + 1)
         self.console = Console(stderr=True)

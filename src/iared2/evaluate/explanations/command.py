@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from ...atomic import write
 from ...data.regions import open_regions
 from ...device import usable_device
 from ...errors import InputError
@@ -96,23 +97,15 @@ def run(args: argparse.Namespace) -> int:
             advance=lambda images: progress.advance(task, images),
         )
     text = json.dumps(result.to_dict())
-    _write(args.json, (text + "\n").encode())
+    if args.json:
+        write(args.json, text + "\n")
     if args.plot:
-        _write(args.plot, picture(result, Path(args.plot).suffix[1:].lower()))
+        write(args.plot, picture(result, Path(args.plot).suffix[1:].lower()))
     console = Console()
     for table in tables(result):
         console.print(table)
     print(text)
     return 0
-
-
-def _write(file: str | None, content: bytes) -> None:
-    if not file:
-        return
-    try:
-        Path(file).write_bytes(content)
-    except OSError as error:
-        raise InputError(f"cannot write {file}: {error.strerror}") from None
 
 
 def headline(result: Benchmark) -> str:

@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from ...atomic import write
 from ...data.batches import eval_batches, model_transform
 from ...data.images import DataConfig, open_samples
 from ...device import usable_device
@@ -103,10 +104,7 @@ def run(arguments: argparse.Namespace, more: Callable[[ReducedVisionTransformer,
     text = json.dumps(result)
     print(text)
     if arguments.json:
-        try:
-            Path(arguments.json).write_text(text + "\n")
-        except OSError as error:
-            raise InputError(f"cannot write {arguments.json}: {error.strerror}") from None
+        write(arguments.json, text + "\n")
     return 0
 
 

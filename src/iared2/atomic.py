@@ -1,0 +1,64 @@
+"""Files that appear whole or not at all: a reader, or a crash, sees the old file or the new one, never half of one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from .errors import InputError
+
+
+@contextmanager
+def whole(path: Path | str, parents: bool = False, errors: type[Exception] = OSError) -> Iterator[Path]:
+    """A place to write a file at, which becomes ``path`` when the block ends, or is removed if the block raises.
+
+    Other files that the block writes beside it move to the folder of ``path`` first, ``path`` itself last.
+
+    Args:
+        path: of the file. What a link points to is replaced; a device, such as ``/dev/stdout``, is written to.
+        parents: make the folders that are missing.
+        errors: what the writer raises, besides ``OSError``, where a file cannot be written.
+
+    Raises:
+        InputError: the file cannot be written. What was there before is still there.
+    """
+    target = Path(os.path.realpath(path))
+    try:
+        is_device = target.exists() and not target.is_file() and not target.is_dir()
+        if parents:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=".iared2-", dir=None if is_device else target.parent) as folder:
+            yield Path(folder, target.name)
+            (probe := Path(folder, ".mode")).touch()  # as umask has it; safetensors' files nobody else could read
+            mode = probe.stat().st_mode
+            probe.unlink()
+            files = sorted(Path(folder).iterdir(), key=lambda file: file.name == target.name)
+            if is_device:
+                target.write_bytes(files[-1].read_bytes())
+                return
+            for file in files:
+                if (target.parent / file.name).is_dir():
+                    raise IsADirectoryError(f"{target.parent / file.name} is a folder")
+                file.chmod(mode)
+                with file.open("rb") as content:
+                    os.fsync(content.fileno())
+            for file in files:
+                os.replace(file, target.parent / file.name)
+    except (OSError, errors) as error:
+        reason = getattr(error, "strerror", None) or str(error).strip().split("\n")[0]
+        raise InputError(
+            f"cannot write {path}: {reason}; give a path in a folder that exists and can be written"
+        ) from None
+
+
+def write(path: Path | str, content: bytes | str, parents: bool = False) -> None:
+    """Write a file, text as UTF-8, whole or not at all.
+
+    Raises:
+        InputError: see ``whole``.
+    """
+    with whole(path, parents) as file:
+        file.write_bytes(content.encode() if isinstance(content, str) else content)
