@@ -309,6 +309,10 @@ class ReducedVisionTransformer(nn.Module):
         return values * (self.num_groups // len(values))
 
     @property
+    def is_video(self) -> bool:
+        return len(self.grid_size) > 2
+
+    @property
     def num_groups(self) -> int:
         return len(self.groups)
 
