@@ -77,6 +77,11 @@ class Comparison:
         """Share of the dense multiply-adds not spent; negative if the interpreters cost more than was saved."""
         return 1 - self.after.macs / self.after.dense_macs
 
+    @property
+    def nbytes(self) -> int:
+        """Memory that it holds: Pillow has four bytes per pixel, the heat map four more."""
+        return 4 * self.after.photo.width * self.after.photo.height + self.heat.nbytes
+
     def overlay(self) -> Image.Image:
         """The photo under its heat map, W × H."""
         return overlay(self.after.photo, self.heat)
@@ -129,7 +134,8 @@ def _compare(
     predictor: Predictor, name: str, photo: Image.Image, thresholds: list[float] | None, choice: Choice
 ) -> Comparison:
     passes = [[predictor(photo, t) for _ in range(PASSES)] for t in (0.0, thresholds)]
-    before, after = (replace(min(results, key=lambda r: r.milliseconds), file=name) for results in passes)
+    fastest = [min(results, key=lambda r: r.milliseconds) for results in passes]
+    before, after = (replace(result, file=name, photo=photo) for result in fastest)  # not a copy each
     if choice.method == "interpreter" and choice.group != "all":
         heat = after.heatmap(choice.group)
     else:
