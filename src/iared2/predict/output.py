@@ -64,7 +64,7 @@ def check_not_read(outputs: Iterable[str | Path], inputs: Iterable[str | Path | 
 
 
 def _identity(path: str | Path) -> tuple[int, int] | None:
-    with suppress(OSError):  # it is not there
+    with suppress(OSError, ValueError):  # it is not there, or cannot be
         status = os.stat(path)
         return status.st_dev, status.st_ino
     return None
