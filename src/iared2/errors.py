@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 
+def printable(text: str) -> str:
+    """Text from a file or its name, safe to print: control characters, which a terminal obeys, become escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 class InputError(Exception):
     """Something that a person gave is wrong.
 
-    The message is one line that says what is wrong, where, and what to do about it. The command line prints it without
-    a traceback and exits with status 1; library users may catch it.
+    The message is one line that says what is wrong, where, and what to do about it, ``printable``. The command line
+    prints it without a traceback and exits with status 1; library users may catch it.
     """
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class NoSplit(InputError):

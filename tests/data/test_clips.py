@@ -10,7 +10,7 @@ from typing import Any
 import av
 import numpy as np
 import pytest
-from made import number_of, numbered, write_video
+from made import number_of, numbered, trim, write_video
 from PIL import Image
 
 from iared2 import InputError
@@ -95,6 +95,58 @@ def test_one_frame_repeats(tmp_path: Path) -> None:
     assert len(video) == 1
     assert video.duration > 0
     assert numbers(video, video.sample(8)) == [700] * 8
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mov"])
+@pytest.mark.parametrize("frames_between", ["0", "2"])
+def test_a_trimmed_video_has_the_frames_that_a_player_shows(tmp_path: Path, suffix: str, frames_between: str) -> None:
+    path = write_video(tmp_path / f"a.{suffix}", 60, gop=12, options={"bf": frames_between, "sc_threshold": "0"})
+    video = open_video(trim(path, 0.7, 3.5))
+    with av.open(str(path)) as container:
+        plain = [(frame.time, number_of(frame.to_image())) for frame in container.decode(video=0)]
+    assert [number for _, number in plain] == list(range(7, 42))
+    assert video.times == pytest.approx([time for time, _ in plain])
+    assert video.duration == pytest.approx(3.5)
+    assert numbers(video, range(35)) == list(range(7, 42))
+    for indices in ([0], [4, 5], [3, 20, 34], [34]):
+        assert numbers(video, indices) == [7 + i for i in indices]
+
+
+def test_a_video_of_which_nothing_is_shown(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no frame is there|no video in this file"):
+        open_video(trim(write_video(tmp_path / "a.mp4", 20), 50, 1))
+
+
+def test_matroska_that_begins_late(tmp_path: Path) -> None:
+    """Its header says when it ends, not how long it is."""
+    video = open_video(write_video(tmp_path / "a.mkv", 20, times=[10_000 + 100 * i for i in range(20)]))
+    assert video.times == pytest.approx(np.arange(20) / 10)
+    assert video.duration == pytest.approx(2)
+    assert numbers(video, [0, 13, 19]) == [0, 13, 19]
+
+
+@pytest.mark.parametrize(("matrix", "red", "blue"), [(1, 0.2126, 0.0722), (5, 0.299, 0.114)], ids=["HD", "SD"])
+@pytest.mark.parametrize("full_range", [False, True])
+def test_colours(tmp_path: Path, matrix: int, red: float, blue: float, full_range: bool) -> None:
+    """Those of the matrix and the range that the file names (ITU-R BT.709 and BT.601)."""
+    luma, cb, cr = 120, 90, 180
+    planes = [np.full(pixels, value, np.uint8) for pixels, value in ((64 * 48, luma), (32 * 24, cb), (32 * 24, cr))]
+    with av.open(str(tmp_path / "a.mp4"), "w") as out:
+        stream = out.add_stream("libx264", rate=10, options={"crf": "1"})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        frame = av.VideoFrame.from_ndarray(np.concatenate(planes).reshape(72, 64), format="yuv420p")
+        for target in (stream.codec_context, frame):
+            target.colorspace, target.color_range = matrix, 1 + full_range
+        out.mux([*stream.encode(frame), *stream.encode()])
+    y, u, v = (
+        (luma / 255, (cb - 128) / 255, (cr - 128) / 255)
+        if full_range
+        else ((luma - 16) / 219, (cb - 128) / 224, (cr - 128) / 224)
+    )
+    r, b = y + 2 * (1 - red) * v, y + 2 * (1 - blue) * u
+    expected = 255 * np.array([r, (y - red * r - blue * b) / (1 - red - blue), b])
+    image = next(open_video(tmp_path / "a.mp4").frames([0]))
+    assert np.abs(np.asarray(image)[20, 20] - expected).max() < 2.5
 
 
 def test_odd_sizes(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import runpy
 import signal
 import socket
@@ -27,7 +28,17 @@ gr = pytest.importorskip("gradio", reason="the page: pip install 'iared2[demo]'"
 from serving import Server, served  # noqa: E402
 
 from iared2.demo import page as demo  # noqa: E402
-from iared2.demo.page import MAX_PHOTOS, archive, build, examples, explain, methods, select, serve  # noqa: E402
+from iared2.demo.page import (  # noqa: E402
+    MAX_PHOTOS,
+    Memory,
+    archive,
+    build,
+    examples,
+    explain,
+    methods,
+    select,
+    serve,
+)
 from iared2.demo.words import classes  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
@@ -152,6 +163,23 @@ def test_visitors_do_not_see_each_others_thresholds(predictor: Predictor) -> Non
             assert np.array_equal(answer["found"][0].after.kept, kept)
 
 
+def test_the_oldest_results_make_room(predictor: Predictor, tmp_path: Path) -> None:
+    found = ask(predictor, examples())["found"]
+    size = sum(one.nbytes for one in found)
+    assert size == sum(8 * one.after.photo.width * one.after.photo.height for one in found)
+    assert all(one.before.photo is one.after.photo for one in found)
+    memory = Memory(int(2.5 * size))
+    held = [memory.hold(found) for _ in range(4)]
+    assert [len(one) for one in held] == [0, 0, 3, 3]
+    del held[2]  # its visitor has left
+    held.append(memory.hold(found))
+    assert [len(one) for one in held] == [0, 0, 3, 3]
+    with pytest.raises(gr.Error, match="Change anything"):
+        archive(str(tmp_path), held[0])
+    with pytest.raises(gr.Error, match="Change anything"):
+        select(held[0], gr.SelectData(None, {"index": 0, "value": None}))
+
+
 def test_archive(predictor: Predictor, tmp_path: Path) -> None:
     found = ask(predictor, examples())["found"]
     paths = [archive(str(tmp_path), found) for _ in range(2)]
@@ -222,6 +250,32 @@ def test_served(server: Server) -> None:
         assert weights.exists()
         for secret in (weights, ROOT / "pyproject.toml", "/etc/passwd"):
             assert client.get(f"/gradio_api/file={secret}").status_code == 403
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        {"path": "http://example.org/a.png"},
+        {"path": "https://127.0.0.1/a.png"},
+        {"path": "a.png", "url": "http://example.org/a.png"},
+    ],
+)
+@pytest.mark.parametrize("place", [0, 2])
+def test_a_url_is_refused_and_never_looked_up(server: Server, file: dict[str, str], place: int) -> None:
+    """`test_no_connection_leaves_this_machine` below sees whether it was."""
+    data: list[Any] = [None, None, "center", 1, "threshold", 0.5, 50]
+    data[place] = [{**file, "meta": {"_type": "gradio.FileData"}}]
+    with httpx.Client(base_url=server.address, timeout=60) as client:
+        functions = client.get("/config").json()["dependencies"]
+        (explain_id,) = [f["id"] for f in functions if len(f["inputs"]) == 7]
+        session = f"{file}{place}"
+        join = {"data": data, "fn_index": explain_id, "session_hash": session}
+        assert client.post("/gradio_api/queue/join", json=join).status_code == 200
+        with client.stream("GET", "/gradio_api/queue/data", params={"session_hash": session}) as events:
+            messages = [json.loads(line[6:]) for line in events.iter_lines() if line.startswith("data: ")]
+    (answer,) = [message for message in messages if message["msg"] == "process_completed"]
+    assert not answer["success"]
+    assert "this page fetches nothing" in answer["output"]["error"]
 
 
 def test_a_full_queue_refuses(server: Server) -> None:

@@ -210,6 +210,31 @@ def test_command(model, data: Path, checkpoint: Path, tmp_path: Path, capsys, ki
     assert files["--plot"].read_bytes().startswith(start)
 
 
+def test_json_has_no_nan_and_replaces_nothing_that_is_read(model, data: Path, checkpoint: Path, tmp_path: Path, capsys):
+    file = next(data.rglob("*.parquet")) if data.is_dir() else data
+    before = file.read_bytes(), checkpoint.read_bytes()
+    for target in (file, checkpoint):
+        assert main(["explain-bench", str(checkpoint), str(data), "--json", str(target)]) == 1
+        assert "is read, and a result would replace it" in capsys.readouterr().err
+    assert (file.read_bytes(), checkpoint.read_bytes()) == before
+    broken = iared2.load(checkpoint)
+    with torch.no_grad():
+        broken.get_classifier().weight.fill_(3e38)  # finite, but its sums are not
+    broken.save(tmp_path / "broken.safetensors")
+    arguments = [
+        "explain-bench",
+        str(tmp_path / "broken.safetensors"),
+        str(data),
+        "--steps",
+        "1",
+        "--methods",
+        "center",
+    ]
+    assert main([*arguments, "--json", str(tmp_path / "a.json")]) == 0
+    assert "NaN" not in (tmp_path / "a.json").read_text()
+    assert json.loads((tmp_path / "a.json").read_text())["methods"][0]["measures"]["insertion"]["value"] is None
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

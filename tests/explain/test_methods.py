@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
+import skimage.data
 import torch
+from PIL import Image
 from planted import PLANTED, patch_means, planted_images, planted_model
 from tiny import sharp_images, sharp_model
 
 import iared2
-from iared2 import InputError, heatmap
+from iared2 import InputError, Predictor, heatmap
+from iared2.explain.figures import blank
 from iared2.explain.gradients import KIN
 from iared2.explain.heatmap import upsample
 from iared2.explain.methods import METHODS, interpreter_map
@@ -95,8 +99,10 @@ def test_our_map_is_the_scores_of_the_second_group():
     output = model.trace(images)
     maps = heatmap(model, images)
     torch.testing.assert_close(maps, upsample(output.scores[1], (4, 4), (32, 32)))
-    torch.testing.assert_close(maps, interpreter_map(model, output.scores, (32, 32)))
-    torch.testing.assert_close(heatmap(model, images, group=2), interpreter_map(model, output.scores, (32, 32), 2))
+    torch.testing.assert_close(maps, interpreter_map(model, output.scores, output.kept, (32, 32)))
+    torch.testing.assert_close(
+        heatmap(model, images, group=2), interpreter_map(model, output.scores, output.kept, (32, 32), 2)
+    )
     model.threshold = [0.5, 0.2, 0.5]  # a low threshold has a low clamp
     scores = model.trace(images).scores[1]
     torch.testing.assert_close(heatmap(model, images), upsample(scores, (4, 4), (32, 32), 0.18))
@@ -217,3 +223,51 @@ def test_what_a_model_cannot_be_asked():
     with pytest.raises(InputError, match="this model has no classes"):
         heatmap(model, images, "gradcam")
     assert heatmap(model, images).max() == 1
+
+
+@pytest.mark.parametrize("num_keep", [[12, 8, 4], [16, 9, 9], [16, 16, 16]])
+@pytest.mark.parametrize("group", [0, 1, 2])
+def test_a_model_that_keeps_counts_shows_what_the_predictor_shows(num_keep, group):
+    """The clamp lies below the lowest score that stayed, not below a threshold that is not used."""
+    model = sharp_model(SMALL)
+    with torch.no_grad():
+        model.interpreters[group].key.weight *= 0.01  # scores of 0.49 to 0.51: clamped at 0.48, all would be low
+    model.num_keep = num_keep
+    predictor = Predictor(model)
+    photo = Image.fromarray(skimage.data.coffee()).resize((32, 32))
+    images = predictor.prepare(photo)
+    output = model.trace(images)
+    scores, kept = output.scores[group, 0], output.kept[group, 0]
+    low = 0.0 if kept.all() else scores[kept].min().item()
+    expected = upsample(scores, (4, 4), (32, 32), min(0.48, low - 0.02))
+    assert expected.max() > 0.9
+    torch.testing.assert_close(heatmap(model, images, group=group)[0], expected)
+    torch.testing.assert_close(torch.from_numpy(predictor(photo).heatmap(group)), expected)
+
+
+@pytest.mark.parametrize("method", [m for m in QUICK if m != "center"])
+def test_the_map_of_a_padded_image_covers_the_padding_and_is_cropped(method):
+    """30 × 44 pixels make 4 × 6 patches of 8: the map of 32 × 48 pixels is not squeezed into them."""
+    model = sharp_model(SMALL, img_size=(32, 48), dynamic_img_size=True, dynamic_img_pad=True)
+    images = sharp_images(3, 30, 44)
+    padded = torch.nn.functional.pad(images, (0, 4, 0, 2))
+    target = torch.arange(3)
+    expected = heatmap(model, padded, method, target)[:, :30, :44]
+    torch.testing.assert_close(heatmap(model, images, method, target), expected)
+
+
+def test_a_photo_that_the_model_pads(monkeypatch):
+    """6 of the patches in a row cover 48 of the model's 44 columns: the last one begins at 40 / 44 of the photo."""
+    model = sharp_model(SMALL, img_size=(30, 44), dynamic_img_size=True, dynamic_img_pad=True)
+    last = torch.where(torch.arange(24) % 6 == 5, 0.9, 0.2)
+    monkeypatch.setattr(model, "score", lambda packed, group: last * packed.alive)
+    result = Predictor(model)(np.zeros((300, 440, 3), np.uint8))
+    assert result.grid_size == (4, 6)
+    kept = np.asarray(blank(Image.new("RGB", (440, 300)), result.kept[0].reshape(4, 6), result.grid))[..., 0] == 0
+    assert kept[:, 400:].all()
+    assert not kept[:, :400].any()
+    heat = result.heatmap()
+    assert heat.shape == (300, 440)
+    rising = np.argmax(heat[150] > 0.5)
+    assert 385 < rising < 415
+    assert result.hierarchy().height == 300

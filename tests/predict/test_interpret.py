@@ -16,11 +16,13 @@ from PIL import Image
 
 import iared2
 from iared2.cli import main
-from iared2.predict import command
-from iared2.predict.command import folder_names, interpret
-from iared2.predict.photo import RESULT_FILES, Predictor
+from iared2.predict import command, output
+from iared2.predict.command import interpret
+from iared2.predict.output import folder_names
+from iared2.predict.photo import Interpretation, Predictor
 
 ROOT = Path(__file__).parents[2]
+RESULT_FILES = [path.name for path in Interpretation.files("")]
 
 
 @pytest.fixture(scope="module")
@@ -125,9 +127,9 @@ def test_one_threshold_is_for_all_groups(checkpoint: Path) -> None:
 
 
 BAD_ARGUMENTS = {
-    "threshold nan": (["-t", "nan"], "not a finite number"),
+    "threshold nan": (["-t", "nan"], "give one finite number, or 3"),
     "threshold text": (["-t", "half"], "--threshold half: not a number"),
-    "two thresholds": (["-t", "0.5", "0.5"], "2 thresholds for 3 groups"),
+    "two thresholds": (["-t", "0.5", "0.5"], "give one finite number, or 3"),
     "group 0": (["-g", "0"], "no group 0; the model has groups 1 to 3"),
     "group 4": (["-g", "4"], "no group 4"),
     "group text": (["-g", "second"], "--group second: not a number"),
@@ -159,14 +161,14 @@ def test_bad_arguments(checkpoint: Path, capsys: pytest.CaptureFixture[str], opt
     assert not Path("out").exists()
 
 
-@pytest.mark.parametrize("wrong", ["threshold", "output", "colormap", "device"])
+@pytest.mark.parametrize("wrong", ["output", "colormap", "device"])
 def test_found_before_any_work(monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
     def work(*_: object) -> None:
         raise AssertionError("the model was loaded")
 
     monkeypatch.setattr(command, "load", work)
-    arguments = {"output": "out", "threshold": 0.5, "colormap": "jet", "device": "cpu"}
-    bad = {"output": "photos/bad.jpg", "threshold": float("nan"), "colormap": "rainbows", "device": "gpu"}
+    arguments = {"output": "out", "colormap": "jet", "device": "cpu"}
+    bad = {"output": "photos/bad.jpg", "colormap": "rainbows", "device": "gpu"}
     with pytest.raises(iared2.InputError):
         interpret(["photos/woman.png"], **arguments | {wrong: bad[wrong]})
 
@@ -175,7 +177,7 @@ def test_unwritable_output(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) ->
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(command.tempfile, "TemporaryFile", refuse)  # root may write everywhere
+    monkeypatch.setattr(output.tempfile, "TemporaryFile", refuse)  # root may write everywhere
     with pytest.raises(iared2.InputError, match="out: cannot be written"):
         interpret(["photos/woman.png"], "out", checkpoint=checkpoint)
 
@@ -194,3 +196,71 @@ def test_the_script(checkpoint: Path, place: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("photo with a space.png: ")
     assert {p.name for p in Path("out").iterdir()} == set(RESULT_FILES)
+
+
+@pytest.mark.parametrize(
+    "photos",
+    [
+        ["out/result.json"],
+        ["out/interpret-result.png"],
+        ["link.png"],
+        ["photos/woman.png", "photos/cat.jpg", "out/woman/hierarchy.png"],
+    ],
+)
+def test_a_photo_named_like_a_result_is_not_replaced(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], photos: list[str]
+) -> None:
+    Path("out/woman").mkdir(parents=True)
+    for name in ("result.json", "interpret-result.png", "hierarchy.png", "woman/hierarchy.png"):
+        Image.new("RGB", (20, 30), "red").save(Path("out", name), "PNG")
+    Path("link.png").symlink_to("out/hierarchy.png")
+    before = {path: path.read_bytes() for path in Path("out").rglob("*.*")}
+    assert main(["interpret", "-p", *photos, "-o", "out", "-c", str(checkpoint)]) == 1
+    printed, errors = capsys.readouterr()
+    assert (printed, errors.count("\n")) == ("", 1)
+    assert "is read, and a result would replace it; choose another output" in errors
+    assert {path: path.read_bytes() for path in Path("out").rglob("*.*")} == before
+    with pytest.raises(iared2.InputError, match="is read"):
+        Predictor(iared2.load(checkpoint))("out/result.json").save("out")
+    assert main(["figure", "hierarchy", "photos/cat.png", "-o", "photos/cat.png"]) == 1
+    assert "photos/cat.png: is read" in capsys.readouterr().err
+    with Image.open("photos/cat.png") as photo:
+        assert photo.size == (600, 400)
+
+
+def test_names_cannot_command_the_terminal(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """ESC ]0; sets a terminal's title, and U+202E shows what follows from right to left."""
+    evil = "\x1b]0;owned\x07\n\u202egpj"
+    model = iared2.load(checkpoint)
+    model.class_names = tuple(f"{evil}{i}" for i in range(7))
+    model.save("evil.safetensors")
+    shutil.copy("photos/woman.png", f"{evil}.png")
+    Path(f"{evil}.jpg").write_text("no photo")
+    options = ["-o", f"out{evil}", "-c", "evil.safetensors"]
+    assert main(["interpret", "-p", f"{evil}.png", *options]) == 0
+    assert main(["interpret", "-p", f"{evil}.png", f"{evil}.jpg", *options]) == 1
+    assert main(["interpret", "-p", f"{evil}.jpg", *options]) == 1
+    assert main(["figure", "hierarchy", f"{evil}.png", f"{evil}.jpg", "-o", f"{evil}.pdf"]) == 1
+    printed, errors = capsys.readouterr()
+    assert len(printed.splitlines()) == 11
+    assert len(errors.splitlines()) == 4
+    for text in (*printed.splitlines(), *errors.splitlines()):
+        assert text.isprintable()
+    assert r"\x1b]0;owned\x07\n\u202egpj.png" in printed
+    assert r"\x1b]0;owned\x07\n\u202egpj.jpg: not an image" in errors
+
+
+def test_json_is_standard_where_a_model_computes_nonsense(checkpoint: Path) -> None:
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    model = iared2.load(checkpoint)
+    with torch.no_grad():
+        model.get_classifier().bias.fill_(torch.nan)
+        model.interpreters[2].query.weight.fill_(torch.nan)
+    Predictor(model)("photos/woman.png").save("out")
+    result = json.loads(Path("out/result.json").read_text(), parse_constant=refuse)
+    assert [top["probability"] for top in result["top5"]] == [None] * 5
+    assert result["groups"][2]["scores"][0] is None or not result["groups"][1]["kept"][0]

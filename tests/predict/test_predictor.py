@@ -19,9 +19,10 @@ from sklearn.datasets import load_sample_images
 
 import iared2
 from iared2 import InputError, ReducedVisionTransformer
-from iared2.predict.photo import RESULT_FILES, Interpretation, Predictor
+from iared2.predict.photo import Interpretation, Predictor
 
 GRID = 6, 4
+RESULT_FILES = [path.name for path in Interpretation.files("")]
 PHOTOS = {
     "astronaut": skimage.data.astronaut(),
     "cat": skimage.data.chelsea(),

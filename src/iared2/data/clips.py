@@ -178,21 +178,22 @@ def open_video(path: str | Path) -> Video:
     path = Path(path)
     with _opened(path) as (container, stream):
         first = None
-        packets: list[tuple[Any, bool, int]] = []  # time, keyframe, duration
-        begin, end = np.inf, -np.inf  # seconds, of everything in the file
+        packets: list[tuple[Any, bool, bool, int]] = []  # time, is it shown, keyframe, duration
+        end = 0.0  # seconds, of everything in the file
         for packet in container.demux():
             if packet.pts is not None:
-                begin = min(begin, float(packet.pts * packet.time_base))
                 end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
             if packet.stream.index == stream.index:
                 if packet.size:  # the last one is empty and asks for what the decoder holds back
-                    packets.append((packet.pts, packet.is_keyframe, packet.duration or 0))
+                    shown = not packet.is_discard  # an edit list cuts what others need to be decoded
+                    packets.append((packet.pts, shown, packet.is_keyframe, packet.duration or 0))
                 if first is None:
                     first = next(iter(packet.decode()), None)
         is_indexed = container.format.name.startswith(INDEXED)
         header = (container.duration or 0) / 1e6 if is_indexed else 0.0
-        if first is None or (header and end - begin < 0.98 * header - MISSING):
-            there = f"{max(end - begin, 0):.1f} of {header:.1f} seconds are there" if header else "no frame is there"
+        is_shown = any(shown for _, shown, *_ in packets)
+        if first is None or not is_shown or end < 0.98 * header - MISSING:
+            there = f"{end:.1f} of {header:.1f} seconds are there" if header and is_shown else "no frame is there"
             raise InputError(f"{path}: the video is cut short or damaged ({there}); copy or download it again")
         unit = float(stream.time_base)
         aspect = float(stream.sample_aspect_ratio or 1)
@@ -207,14 +208,14 @@ def open_video(path: str | Path) -> Video:
         times = _decoded_times(path, unit, rate)
         positions, keys, last = np.arange(len(times)), np.zeros(1, dtype=int), 0.0
     else:
-        positions = np.unique([time for time, *_ in packets])
-        keys = np.searchsorted(positions, np.unique([time for time, is_key, _ in packets if is_key]))
-        if len(keys):  # what is shown before the first keyframe cannot be decoded
-            positions, keys = positions[keys[0] :], keys - keys[0]
-        if not is_indexed or not len(keys):
-            keys = np.zeros(1, dtype=int)
+        positions = np.unique([time for time, shown, *_ in packets if shown])
+        begins = np.array([time for time, _, is_key, _ in packets if is_key] or positions[:1])
+        first_key = min(begins.min(), positions[-1])
+        positions = positions[positions >= first_key]  # what is shown before it cannot be decoded
+        later = np.searchsorted(positions, begins[begins > positions[0]]) if is_indexed else ()
+        keys = np.unique([0, *later])
         times = (positions - positions[0]) * unit
-        last = max(duration for time, _, duration in packets if time == positions[-1]) * unit
+        last = max(duration for time, _, _, duration in packets if time == positions[-1]) * unit
     if last <= 0:  # the file does not say for how long the last frame stays
         last = float(np.median(np.diff(times))) if len(times) > 1 else 1 / rate
     return Video(path, times, float(times[-1]) + last, width, height, rotation, positions, keys, by_count)

@@ -6,7 +6,6 @@ What the page shows, without the page. It changes nothing that two callers share
 from __future__ import annotations
 
 import copy
-import json
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,12 +20,12 @@ from torch.nn import functional as F
 
 from ..atomic import whole
 from ..data.photo import read_photo
-from ..errors import InputError
+from ..errors import InputError, printable
 from ..explain import figures
 from ..explain.heatmap import overlay
 from ..explain.methods import heatmap
 from ..model.calibrate import thresholds_for
-from ..predict.command import folder_names
+from ..predict.output import folder_names, to_json
 from ..predict.photo import Interpretation, Predictor
 
 MAX_SIDE = 1024
@@ -78,6 +77,11 @@ class Comparison:
         """Share of the dense multiply-adds not spent; negative if the interpreters cost more than was saved."""
         return 1 - self.after.macs / self.after.dense_macs
 
+    @property
+    def nbytes(self) -> int:
+        """Memory that it holds: Pillow has four bytes per pixel, the heat map four more."""
+        return 4 * self.after.photo.width * self.after.photo.height + self.heat.nbytes
+
     def overlay(self) -> Image.Image:
         """The photo under its heat map, W × H."""
         return overlay(self.after.photo, self.heat)
@@ -97,7 +101,7 @@ def compare(
         try:
             photos[file] = _read(file)
         except InputError as error:  # a visitor knows the photo's name, not where the server has put it
-            complaints.append(InputError(str(error).replace(str(file), file.name)))
+            complaints.append(InputError(str(error).replace(printable(str(file)), file.name)))
     if not photos:
         return [], complaints
     thresholds = _thresholds(predictor, list(photos.values()), choice)
@@ -114,8 +118,8 @@ def write_archive(comparisons: Sequence[Comparison], path: str | Path) -> None:
             for name, picture in pictures.items():
                 with archive.open(f"{folder}/{name}.png", "w") as file:
                     picture.save(file, "PNG")
-            found = {"method": comparison.method, "before": comparison.before.to_dict(), "after": after.to_dict()}
-            archive.writestr(f"{folder}/result.json", json.dumps(found) + "\n")
+            result = {"method": comparison.method, "before": comparison.before.to_dict(), "after": after.to_dict()}
+            archive.writestr(f"{folder}/result.json", to_json(result) + "\n")
 
 
 @lru_cache(maxsize=32)
@@ -130,7 +134,8 @@ def _compare(
     predictor: Predictor, name: str, photo: Image.Image, thresholds: list[float] | None, choice: Choice
 ) -> Comparison:
     passes = [[predictor(photo, t) for _ in range(PASSES)] for t in (0.0, thresholds)]
-    before, after = (replace(min(results, key=lambda r: r.milliseconds), file=name) for results in passes)
+    fastest = [min(results, key=lambda r: r.milliseconds) for results in passes]
+    before, after = (replace(result, file=name, photo=photo) for result in fastest)  # not a copy each
     if choice.method == "interpreter" and choice.group != "all":
         heat = after.heatmap(choice.group)
     else:

@@ -14,6 +14,7 @@ import signal
 import socket
 import tempfile
 import threading
+import weakref
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any, Literal
 
 import gradio as gr
 import torch
+from gradio_client.utils import is_http_url_like, traverse
 
 from ..errors import InputError
 from ..explain.methods import METHODS
@@ -32,7 +34,10 @@ MAX_PHOTOS = 8
 MAX_WAITING = 32
 """Requests in the queue; a further one is refused with a message."""
 MAX_SESSIONS = 64
-"""Visitors whose last comparison is kept for their gallery and their download; the oldest is forgotten first."""
+MAX_BYTES = 512 << 20
+"""Visitors, and memory of all of them together, whose last comparison is kept for their gallery and their download; the
+oldest is forgotten first."""
+FORGOTTEN = "These results made room for those of others. Change anything to have them again"
 KEEP_SECONDS = 3600
 """After it, uploads and pictures are deleted from the disk."""
 
@@ -83,6 +88,41 @@ def explain(
     return [found, alert, gallery, several, gr.Button(interactive=bool(found)), *detail(found, selected)]
 
 
+class Held(list[Comparison]):
+    """The comparisons of one visitor. They are gone with the session, or when a ``Memory`` forgets them."""
+
+
+class Memory:
+    """What all visitors' sessions hold, in at most so many bytes: the oldest comparisons are forgotten first."""
+
+    def __init__(self, max_bytes: int = MAX_BYTES) -> None:
+        self.max_bytes = max_bytes
+        self.held: list[weakref.ref[Held]] = []
+
+    def hold(self, comparisons: Sequence[Comparison]) -> Held:
+        """The comparisons, for a session to keep."""
+        newest = Held(comparisons)
+        alive = [held for ref in self.held if (held := ref())]
+        while alive and sum(one.nbytes for held in (*alive, newest) for one in held) > self.max_bytes:
+            alive.pop(0).clear()
+        self.held = [*map(weakref.ref, alive), weakref.ref(newest)]
+        return newest
+
+
+class Page(gr.Blocks):
+    """A page that fetches nothing: a URL in place of an upload is refused before its host is looked up."""
+
+    async def preprocess_data(self, block_fn: Any, inputs: list[Any], *args: Any, **kwargs: Any) -> list[Any]:
+        """As of `gr.Blocks`, whose own refusal of a URL into this network begins with a question to a name server."""
+
+        def refuse(file: dict[str, Any]) -> None:
+            if any(is_http_url_like(file.get(key)) for key in ("path", "url")):
+                raise gr.Error("Give a file, not an address: this page fetches nothing", print_exception=False)
+
+        traverse(inputs, refuse, lambda value: isinstance(value, dict) and "path" in value)
+        return await super().preprocess_data(block_fn, inputs, *args, **kwargs)
+
+
 def detail(found: Sequence[Comparison], selected: int) -> list[Any]:
     """One of the comparisons: figures as HTML, heat map, hierarchy, top-5 before and after. Empty if there is none."""
     if not found:
@@ -94,11 +134,15 @@ def detail(found: Sequence[Comparison], selected: int) -> list[Any]:
 
 def select(found: Sequence[Comparison], event: gr.SelectData) -> list[Any]:
     """A photo of the gallery was clicked: which one, and its details."""
+    if not found:
+        raise gr.Error(FORGOTTEN, print_exception=False)
     return [event.index, *detail(found, event.index)]
 
 
 def archive(folder: str, found: Sequence[Comparison]) -> str:
     """Write the comparisons to a ZIP file in a new folder in ``folder``, and return its path."""
+    if not found:
+        raise gr.Error(FORGOTTEN, print_exception=False)
     path = Path(tempfile.mkdtemp(dir=folder)) / "iared2.zip"
     write_archive(found, path)
     return str(path)
@@ -118,7 +162,13 @@ def build(predictor: Predictor) -> gr.Blocks:
     top5 = partial(gr.Label, num_top_classes=5, show_heading=False)
     picture = partial(gr.Image, show_label=False, interactive=False, buttons=["fullscreen"])
 
-    with gr.Blocks(title="IA-RED²", analytics_enabled=False, delete_cache=(600, KEEP_SECONDS)) as page:
+    memory = Memory()
+
+    def explain_and_hold(*values: Any) -> list[Any]:
+        found, *shown = explain(predictor, *values)
+        return [memory.hold(found), *shown]
+
+    with Page(title="IA-RED²", analytics_enabled=False, delete_cache=(600, KEEP_SECONDS)) as page:
         found = gr.State([], time_to_live=KEEP_SECONDS)
         selected = gr.State(0)
         gr.Markdown(INTRO.format(groups=model.num_groups, fate=FATE[model.dropped], classes=classes(model.class_names)))
@@ -190,7 +240,7 @@ def build(predictor: Predictor) -> gr.Blocks:
         at_once: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
         gr.on(
             [page.load, *(part.change for part in (files, method, group, rule, threshold, budget))],
-            partial(explain, predictor),
+            explain_and_hold,
             inputs,
             [found, problems, gallery, several, prepare, *details],
             trigger_mode="always_last",  # of the positions of a moving slider

@@ -69,14 +69,13 @@ def caption(one: Comparison) -> str:
 def facts(one: Comparison) -> str:
     """What dropping changed, as HTML."""
     before, after = one.before, one.after
-    unit, letter = (1e9, "G") if after.dense_macs >= 1e9 else (1e6, "M")
     ratios = " → ".join(f"{100 * ratio:.0f}" for ratio in after.keep_ratio) + " %"
     thresholds = " · ".join(dict.fromkeys(f"{t:.3g}" for t in after.thresholds))
     cells = [
         (
             "Multiply-adds",
             f"{one.saved:.0%} saved",
-            f"{after.macs / unit:.2f} of {after.dense_macs / unit:.2f} {letter}, threshold {thresholds}",
+            f"{after.cost}, threshold {thresholds}",
         ),
         ("Patches kept", ratios, f"of {after.kept.shape[1]}, after each group"),
         ("Forward pass", f"{after.milliseconds:.1f} ms", f"{before.milliseconds:.1f} ms with every patch"),

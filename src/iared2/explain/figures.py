@@ -48,16 +48,17 @@ def with_color_bar(picture: Image.Image, em: int, colormap: str = "jet") -> Imag
     return canvas
 
 
-def hierarchy_figure(photo: Image.Image, kept: np.ndarray, grid_size: tuple[int, int]) -> Image.Image:
+def hierarchy_figure(photo: Image.Image, kept: np.ndarray, grid: Sequence[float]) -> Image.Image:
     """`hierarchy.png`: the photo, then one panel a group, its dropped patches blank and its keep ratio in the corner.
 
     Args:
         photo: RGB.
         kept: ``(D, N)`` bool, the patches that each group kept.
-        grid_size: rows and columns of patches, N = rows × columns. The grid covers the whole photo.
+        grid: of ``heatmap.grid_of``; rounded up, rows × columns = N.
     """
     panel = fit(photo, *PANEL_SIDES)
-    return grid([[(panel, ""), *((blank(panel, k.reshape(grid_size)), ratio(k)) for k in kept)]])
+    by_place = kept.reshape(len(kept), *map(math.ceil, grid))
+    return table([[(panel, ""), *((blank(panel, k, grid), ratio(k)) for k in by_place)]])
 
 
 def ratio(kept: np.ndarray) -> str:
@@ -65,7 +66,7 @@ def ratio(kept: np.ndarray) -> str:
     return f"{kept.mean():.2f}"
 
 
-def grid(rows: Sequence[Sequence[tuple[Image.Image, str]]]) -> Image.Image:
+def table(rows: Sequence[Sequence[tuple[Image.Image, str]]]) -> Image.Image:
     """Panels of one size in rows and columns; what comes with each, if anything, is written into its corner."""
     panel = rows[0][0][0]
     em = text_size(panel)
@@ -95,11 +96,15 @@ def fit(photo: Image.Image, smallest: int, largest: int) -> Image.Image:
     return panel.resize((panel.width * factor, panel.height * factor), Image.Resampling.NEAREST)
 
 
-def blank(panel: Image.Image, kept: np.ndarray) -> Image.Image:
-    """Blank where the patch that a pixel's centre lies in was dropped; ``kept`` is (rows, columns)."""
-    rows, columns = kept.shape
-    row = (2 * np.arange(panel.height) + 1) * rows // (2 * panel.height)
-    column = (2 * np.arange(panel.width) + 1) * columns // (2 * panel.width)
+def blank(panel: Image.Image, kept: np.ndarray, grid: Sequence[float] | None = None) -> Image.Image:
+    """Blank where the patch that a pixel's centre lies in was dropped.
+
+    ``kept`` is (rows, columns); ``grid`` is how many of them cover the panel, by default all.
+    """
+    row, column = (
+        ((2 * np.arange(pixels) + 1) * count // (2 * pixels)).astype(int)
+        for pixels, count in zip((panel.height, panel.width), grid or kept.shape, strict=True)
+    )
     pixels = np.array(panel)
     pixels[~kept[row[:, None], column]] = BLANK
     return Image.fromarray(pixels)

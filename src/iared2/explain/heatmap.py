@@ -7,6 +7,10 @@ gives it for a threshold: 0.48, or 0.02 below the threshold where that is lower.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from typing import Any
+
 import matplotlib
 import numpy as np
 import torch
@@ -25,26 +29,46 @@ def clamp_below(threshold: float) -> float:
     return min(CLAMP, threshold - 0.02)
 
 
-def upsample(scores: Tensor, grid_size: tuple[int, ...], size: tuple[int, int], low: float = CLAMP) -> Tensor:
+def lowest_kept(scores: Tensor, kept: Tensor) -> Tensor:
+    """``(..., N)`` twice ``-> (...)``: the threshold of a model that keeps counts is the lowest score that stayed.
+
+    It is 0 where all patches stayed, or none.
+    """
+    lowest = scores.masked_fill(~kept, torch.inf).amin(-1)
+    return lowest.masked_fill(kept.all(-1) | ~kept.any(-1), 0)
+
+
+def grid_of(model: Any, size: Sequence[int]) -> tuple[float, ...]:
+    """Rows and columns of patches that cover an image of this size, before them T' of a clip.
+
+    They are whole numbers unless the model pads the image to whole patches: the last ones then reach beyond it.
+    """
+    embed = getattr(model, "backbone", model).patch_embed
+    return tuple(side / patch for side, patch in zip(size, embed.patch_size, strict=True))
+
+
+def upsample(scores: Tensor, grid: Sequence[float], size: tuple[int, int], low: float | Tensor = CLAMP) -> Tensor:
     """Clamp to [low, 1], min-max normalise, resize.
 
     Args:
         scores: ``(..., N)`` scores of one group, in (0, 1), and 0 where the patch was already gone: the lowest.
-        grid_size: rows and columns of patches, N = rows × columns; of a clip T', rows and columns, N their product.
-        size: height and width of the photo in pixels; the grid covers all of it.
-        low: the lower clamp.
+        grid: of ``grid_of``; rounded up, the numbers multiply to N.
+        size: height and width of the photo in pixels.
+        low: the lower clamp; a number, or a tensor that broadcasts against the scores.
 
     Returns:
         ``(..., height, width)``, of clips ``(..., T', height, width)``, float32 in [0, 1]. Each image and each clip is
         normalised by itself, so that the moments of a clip can be compared; a constant map is zeros.
     """
-    maps = scores.float().clamp(low, 1)
+    maps = scores.float().nan_to_num(0).clamp_max(1)
+    maps = maps.maximum(torch.as_tensor(low, dtype=maps.dtype, device=maps.device))
     maps = maps - maps.amin(-1, keepdim=True)
     maps = maps / maps.amax(-1, keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny)
-    *moments, rows, columns = grid_size
+    *moments, rows, columns = map(math.ceil, grid)
     maps = maps.reshape(-1, 1, rows, columns)
+    whole = round(size[0] * rows / grid[-2]), round(size[1] * columns / grid[-1])
     # Antialias matters only to photos of fewer pixels than patches, which would otherwise show a few of the patches.
-    maps = F.interpolate(maps, size, mode="bicubic", antialias=True).clamp_(0, 1)
+    maps = F.interpolate(maps, whole, mode="bicubic", antialias=True)[..., : size[0], : size[1]].clamp(0, 1)
     return maps.reshape(*scores.shape[:-1], *moments, *size)
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from timm.data import resolve_data_config
 from torch import Tensor
+from torch.nn import functional as F
 
 from .. import keyed
 from ..errors import InputError
@@ -20,7 +21,7 @@ from ..model.reduced import ReducedVisionTransformer
 from .attention_maps import raw_attention, rollout
 from .forward import backbone_of, private_twin
 from .gradients import KIN, grad_cam, integrated_gradients
-from .heatmap import clamp_below, upsample
+from .heatmap import clamp_below, grid_of, lowest_kept, upsample
 from .memorability import memorability
 
 METHODS = (
@@ -76,8 +77,14 @@ def heatmap(
         InputError: an unknown method, group, block or class, images of another form, or a package that is not there.
     """
     backbone = _check(model, images, method, target)
-    size: tuple[int, int] = images.shape[-2], images.shape[-1]
-    grid = backbone.patch_embed.dynamic_feat_size(size)
+    if method == "center":
+        return _center(images)
+    if method == "memorability":
+        return _unit(memorability(_photos(model, images)))
+    height, width = images.shape[-2:]
+    grid = rows, columns = backbone.patch_embed.dynamic_feat_size((height, width))
+    size = tuple(count * side for count, side in zip(grid, backbone.patch_embed.patch_size, strict=True))
+    images = F.pad(images, (0, size[1] - width, 0, size[0] - height))  # as the model would; the maps are cropped
     if model.training:
         model = private_twin(model)
     if target is not None:
@@ -86,24 +93,26 @@ def heatmap(
     block = _index("block", block, depth, default=1 if method == "attention" else depth - 1)
     with torch.no_grad():
         if method == "interpreter":
-            return _interpret(model, images, group)
-        if method in KIN:
-            return _unit(grad_cam(model, images, target, method, block))
-        if method == "memorability":
-            return _unit(memorability(_photos(model, images)))
-        if method == "center":
-            return _center(images)
-        patches = {
-            "attention": lambda: raw_attention(model, images, block),
-            "rollout": lambda: rollout(model, images),
-            "integrated-gradients": lambda: integrated_gradients(model, images, target),
-            "random": lambda: _random(images, grid[0] * grid[1], seed),
-        }[method]()
-        return upsample(_unit(patches), grid, size, low=0)
+            maps = _interpret(model, images, group)
+        elif method in KIN:
+            maps = _unit(grad_cam(model, images, target, method, block))
+        else:
+            patches = {
+                "attention": lambda: raw_attention(model, images, block),
+                "rollout": lambda: rollout(model, images),
+                "integrated-gradients": lambda: integrated_gradients(model, images, target),
+                "random": lambda: _random(images, rows * columns, seed),
+            }[method]()
+            maps = upsample(_unit(patches), grid, size, low=0)
+        return maps[..., :height, :width]
 
 
 def interpreter_map(
-    model: ReducedVisionTransformer, scores: Tensor | Sequence[Tensor], size: tuple[int, int], group: Group = None
+    model: ReducedVisionTransformer,
+    scores: Tensor | Sequence[Tensor],
+    kept: Tensor | Sequence[Tensor],
+    size: tuple[int, int],
+    group: Group = None,
 ) -> Tensor:
     """Our map from the scores of a forward pass that is done already, at no cost but the drawing.
 
@@ -116,18 +125,21 @@ def interpreter_map(
     different groups are never compared, since each group has its own threshold.
 
     Args:
-        model: whose scores they are; its grid and thresholds are read, nothing runs.
+        model: whose scores they are; its patch size and thresholds are read, nothing runs.
         scores: ``Output.scores (D, B, N)``, or of the first groups alone if that is where ``group`` lies.
+        kept: ``Output.kept (D, B, N)``, of the same groups.
         size: height and width of the images.
         group: from 0, or "all". None: the second, as in the authors' tool; a model of one group has no other.
 
     Returns:
         ``(B, height, width)`` float32 in [0, 1].
     """
-    grid = model.backbone.patch_embed.dynamic_feat_size(size)
+    grid = grid_of(model, size)
     if group != "all":
         group = _index("group", group, len(scores), default=1)
-        return upsample(scores[group], grid, size, clamp_below((model.thresholds or (0.5,) * model.num_groups)[group]))
+        own = model.thresholds
+        thresholds = lowest_kept(scores[group], kept[group]).tolist() if own is None else [own[group]]
+        return upsample(scores[group], grid, size, torch.tensor([[clamp_below(t)] for t in thresholds]))
     every = torch.stack(list(scores))
     depth = every.gt(0).sum(0) - 1  # a score is 0 where the patch was gone, and nowhere else
     last = every.gather(0, depth.clamp_min(0)[None])[0]
@@ -139,8 +151,10 @@ def _interpret(model: Any, images: Tensor, group: Group) -> Tensor:
         raise InputError("a dense backbone has no interpreter: give a reduced model, or take another method")
     groups = model.num_groups
     last = groups - 1 if group == "all" else _index("group", group, groups, default=1)
-    packed, scores, _ = model.reduce(model.embed(images), range(last))  # what comes after the last score is not needed
-    return interpreter_map(model, [*scores, model.score(packed, last)], (images.shape[-2], images.shape[-1]), group)
+    packed, scores, kept = model.reduce(model.embed(images), range(last))
+    score = model.score(packed, last)  # the blocks behind it are not needed
+    keep = model.decide(score, packed.alive, last, model.decision)
+    return interpreter_map(model, [*scores, score], [*kept, keep], (images.shape[-2], images.shape[-1]), group)
 
 
 def _random(images: Tensor, num_patches: int, seed: int) -> Tensor:

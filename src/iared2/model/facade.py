@@ -150,6 +150,10 @@ class Facade(nn.Module):
         self.backbone.set_grad_checkpointing(enable)
 
     @property
+    def is_video(self) -> bool:
+        return len(self.grid_size) > 2
+
+    @property
     def num_groups(self) -> int:
         return len(self.groups)
 

@@ -7,10 +7,7 @@ model decides whether photos or videos are meant. Groups are counted from 1 here
 from __future__ import annotations
 
 import argparse
-import math
 import sys
-import tempfile
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -18,17 +15,19 @@ from typing import TypeVar
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 
 from ..data.clips import find_videos
 from ..data.photo import find_photos
 from ..device import usable_device
-from ..errors import InputError
+from ..errors import InputError, printable
 from ..explain.heatmap import colors
 from ..pretrained.checkpoint import load
-from .photo import Predictor
-from .result import RESULT, Findings
-from .video import VideoPredictor
+from .output import check_not_read, check_writable, folder_names
+from .photo import Interpretation, Predictor
+from .result import Result
+from .video import ClipInterpretation, VideoPredictor
 
 _Number = TypeVar("_Number", int, float)
 
@@ -96,26 +95,23 @@ def interpret(
         0, or 1 if some files could not be read; each is named on stderr, and the others are done.
 
     Raises:
-        InputError: an argument is wrong, found before any work; or the only file cannot be read.
+        InputError: an argument is wrong, or a result would replace a file that is read: found before any work. Or the
+            only file cannot be read.
     """
     output = Path(output)
     check_writable(output)
     colors(colormap)
     torch_device = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    thresholds = [threshold] if isinstance(threshold, (int, float)) else list(threshold or ())
-    if not all(map(math.isfinite, thresholds)):
-        raise InputError(f"threshold {thresholds} is not a finite number; give one between 0 and 1, such as 0.5")
-
     model = load(checkpoint)
-    if len(thresholds) not in (0, 1, model.num_groups):
-        raise InputError(f"{len(thresholds)} thresholds for {model.num_groups} groups; give one number, or one a group")
-    if thresholds:
-        model.threshold = thresholds * (model.num_groups // len(thresholds))
     if group is not None and not 1 <= group <= model.num_groups:
         raise InputError(f"there is no group {group}; the model has groups 1 to {model.num_groups}")
-    clips = len(model.pretrained_cfg["input_size"]) == 4
-    files = find_videos(patterns) if clips else find_photos(patterns)
-    predictor = (VideoPredictor if clips else Predictor)(model, torch_device, checkpoint)
+    predictor = (VideoPredictor if model.is_video else Predictor)(model, torch_device, checkpoint)
+    thresholds = predictor.thresholds(threshold)
+    files = (find_videos if model.is_video else find_photos)(patterns)
+    is_one = files == list(map(Path, patterns)) and len(files) == 1  # a file, not a folder or glob of one
+    folders = [output] if is_one else [output / name for name in folder_names(files)]
+    kind = ClipInterpretation if model.is_video else Interpretation
+    check_not_read((path for folder in folders for path in kind.files(folder)), [*files, checkpoint])
 
     console = Console(stderr=True)
     # Lines for stdout go through the bar only where both are the same screen, and there is no bar in a log file.
@@ -123,23 +119,23 @@ def interpret(
 
     def process(file: Path, folder: Path) -> None:
         if isinstance(predictor, VideoPredictor):
-            frames = bar.add_task(file.name, total=predictor.num_frames)
-            result: Findings = predictor(file, advance=lambda n: bar.advance(frames, n))
+            frames = bar.add_task(escape(printable(file.name)), total=predictor.num_frames)
+            result: Result = predictor(file, thresholds, lambda n: bar.advance(frames, n))
             bar.remove_task(frames)
         else:
-            result = predictor(file)
+            result = predictor(file, thresholds)
         result.save(folder, None if group is None else group - 1, colormap)
         print(summary(result, folder))
 
-    if files == list(map(Path, patterns)) and len(files) == 1:  # a file, not a folder or glob of one
-        with bar if clips else nullcontext():
+    if is_one:
+        with bar if model.is_video else nullcontext():
             process(files[0], output)
         return 0
-    failed, what = 0, "videos" if clips else "photos"
+    failed, what = 0, predictor.TAKES
     with bar:
-        for file, name in bar.track(list(zip(files, folder_names(files), strict=True)), description=what):
+        for file, folder in bar.track(list(zip(files, folders, strict=True)), description=what):
             try:
-                process(file, output / name)
+                process(file, folder)
             except InputError as error:
                 failed += 1
                 print(f"error: {error}", file=sys.stderr)
@@ -148,51 +144,19 @@ def interpret(
     return int(failed > 0)
 
 
-def summary(result: Findings, folder: Path) -> str:
+def summary(result: Result, folder: Path) -> str:
     """What is worth reading at once, in five lines."""
     best = ", ".join(f"{name} {100 * p:.1f} %" for name, p in result.top5[:1]) or "no classes"
     kept = " > ".join(f"{ratio:.2f}" for ratio in (1, *result.keep_ratio))
-    unit, letter = (1e9, "G") if result.dense_macs >= 1e9 else (1e6, "M")
     change = 100 * (result.macs / result.dense_macs - 1)
-    return (
-        f"{result.file}: {best}\n"
-        f"  patches        {kept} of {result.kept.shape[1]}\n"
-        f"  multiply-adds  {result.macs / unit:.2f} of {result.dense_macs / unit:.2f} {letter} ({change:+.1f} %)\n"
-        f"  forward pass   {result.milliseconds:.1f} ms\n"
-        f"  results        {', '.join(str(folder / name) for name in (*result.PICTURES, RESULT))}"
+    lines = (
+        f"{result.file}: {best}",
+        f"  patches       {kept} of {result.kept.shape[1]}",
+        f"  MACs          {result.cost} ({change:+.1f} %)",
+        f"  forward pass  {result.milliseconds:.1f} ms",
+        f"  results       {', '.join(map(str, result.files(folder)))}",
     )
-
-
-def folder_names(files: Sequence[Path]) -> list[str]:
-    """A folder name for each file: its stem; where two files share it, the file's name; then numbered."""
-    stems = Counter(file.stem.casefold() for file in files)  # some file systems do not tell A from a
-    names: list[str] = []
-    taken: set[str] = set()
-    for file in files:
-        unique = stems[file.stem.casefold()] == 1 and file.stem.strip(".")  # a file `...png` has the stem `..`
-        name = base = file.stem if unique else file.name
-        number = 1
-        while name.casefold() in taken:
-            number += 1
-            name = f"{base}-{number}"
-        taken.add(name.casefold())
-        names.append(name)
-    return names
-
-
-def check_writable(output: Path) -> None:
-    """By writing, since permissions do not tell all; `output` itself is made only once there is something to put in.
-
-    Raises:
-        InputError: nothing can be written there, or a file is in the way.
-    """
-    try:
-        ancestor = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
-        if not ancestor.is_dir():
-            raise InputError(f"{output}: {ancestor} is a file, not a folder; choose another output")
-        tempfile.TemporaryFile(dir=ancestor).close()
-    except OSError as error:
-        raise InputError(f"{output}: cannot be written ({error.strerror}); choose another output") from None
+    return "\n".join(map(printable, lines))
 
 
 def _number(text: str, kind: type[_Number], option: str) -> _Number:

@@ -20,14 +20,14 @@ from torch.nn.functional import interpolate
 from ..atomic import write
 from ..data.photo import find_photos, read_photo
 from ..device import usable_device
-from ..errors import InputError
-from ..explain.figures import blank
+from ..errors import InputError, printable
+from ..explain.figures import blank, ratio
 from ..explain.gradients import KIN
 from ..explain.heatmap import colors, overlay
 from ..explain.methods import METHODS, heatmap
 from ..explain.plates import Panel, fit, plate
 from ..pretrained.checkpoint import load
-from .command import check_writable
+from .output import check_not_read, check_writable
 from .photo import Predictor
 
 KINDS = ".png", ".pdf"
@@ -69,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"{output}: give the name of a file that ends in {' or '.join(KINDS)}")
     check_writable(output.parent)
     photos = find_photos(args.photo)
+    check_not_read([output], [*photos, args.checkpoint])
     colors(args.colormap)
     predictor = Predictor(load(args.checkpoint), usable_device(args.device))
     if (thresholds := predictor.thresholds(args.threshold)) is not None:
@@ -90,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
     if not rows:
         raise InputError("none of the photos can be read")
     write(output, plate(rows, titles, output.suffix[1:].lower()), parents=True)
-    print(f"{output}: {len(rows)} photos, {', '.join(titles)}")
+    print(printable(f"{output}: {len(rows)} photos, {', '.join(titles)}"))
     return int(len(rows) < len(photos))
 
 
@@ -116,6 +117,6 @@ def _hierarchy(predictor: Predictor, args: argparse.Namespace) -> tuple[list[str
     def row(photo: Image.Image) -> list[Panel]:
         result = predictor(photo)
         kept = (k.reshape(result.grid_size) for k in result.kept)
-        return [Panel(photo), *(Panel(blank(photo, k), f"{k.mean():.2f}") for k in kept)]
+        return [Panel(photo), *(Panel(blank(photo, k, result.grid), ratio(k)) for k in kept)]
 
     return ["photo", *(f"group {group + 1}" for group in range(predictor.model.num_groups))], row

@@ -18,14 +18,13 @@ from ..data.clips import is_video
 from ..data.photo import read_photo, to_rgb, upright
 from ..errors import InputError
 from ..explain import figures
-from ..explain.heatmap import clamp_below, overlay, upsample
-from ..model.reduced import ReducedVisionTransformer
-from .result import RESULT, Finder, Findings, png
+from ..explain.heatmap import overlay
+from .result import BasePredictor, Result, png
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Interpretation(Findings):
-    """What the model saw in one photo; see ``Findings`` for the rest.
+class Interpretation(Result):
+    """What the model saw in one photo; see ``Result`` for the rest.
 
     Attributes:
         photo: upright, 8-bit RGB, of the photo's own size W × H.
@@ -36,11 +35,8 @@ class Interpretation(Findings):
     photo: Image.Image
 
     def heatmap(self, group: int | None = None) -> np.ndarray:
-        """``(H, W)`` float32 in [0, 1]: the scores of a group, by default the second one, see ``shown_group``."""
-        group = self.shown_group(group)
-        size = self.photo.height, self.photo.width
-        low = clamp_below(self.thresholds[group])
-        return upsample(torch.from_numpy(self.scores[group]), self.grid_size, size, low).numpy()
+        """``(H, W)`` float32 in [0, 1]: the scores of a group, by default the second one, see ``Result.map``."""
+        return self.map(group, self.photo)
 
     def overlay(self, group: int | None = None, colormap: str = "jet") -> Image.Image:
         """The photo blended with the heat map, W × H."""
@@ -52,8 +48,7 @@ class Interpretation(Findings):
 
     def hierarchy(self) -> Image.Image:
         """The photo, then what each group kept of it."""
-        rows, columns = self.grid_size
-        return figures.hierarchy_figure(self.photo, self.kept, (rows, columns))
+        return figures.hierarchy_figure(self.photo, self.kept, self.grid)
 
     def pictures(self, group: int | None, colormap: str) -> list[bytes]:
         """`interpret-result.png`, the figure, and `hierarchy.png`."""
@@ -76,27 +71,10 @@ class Interpretation(Findings):
         return {"photo": photo, **super().to_dict()}
 
 
-RESULT_FILES = *Interpretation.PICTURES, RESULT
+class Predictor(BasePredictor):
+    """Interprets photos, one at a time."""
 
-
-class Predictor(Finder):
-    """Interprets photos, one at a time.
-
-    Args:
-        model: is set to evaluation mode and moved to the device. Its `threshold` may be changed between calls.
-        device: anything that `torch.device` takes.
-        checkpoint: where the model came from, for `result.json` alone.
-
-    Raises:
-        InputError: the device is not there, or the model does not take RGB images.
-    """
-
-    def __init__(
-        self, model: ReducedVisionTransformer, device: str | torch.device = "cpu", checkpoint: str | Path | None = None
-    ) -> None:
-        if len(model.pretrained_cfg["input_size"]) != 3:
-            raise InputError("the model takes videos, not photos; give it to VideoPredictor")
-        super().__init__(model, device, checkpoint)
+    TAKES = "photos"
 
     def __call__(
         self, photo: str | Path | Image.Image | np.ndarray, threshold: float | Sequence[float] | None = None
@@ -114,8 +92,8 @@ class Predictor(Finder):
                 not finite or not as many as there are groups.
         """
         image = _as_image(photo)
-        found = self.find(self.prepare(image), self.thresholds(threshold))
-        return Interpretation(photo=image, file=str(photo) if isinstance(photo, (str, Path)) else None, **found)
+        fields = self.predict(self.prepare(image), self.thresholds(threshold))
+        return Interpretation(photo=image, file=str(photo) if isinstance(photo, (str, Path)) else None, **fields)
 
     def prepare(self, photo: Image.Image) -> torch.Tensor:
         """An RGB photo as the model's input ``(1, 3, height, width)``: resized whole, normalised, on the device."""

@@ -1,12 +1,11 @@
-"""What a model found in one photo or one clip, and the model that finds it: all that the two have in common.
+"""What a model says of one photo or one clip, and the model that says it: all that the two have in common.
 
-Knows neither how a photo or a clip is read nor how its findings are drawn; `predictor` and `video.predictor` do.
+Knows neither how a photo or a clip is read nor how its result is drawn; `photo` and `video` do.
 """
 
 from __future__ import annotations
 
 import io
-import json
 import math
 import platform
 from collections.abc import Sequence
@@ -24,23 +23,25 @@ from ..atomic import whole
 from ..data.batches import model_transform
 from ..device import timed, usable_device
 from ..errors import InputError
+from ..explain.heatmap import clamp_below, grid_of, lowest_kept, upsample
 from ..model.decide import Decide
 from ..model.reduced import Output, ReducedVisionTransformer
+from .output import check_not_read, to_json
 
 RESULT = "result.json"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Findings:
+class Result:
     """What the model saw. Groups are counted from 0 here, as in the arrays.
 
     Attributes:
         top5: the most probable classes and their probabilities, best first; fewer for a model of fewer classes.
         scores: ``(D, N)`` float32 in (0, 1), 0 where the patch was already gone.
         kept: ``(D, N)`` bool, the patches on which each group's blocks ran.
-        grid_size: rows and columns of patches, N = rows × columns, before them T' in a clip; the grid covers it all.
+        grid: rows and columns of patches that cover the photo, see ``explain.heatmap.grid_of``.
         thresholds: one for each group; of a model that keeps counts, the lowest score that stayed, 0 where all did.
-        macs, dense_macs: multiply-adds of this one, and of any with every patch kept and no interpreter.
+        macs, dense_macs: of this one, and of any with every patch kept and no interpreter.
         milliseconds: of the forward pass alone, after a warm-up; neither reading nor resizing.
         model: what made it, for `result.json`: architecture, input size, checkpoint.
         file: where it came from, if it came from a file.
@@ -52,7 +53,7 @@ class Findings:
     top5: list[tuple[str, float]]
     scores: np.ndarray
     kept: np.ndarray
-    grid_size: tuple[int, ...]
+    grid: tuple[float, ...]
     thresholds: tuple[float, ...]
     macs: int
     dense_macs: int
@@ -61,14 +62,26 @@ class Findings:
     file: str | None = None
 
     @property
+    def grid_size(self) -> tuple[int, ...]:
+        """Rows and columns of patches, before them T' in a clip; their product is N."""
+        return tuple(map(math.ceil, self.grid))
+
+    @property
     def keep_ratio(self) -> np.ndarray:
         """``(D,)`` share of the patches alive after each group, in [0, 1]."""
         return self.kept.mean(1)
 
-    def shown_group(self, group: int | None) -> int:
-        """The group whose scores make the heat map: the second one (1) as in the authors' tool if None.
+    @property
+    def cost(self) -> str:
+        """MACs in words: `1.23 of 4.61 G`."""
+        unit, letter = (1e9, "G") if self.dense_macs >= 1e9 else (1e6, "M")
+        return f"{self.macs / unit:.2f} of {self.dense_macs / unit:.2f} {letter}"
 
-        The first group is blind, the class token has seen no patch yet; a model of one group has no other.
+    def map(self, group: int | None, shown: Image.Image) -> np.ndarray:
+        """The scores of a group as a heat map of the size of ``shown``, ``(H, W)``, of clips ``(T', H, W)``.
+
+        By default the second group's, as in the authors' tool. The first one is blind, the class token has seen no
+        patch yet; a model of one group has no other.
 
         Raises:
             InputError: there is no such group.
@@ -77,7 +90,8 @@ class Findings:
             group = min(1, len(self.scores) - 1)
         if not 0 <= group < len(self.scores):
             raise InputError(f"there is no group {group}; the model has groups 0 to {len(self.scores) - 1}")
-        return group
+        scores, low = torch.from_numpy(self.scores[group]), clamp_below(self.thresholds[group])
+        return upsample(scores, self.grid, (shown.height, shown.width), low).numpy()
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the pictures, ready for JSON. Patches are listed row by row, of a clip moment by moment."""
@@ -103,33 +117,46 @@ class Findings:
     def save(self, folder: str | Path, group: int | None = None, colormap: str = "jet") -> None:
         """Write the files ``PICTURES`` and `result.json`, and touch nothing else in the folder.
 
-        Each file appears whole or not at all, `result.json` last. Raises `InputError` if the folder cannot be written.
+        Each file appears whole or not at all, `result.json` last. Raises `InputError` if the folder cannot be written,
+        or if one of the files is the photo or the video itself.
         """
+        check_not_read(self.files(folder), [self.file])
         pictures = self.pictures(group, colormap)
-        text = json.dumps(self.to_dict()) + "\n"
         with whole(Path(folder, RESULT), parents=True) as result:
             for name, picture in zip(self.PICTURES, pictures, strict=True):
                 result.with_name(name).write_bytes(picture)
-            result.write_text(text, encoding="utf-8")
+            result.write_text(to_json(self.to_dict()) + "\n", encoding="utf-8")
+
+    @classmethod
+    def files(cls, folder: str | Path) -> list[Path]:
+        """What ``save`` writes into a folder."""
+        return [Path(folder, name) for name in (*cls.PICTURES, RESULT)]
 
 
-class Finder:
-    """A model that looks at one photo or clip at a time.
+class BasePredictor:
+    """A model that looks at one photo or clip at a time."""
 
-    Args:
-        model: is set to evaluation mode and moved to the device. Its `threshold` may be changed between calls.
-        device: anything that `torch.device` takes.
-        checkpoint: where the model came from, for `result.json` alone.
-
-    Raises:
-        InputError: the device is not there, or the model does not take RGB images.
-    """
+    TAKES: ClassVar[str]
+    """"photos" or "videos"."""
 
     def __init__(
         self, model: ReducedVisionTransformer, device: str | torch.device = "cpu", checkpoint: str | Path | None = None
     ) -> None:
+        """The model is ready for calls.
+
+        Args:
+            model: is set to evaluation mode and moved to the device. Its `threshold` may be changed between calls.
+            device: anything that `torch.device` takes.
+            checkpoint: where the model came from, for `result.json` alone.
+
+        Raises:
+            InputError: the device is not there, or the model does not take RGB photos (`VideoPredictor`: RGB clips).
+        """
         cfg = model.pretrained_cfg
         channels, *size = cfg["input_size"]
+        if (takes := "videos" if model.is_video else "photos") != self.TAKES:
+            other = "VideoPredictor" if model.is_video else "Predictor"
+            raise InputError(f"the model takes {takes}, not {self.TAKES}; give it to {other}")
         if channels != 3:
             raise InputError(f"the model takes images of {channels} channels, and photos and videos have 3")
         self.device = usable_device(device)
@@ -139,6 +166,7 @@ class Finder:
             "input_size": size,
             "checkpoint": None if checkpoint is None else str(checkpoint),
         }
+        self._grid = grid_of(model, size)
         self._transform = model_transform(cfg)
         self._warm = False
 
@@ -156,16 +184,18 @@ class Finder:
             raise InputError(f"threshold {threshold}: give one finite number, or {groups}, one for each group")
         return values * (groups // len(values))
 
-    def find(self, inputs: Tensor, thresholds: list[float] | None) -> dict[str, Any]:
-        """The fields of ``Findings``, but for `file`, from what ``on_device`` and `thresholds` made."""
+    def predict(self, inputs: Tensor, thresholds: list[float] | None) -> dict[str, Any]:
+        """The fields of ``Result``, but for `file`, from what ``on_device`` and `thresholds` made."""
         decision = self.model.decision
         output, seconds = self._trace(inputs, decision if thresholds is None else decision.at(thresholds))
+        scores, kept = output.scores[:, 0], output.kept[:, 0]
+        own = decision.thresholds or lowest_kept(scores, kept).tolist()
         return {
             "top5": self._top5(output.logits[0]),
-            "scores": output.scores[:, 0].cpu().numpy(),
-            "kept": output.kept[:, 0].cpu().numpy(),
-            "grid_size": self.model.grid_size,
-            "thresholds": tuple(thresholds or self._met(output)),
+            "scores": scores.cpu().numpy(),
+            "kept": kept.cpu().numpy(),
+            "grid": self._grid,
+            "thresholds": tuple(thresholds or own),
             "macs": int(output.macs[0]),
             "dense_macs": self.model.dense_macs,
             "milliseconds": 1000 * seconds,
@@ -175,13 +205,6 @@ class Finder:
     def on_device(self, one: Tensor) -> Tensor:
         """One photo or clip as a batch of it, on the model's device and in its precision."""
         return one[None].to(next(self.model.parameters()))
-
-    def _met(self, output: Output) -> list[float]:
-        """The model's own thresholds, or, if it keeps counts, the lowest score that stayed."""
-        if self.model.thresholds is not None:
-            return list(self.model.thresholds)
-        scores, kept = output.scores[:, 0], output.kept[:, 0]
-        return [float(s[k].min()) if k.any() and not k.all() else 0.0 for s, k in zip(scores, kept, strict=True)]
 
     @torch.inference_mode()
     def _trace(self, inputs: Tensor, decide: Decide) -> tuple[Output, float]:

@@ -9,21 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 from ..data.clips import Video, open_video
-from ..errors import InputError
 from ..explain.figures import PANEL_SIDES
-from ..explain.heatmap import clamp_below, upsample
-from ..model.reduced import ReducedVisionTransformer
 from . import video_figures as figures
-from .result import Finder, Findings, png
+from .result import BasePredictor, Result, png
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class ClipInterpretation(Findings):
-    """What the model saw in one clip; see ``Findings`` for the rest.
+class ClipInterpretation(Result):
+    """What the model saw in one clip; see ``Result`` for the rest.
 
     Attributes:
         video: the whole file, its size and length.
@@ -53,10 +49,7 @@ class ClipInterpretation(Findings):
 
         They are normalised over the clip, so that frames can be compared.
         """
-        group = self.shown_group(group)
-        frame = self.frames[0]
-        low, scores = clamp_below(self.thresholds[group]), torch.from_numpy(self.scores[group])
-        maps = upsample(scores, self.grid_size, (frame.height, frame.width), low).numpy()
+        maps = self.map(group, self.frames[0])
         return np.repeat(maps, len(self.frames) // len(maps), 0)
 
     def frames_figure(self) -> Image.Image:
@@ -76,10 +69,10 @@ class ClipInterpretation(Findings):
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the pictures, ready for JSON. Patches are listed by time, then row by row."""
-        video, found = self.video, super().to_dict()
-        for group, kept in zip(found["groups"], self.kept_in_frames, strict=True):
+        video, result = self.video, super().to_dict()
+        for group, kept in zip(result["groups"], self.kept_in_frames, strict=True):
             group["keep_ratio_of_frames"] = kept.mean((1, 2)).tolist()
-        found["versions"]["av"] = version("av")
+        result["versions"]["av"] = version("av")
         return {
             "video": {
                 "file": self.file,
@@ -93,30 +86,19 @@ class ClipInterpretation(Findings):
                 {"index": int(i), "seconds": round(float(t), 6)} for i, t in zip(self.indices, self.times, strict=True)
             ],
             "animation": {"codec": figures.mp4_codec(), "seconds_of_a_frame": figures.pace(self.times)},
-            **found,
+            **result,
         }
 
 
-class VideoPredictor(Finder):
-    """Interprets videos, one clip each: T frames, the centres of T equal parts of the whole video.
+class VideoPredictor(BasePredictor):
+    """Interprets videos, one clip each: T frames, the centres of T equal parts of the whole video."""
 
-    Args:
-        model: of clips; set to evaluation mode and moved to the device. Its `threshold` may be changed between calls.
-        device: anything that `torch.device` takes.
-        checkpoint: where the model came from, for `result.json` alone.
+    TAKES = "videos"
 
-    Raises:
-        InputError: the device is not there, or the model does not take RGB clips.
-    """
-
-    def __init__(
-        self, model: ReducedVisionTransformer, device: str | torch.device = "cpu", checkpoint: str | Path | None = None
-    ) -> None:
-        size = model.pretrained_cfg["input_size"]
-        if len(size) != 4:
-            raise InputError("the model takes photos, not videos; give it to Predictor")
-        super().__init__(model, device, checkpoint)
-        self.num_frames: int = size[1]
+    @property
+    def num_frames(self) -> int:
+        """T."""
+        return self.model.pretrained_cfg["input_size"][1]
 
     def __call__(
         self,
@@ -146,5 +128,5 @@ class VideoPredictor(Finder):
                 shown.append(frame)
                 advance(1)
 
-        found = self.find(self.on_device(self._transform(frames())), thresholds)
-        return ClipInterpretation(video=video, indices=indices, frames=shown, file=str(path), **found)
+        fields = self.predict(self.on_device(self._transform(frames())), thresholds)
+        return ClipInterpretation(video=video, indices=indices, frames=shown, file=str(path), **fields)

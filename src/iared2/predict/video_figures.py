@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from ..data.clips import pyav
-from ..explain.figures import blank, fit, grid, ratio, text_size, with_color_bar
+from ..explain.figures import blank, fit, ratio, table, text_size, with_color_bar
 from ..explain.heatmap import overlay
 
 WIDTH = 2560
@@ -34,7 +34,7 @@ def frames_figure(frames: Sequence[Image.Image], times: np.ndarray, kept: np.nda
     """
     panels = _fit(frames)
     rows = [[(panel, ratio(k)) for panel, k in zip(_blanked(panels, group), group, strict=True)] for group in kept]
-    return grid([_first_row(panels, times), *rows])
+    return table([_first_row(panels, times), *rows])
 
 
 def heatmap_figure(
@@ -50,14 +50,14 @@ def heatmap_figure(
     """
     maps = _fit([overlay(frame, heatmap, colormap) for frame, heatmap in zip(frames, heatmaps, strict=True)])
     panels = _fit(frames)
-    return with_color_bar(grid([_first_row(panels, times), [(m, "") for m in maps]]), text_size(panels[0]), colormap)
+    return with_color_bar(table([_first_row(panels, times), [(m, "") for m in maps]]), text_size(panels[0]), colormap)
 
 
 def animation(frames: Sequence[Image.Image], times: np.ndarray, kept: np.ndarray) -> list[Image.Image]:
     """Each frame beside what the last group kept of it; ``kept (T, rows, columns)`` bool."""
     panels = [fit(frame, *MOVING_SIDES) for frame in frames]
     sides = zip(_first_row(panels, times), _blanked(panels, kept), kept, strict=True)
-    return [grid([[frame, (left, ratio(k))]]) for frame, left, k in sides]
+    return [table([[frame, (left, ratio(k))]]) for frame, left, k in sides]
 
 
 def pace(times: np.ndarray) -> float:

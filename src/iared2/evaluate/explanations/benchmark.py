@@ -28,6 +28,7 @@ from ...data.regions import NO_REGION, Regions, region_batches
 from ...device import timed
 from ...errors import InputError
 from ...explain.gradients import KIN
+from ...explain.heatmap import grid_of
 from ...explain.methods import METHODS, heatmap
 from ...model.reduced import Output, ReducedVisionTransformer
 from . import faithfulness, measures
@@ -112,7 +113,8 @@ def benchmark(
             seconds[method].append(spent / len(images))
             # our map is also the decision: what was dropped is what is blanked; a rival may show as many patches
             is_ours = call["method"] == "interpreter"
-            shown = kept if is_ours else faithfulness.best_patches(maps, kept.sum(1), model.grid_size)
+            grid = grid_of(model, images.shape[-2:])
+            shown = kept if is_ours else faithfulness.best_patches(maps, kept.sum(1), grid)
             for name, column in (
                 *_about_maps(maps.to(where), batch.masks.to(where)).items(),
                 *_about_predictions(model, images, maps, target, shown, steps, fill).items(),
@@ -200,7 +202,8 @@ def _about_predictions(
     steps: int,
     fill: faithfulness.Fill,
 ) -> dict[str, Tensor]:
-    lost, agreement = faithfulness.blanking(model.backbone, images, shown, model.grid_size, fill=fill)
+    grid = grid_of(model, images.shape[-2:])
+    lost, agreement = faithfulness.blanking(model.backbone, images, shown, grid, fill=fill)
     return {
         "insertion": faithfulness.insertion(model, images, maps, target, steps=steps),
         "deletion": faithfulness.deletion(model, images, maps, target, steps=steps),

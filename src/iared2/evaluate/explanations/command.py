@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 from pathlib import Path
 from typing import get_args
 
@@ -23,6 +22,7 @@ from ...device import usable_device
 from ...errors import InputError
 from ...explain.gradients import KIN
 from ...explain.methods import METHODS
+from ...predict.output import check_not_read, to_json
 from ...pretrained.checkpoint import load
 from .benchmark import benchmark
 from .faithfulness import Fill
@@ -77,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--plot {args.plot}: unknown kind of picture; end the name in {', '.join(PLOTS)}")
     if min(args.limit, args.batch_size, args.steps) < 1:
         raise InputError("--limit, --batch-size and --steps must be 1 or more")
+    check_not_read(filter(None, (args.json, args.plot)), [args.checkpoint, args.data, *Path(args.data).rglob("*")])
     device = usable_device(args.device)
     regions = open_regions(args.data, split=args.split, region=args.region, label=args.label, only=args.only)
     model = load(args.checkpoint).to(device)
@@ -96,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
             seed=args.seed,
             advance=lambda images: progress.advance(task, images),
         )
-    text = json.dumps(result.to_dict())
+    text = to_json(result.to_dict())
     if args.json:
         write(args.json, text + "\n")
     if args.plot:

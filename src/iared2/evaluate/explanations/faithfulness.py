@@ -11,7 +11,8 @@ in a random order, the same for every image and map: no place is favoured, and m
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -97,21 +98,25 @@ def deletion(
     return torch.trapezoid(curve(model, images, maps, target, "deletion", fill, steps), dx=1 / steps)
 
 
-def blanked(images: Tensor, kept: Tensor, grid_size: tuple[int, ...], fill: Fill = "blur") -> Tensor:
-    """``images (B, C, H, W)`` with the fill wherever a patch is not in ``kept (B, N)`` bool; N = rows × columns."""
-    shown = kept.unflatten(1, grid_size)[:, None].float()
-    shown = F.interpolate(shown, images.shape[-2:], mode="nearest-exact") > 0.5
+def blanked(images: Tensor, kept: Tensor, grid: Sequence[float], fill: Fill = "blur") -> Tensor:
+    """``images (B, C, H, W)`` with the fill wherever a patch is not in ``kept (B, N)``; ``grid`` as of ``grid_of``."""
+    row, column = (
+        ((torch.arange(pixels, device=kept.device) + 0.5) * (count / pixels)).long()
+        for pixels, count in zip(images.shape[-2:], grid, strict=True)
+    )
+    shown = kept.unflatten(1, tuple(map(math.ceil, grid)))[:, None, row[:, None], column]
     return torch.where(shown, images, fills(images, fill))
 
 
-def best_patches(maps: Tensor, num_keep: Tensor, grid_size: tuple[int, ...]) -> Tensor:
+def best_patches(maps: Tensor, num_keep: Tensor, grid: Sequence[float]) -> Tensor:
     """The patches that a rival would keep: the ``num_keep (B,)`` of the highest mean of ``maps (B, H, W)``.
 
     Returns:
         ``(B, N)`` bool. Tied patches fall in a random order, the same for every image.
     """
-    rows, columns = grid_size
-    patches = F.adaptive_avg_pool2d(maps[:, None], (rows, columns)).flatten(1)
+    rows, columns = map(math.ceil, grid)
+    down, right = (round(side * (math.ceil(n) / n - 1)) for side, n in zip(maps.shape[1:], grid, strict=True))
+    patches = F.adaptive_avg_pool2d(F.pad(maps[:, None], (0, right, 0, down)), (rows, columns)).flatten(1)
     shuffle = torch.randperm(patches.shape[1], generator=torch.Generator().manual_seed(0)).to(maps.device)
     order = shuffle[patches[:, shuffle].argsort(dim=1, descending=True, stable=True)]
     chosen = torch.arange(patches.shape[1], device=maps.device) < num_keep[:, None]
@@ -120,7 +125,7 @@ def best_patches(maps: Tensor, num_keep: Tensor, grid_size: tuple[int, ...]) -> 
 
 @torch.no_grad()
 def blanking(
-    backbone: Model, images: Tensor, kept: Tensor, grid_size: tuple[int, ...], *, fill: Fill = "blur"
+    backbone: Model, images: Tensor, kept: Tensor, grid: Sequence[float], *, fill: Fill = "blur"
 ) -> tuple[Tensor, Tensor]:
     """How the dense prediction changes when the patches that are not kept are blank in the photo.
 
@@ -131,7 +136,7 @@ def blanking(
         backbone: the dense model; it looks at every patch, blank or not.
         images: ``(B, C, H, W)``.
         kept: ``(B, N)`` bool.
-        grid_size: rows and columns, N = rows × columns.
+        grid: rows and columns, of ``grid_of``.
         fill: see ``fills``. A grey patch says something, too: a network that never saw one loses more of its answer to
             what is put in than to what is taken away, whichever patches these are.
 
@@ -140,6 +145,6 @@ def blanking(
         bool, whether it is top-1 still.
     """
     before = backbone(images).float().softmax(1)
-    after = backbone(blanked(images, kept, grid_size, fill)).float().softmax(1)
+    after = backbone(blanked(images, kept, grid, fill)).float().softmax(1)
     top1 = before.argmax(1, keepdim=True)
     return (before - after).gather(1, top1)[:, 0], after.argmax(1) == top1[:, 0]

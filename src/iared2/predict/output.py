@@ -1,0 +1,70 @@
+"""Where results go: the folders' names, whether they can be written, and that nothing that is read is lost. JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+
+
+def to_json(value: Any) -> str:
+    """One line of standard JSON: numbers that are not finite become null."""
+    return json.dumps(json.loads(json.dumps(value), parse_constant=lambda name: None), allow_nan=False)
+
+
+def folder_names(files: Sequence[Path]) -> list[str]:
+    """A folder name for each file: its stem; where two files share it, the file's name; then numbered."""
+    stems = Counter(file.stem.casefold() for file in files)  # some file systems do not tell A from a
+    names: list[str] = []
+    taken: set[str] = set()
+    for file in files:
+        unique = stems[file.stem.casefold()] == 1 and file.stem.strip(".")  # a file `...png` has the stem `..`
+        name = base = file.stem if unique else file.name
+        number = 1
+        while name.casefold() in taken:
+            number += 1
+            name = f"{base}-{number}"
+        taken.add(name.casefold())
+        names.append(name)
+    return names
+
+
+def check_writable(output: Path) -> None:
+    """By writing, since permissions do not tell all; `output` itself is made only once there is something to put in.
+
+    Raises:
+        InputError: nothing can be written there, or a file is in the way.
+    """
+    try:
+        ancestor = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
+        if not ancestor.is_dir():
+            raise InputError(f"{output}: {ancestor} is a file, not a folder; choose another output")
+        tempfile.TemporaryFile(dir=ancestor).close()
+    except OSError as error:
+        raise InputError(f"{output}: cannot be written ({error.strerror}); choose another output") from None
+
+
+def check_not_read(outputs: Iterable[str | Path], inputs: Iterable[str | Path | None]) -> None:
+    """Refuse to write over what is read, also under another name: of a link, or in letters of another case.
+
+    Raises:
+        InputError: an output is one of the inputs.
+    """
+    there = {_identity(path): path for path in outputs if Path(path).exists()}
+    for path in inputs if there else ():
+        if path and (output := there.get(_identity(path))):
+            raise InputError(f"{output}: is read, and a result would replace it; choose another output")
+
+
+def _identity(path: str | Path) -> tuple[int, int] | None:
+    with suppress(OSError, ValueError):  # it is not there, or cannot be
+        status = os.stat(path)
+        return status.st_dev, status.st_ino
+    return None
