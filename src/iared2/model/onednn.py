@@ -115,8 +115,8 @@ def can_run(block: Any, x: Tensor) -> bool:
 
 def is_touched(module: nn.Module) -> bool:
     """Hooked, or with a ``forward`` of its own: only a call of the module itself does what its owner wants."""
-    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return any(hooks) or "forward" in vars(module)
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks) or "forward" in vars(module)
 
 
 def run_blocks(blocks: Sequence[Any], packed: PackedTokens, weights: PackedWeights = NOTHING_PACKED) -> Tensor:
