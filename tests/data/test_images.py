@@ -134,7 +134,7 @@ class TestEvalBatches:
         whole = eval_transform((3, 20, 50), HALF, HALF)(photo)
         assert whole.shape == (3, 20, 50)
         assert whole[:, :, [1, -2]].min() > 0.9
-        assert eval_transform((20, 50), HALF, HALF, crop_pct=1.0)(photo)[:, :, [1, -2]].max() < -0.9
+        assert create_transform((20, 50), mean=HALF, std=HALF, crop_pct=1.0)(photo)[:, :, [1, -2]].max() < -0.9
 
 
 def bomb() -> bytes:

@@ -111,29 +111,18 @@ def eval_batches(
 
 
 def eval_transform(
-    input_size: Sequence[int],
-    mean: Sequence[float],
-    std: Sequence[float],
-    interpolation: str = "bicubic",
-    crop_pct: float | None = None,
+    input_size: Sequence[int], mean: Sequence[float], std: Sequence[float], interpolation: str = "bicubic"
 ) -> Transform:
     """timm's transform for evaluation, of the *whole* image: a heat map must cover the photo.
 
     Args:
-        input_size: ``(H, W)`` or ``(3, H, W)``.
+        input_size: ends with H, W.
         mean, std: of each channel, of values in [0, 1].
         interpolation: "bicubic", "bilinear" …
-        crop_pct: None resizes the whole image to H × W; a number in (0, 1] crops the centre as timm does by default.
     """
-    height, width = input_size[-2:]
-    return create_transform(
-        (height, width),
-        interpolation=interpolation,
-        mean=tuple(mean),
-        std=tuple(std),
-        crop_pct=crop_pct or 1.0,
-        crop_mode="squash" if crop_pct is None else "center",
-    )
+    size = tuple(input_size[-2:])
+    of_pixels = {"mean": tuple(mean), "std": tuple(std), "interpolation": interpolation}
+    return create_transform(size, crop_pct=1.0, crop_mode="squash", **of_pixels)
 
 
 def clip_length(pretrained_cfg: dict[str, Any]) -> int:

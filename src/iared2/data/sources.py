@@ -177,7 +177,7 @@ def open_folder(root: Path, suffixes: Collection[str] = (), what: str = "image")
         for label, folder in enumerate(folders):
             for file in sorted(walk(folder, seen), key=_natural):
                 if file.suffix.lower() in suffixes:
-                    names.append(str(file.relative_to(root)))
+                    names.append(file.relative_to(root).as_posix())
                     labels.append(label)
                 else:
                     left_out[file.suffix.lower() or "without a suffix"] += 1
