@@ -55,7 +55,7 @@ PRETRAINED_CFG: dict[str, Any] = {
     "std": list[float] | None,
     "interpolation": Literal["bilinear", "bicubic", "nearest", "lanczos", "box", "hamming", "random"] | None,
     "crop_pct": float | None,
-    "holdout": float | None,  # share of each class that training put aside: data/images.py finds it again
+    "holdout": float | None,  # share that training put aside: data/images.py finds it again
 }
 
 
