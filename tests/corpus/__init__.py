@@ -5,7 +5,7 @@
     Worker.run(case)         -> Report         runs it in a process of its own, and watches
     complaints(case, report) -> list[str]      what is against the contract; empty if all is well
 
-Nothing is stored: valid files are made once (bases.py), and mutations of them are composed (images.py, checkpoints.py …).
+Nothing is stored: valid files are made once (bases.py), and mutations of them are composed (images.py and the others).
 """
 
 from __future__ import annotations
@@ -51,7 +51,5 @@ class Input:
 def inputs() -> list[Input]:
     """All inputs, kind by kind."""
     return [
-        Input(kind, name, seed, maker)
-        for kind, listed in KINDS.items()
-        for seed, (name, maker) in enumerate(listed())
+        Input(kind, name, seed, maker) for kind, listed in KINDS.items() for seed, (name, maker) in enumerate(listed())
     ]

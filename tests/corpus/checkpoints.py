@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import warnings
 import zipfile
 from collections.abc import Callable
 from functools import partial
@@ -21,7 +22,8 @@ from .case import Case, Make, Place, fifo
 
 NAN, INF = float("nan"), float("inf")
 ODD: list[Any] = [
-    None, True, -1, 0, 2.5, 1e30, 10**12, -(10**12), "x", "", [], [None], {}, {"a": 1}, NAN, INF, -INF, [[1]], "9" * 5000,
+    None, True, -1, 0, 2.5, 1e30, 10**12, -(10**12), "x", "", [], [None], {}, {"a": 1}, NAN, INF, -INF, [[1]],
+    "9" * 5000,
     [NAN], ["a", 1], 10**400, "../outside/canary.pth", "a\nb", 3, [1, 2, 3], False, 1e-320,
 ]  # fmt: skip
 CONFIG = [
@@ -142,7 +144,8 @@ def of_bytes(make: Callable[[Any, bytes], bytes], place: Place) -> Case:
 
 
 JSON = [
-    "", "null", "1", "[]", "{}", '"x"', "NaN", "[" * 100000, '{"a":' * 50000, "{'a': 1}", "1" * 5000, '{"architecture": 1}', "\ud83d",
+    "", "null", "1", "[]", "{}", '"x"', "NaN", "[" * 100000, '{"a":' * 50000, "{'a': 1}", "1" * 5000,
+        '{"architecture": 1}', "\ud83d",
 ]  # fmt: skip
 FIRST = "backbone.cls_token"
 
@@ -234,42 +237,60 @@ TENSORS: dict[str, Callable[[torch.Tensor], torch.Tensor | None]] = {
 ARGUMENTS: list[dict[str, Any]] = [
     {"pretrained": True}, {"checkpoint_path": "CANARY"}, {"pretrained_cfg": {"url": "https://example.com/x.pth"}},
     {"pretrained_cfg": {"file": "CANARY"}, "pretrained": True}, {"pretrained_cfg_overlay": {"file": "CANARY"}},
-    {"pretrained_cfg_overlay": {"hf_hub_id": "owner/name"}, "pretrained": True}, {"pretrained_cfg": "x"}, {"pretrained_cfg": 5},
-    {"cache_dir": "OUTSIDE"}, {"pretrained_strict": False}, {"scriptable": True}, {"exportable": True}, {"no_jit": True},
-    {"features_only": True}, {"features_only": True, "out_indices": [99]}, {"norm_layer": "os.system"}, {"act_layer": "eval"},
-    {"block_fn": "x"}, {"mlp_layer": "x"}, {"attn_layer": "x"}, {"embed_layer": "x"}, {"weight_init": "jax"}, {"weight_init": "x"},
+    {"pretrained_cfg_overlay": {"hf_hub_id": "owner/name"}, "pretrained": True}, {"pretrained_cfg": "x"},
+    {"pretrained_cfg": 5},
+    {"cache_dir": "OUTSIDE"}, {"pretrained_strict": False}, {"scriptable": True}, {"exportable": True},
+    {"no_jit": True},
+    {"features_only": True}, {"features_only": True, "out_indices": [99]}, {"norm_layer": "os.system"},
+    {"act_layer": "eval"},
+    {"block_fn": "x"}, {"mlp_layer": "x"}, {"attn_layer": "x"}, {"embed_layer": "x"}, {"weight_init": "jax"},
+    {"weight_init": "x"},
     {"dynamic_img_size": True}, {"dynamic_img_pad": True}, {"patch_drop_rate": 0.5}, {"patch_drop_rate": 7},
     {"drop_path_rate": NAN}, {"drop_rate": 2}, {"class_token": False}, {"reg_tokens": 10**9}, {"reg_tokens": -5},
-    {"embed_dim": 10**7}, {"embed_dim": 30000}, {"depth": 10**6}, {"num_classes": 10**9}, {"num_classes": 0}, {"img_size": 10**6},
-    {"img_size": [32, 32, 32]}, {"patch_size": 0}, {"patch_size": -8}, {"patch_size": [8, 4]}, {"num_heads": 0}, {"num_heads": 5},
+    {"embed_dim": 10**7}, {"embed_dim": 30000}, {"depth": 10**6}, {"num_classes": 10**9}, {"num_classes": 0},
+    {"img_size": 10**6},
+    {"img_size": [32, 32, 32]}, {"patch_size": 0}, {"patch_size": -8}, {"patch_size": [8, 4]}, {"num_heads": 0},
+    {"num_heads": 5},
     {"in_chans": 10**7}, {"in_chans": 0}, {"in_chans": 1}, {"mlp_ratio": 1e9}, {"mlp_ratio": NAN}, {"mlp_ratio": -1},
     {"init_values": NAN}, {"pos_embed": "none"}, {"no_embed_class": True}, {"fc_norm": True}, {"pre_norm": True},
     {"qkv_bias": "x"}, {"device": "cuda"}, {"device": "meta"}, {"dtype": "float16"}, {"model_name": "x"}, {"self": 1},
-    {"kwargs": {"a": 1}}, {"model": "x"}, {"variant": "x"}, {"groups": 7}, {"backbone": "x"}, {"interpreter": "x"}, {"": 1}, {"a\nb": 1},
-    {"__class__": "x"}, {"use_naflex": True}, {"pretrained_filter_fn": "x"}, {"pretrained_custom_load": True}, {"default_cfg": {}},
+    {"kwargs": {"a": 1}}, {"model": "x"}, {"variant": "x"}, {"groups": 7}, {"backbone": "x"}, {"interpreter": "x"},
+    {"": 1}, {"a\nb": 1},
+    {"__class__": "x"}, {"use_naflex": True}, {"pretrained_filter_fn": "x"}, {"pretrained_custom_load": True},
+    {"default_cfg": {}},
 ]  # fmt: skip
 ARCHITECTURES = [
     "hf-hub:owner/name", "hf_hub:owner/name", "timm/deit_tiny_patch16_224", "local-dir:OUTSIDE", "local_dir:OUTSIDE",
-    "https://example.com/x", "../../x", "resnet18", "vit_giant_patch14_224", "vit_gigantic_patch14_224", "eva_giant_patch14_560",
-    "", "\n", "x" * 10000, "deit_tiny_patch16_224.evil", "deit_tiny_patch16_224.", "\x1b[31mx", "naflexvit_base_patch16_gap",
-    "swin_tiny_patch4_window7_224", "vit_base_patch16_224.augreg_in1k", "timesformer_joint_base_patch16_224", "[[[*", "deit*",
+    "https://example.com/x", "../../x", "resnet18", "vit_giant_patch14_224", "vit_gigantic_patch14_224",
+    "eva_giant_patch14_560",
+    "", "\n", "x" * 10000, "deit_tiny_patch16_224.evil", "deit_tiny_patch16_224.", "\x1b[31mx",
+    "naflexvit_base_patch16_gap",
+    "swin_tiny_patch4_window7_224", "vit_base_patch16_224.augreg_in1k", "timesformer_joint_base_patch16_224", "[[[*",
+    "deit*",
     "videomae_base_patch16_224", "samvit_base_patch16", "mobilenetv3_small_050",
 ]  # fmt: skip
 DECISIONS: list[dict[str, Any]] = [
-    {"groups": 10**6}, {"groups": 4}, {"threshold": [0.5]}, {"threshold": [0.5] * 10**5}, {"threshold": 2.0}, {"threshold": -5},
+    {"groups": 10**6}, {"groups": 4}, {"threshold": [0.5]}, {"threshold": [0.5] * 10**5}, {"threshold": 2.0},
+    {"threshold": -5},
     {"threshold": [True, 0.5, 0.5]}, {"num_keep": [0, 0, 0]}, {"num_keep": [-1, -1, -1]}, {"num_keep": [99, 99, 99]},
     {"num_keep": [1, 2, 3]}, {"num_keep": [1.5, 1, 1]}, {"num_keep": [10**30] * 3}, {"num_keep": [True] * 3},
     {"num_keep": [NAN] * 3}, {"num_keep": ["1"] * 3}, {"max_tokens": 0}, {"max_tokens": -1}, {"max_tokens": 1},
     {"max_tokens": 10**30}, {"max_tokens": NAN}, {"max_tokens": 1.5}, {"class_names": ["a\nb", "\x1b[31mc"]},
     {"class_names": ["x" * 10**6, "y"]}, {"class_names": ["a"] * 10**5}, {"class_names": [1, 2]}, {"class_names": "ab"},
-    {"class_names": {"a": 1, "b": 2}}, {"class_names": ["\ud800", "b"]}, {"class_names": ["[bold]a", "[/]"]}, {"class_names": [["a"], "b"]},
+    {"class_names": {"a": 1, "b": 2}}, {"class_names": ["\ud800", "b"]}, {"class_names": ["[bold]a", "[/]"]},
+    {"class_names": [["a"], "b"]},
     {"pretrained_cfg": {"input_size": [3, 10**6, 10**6]}}, {"pretrained_cfg": {"input_size": [3, 4, 32, 32]}},
     {"pretrained_cfg": {"input_size": [1, 32, 32]}}, {"pretrained_cfg": {"input_size": [3, 0, 0]}},
-    {"pretrained_cfg": {"input_size": [3, 48, 48]}}, {"pretrained_cfg": {"std": [0, 0, 0]}}, {"pretrained_cfg": {"std": [1e-320] * 3}},
-    {"pretrained_cfg": {"mean": [1e39] * 3}}, {"pretrained_cfg": {"mean": [0.5]}}, {"pretrained_cfg": {"mean": [0.5] * 5}},
-    {"pretrained_cfg": {"interpolation": "random"}}, {"pretrained_cfg": {"crop_pct": 0}}, {"pretrained_cfg": {"architecture": ["x"]}},
-    {"pretrained_cfg": {"url": "https://example.com", "file": "x"}}, {"pretrained_cfg": {"first_conv": 5, "classifier": 5}},
-    {"pretrained_cfg": {"label_names": ["a"], "num_classes": 10**9}}, {"interpreter": "attention"}, {"dropped": "merged"},
+    {"pretrained_cfg": {"input_size": [3, 48, 48]}}, {"pretrained_cfg": {"std": [0, 0, 0]}},
+    {"pretrained_cfg": {"std": [1e-320] * 3}},
+    {"pretrained_cfg": {"mean": [1e39] * 3}}, {"pretrained_cfg": {"mean": [0.5]}},
+    {"pretrained_cfg": {"mean": [0.5] * 5}},
+    {"pretrained_cfg": {"interpolation": "random"}}, {"pretrained_cfg": {"crop_pct": 0}},
+    {"pretrained_cfg": {"architecture": ["x"]}},
+    {"pretrained_cfg": {"url": "https://example.com", "file": "x"}}, {"pretrained_cfg": {"first_conv": 5,
+    "classifier": 5}},
+    {"pretrained_cfg": {"label_names": ["a"], "num_classes": 10**9}}, {"interpreter": "attention"},
+    {"dropped": "merged"},
 ]  # fmt: skip
 
 
@@ -319,7 +340,8 @@ PICKLES: dict[str, Callable[[Place], tuple[str, bytes]]] = {
     "code-upper-case": lambda p: ("ckpt.PTH", pickle.dumps(evil(p))),
     "code-no-suffix": lambda p: ("ckpt", pickle.dumps(evil(p))),
     "code-pkl": lambda p: ("ckpt.pkl", pickle.dumps(evil(p))),
-    "code-numpy": lambda p: ("ckpt.npy", b"\x93NUMPY\1\0v\0{'descr': '|O', 'fortran_order': False, 'shape': (1,), }".ljust(128) + pickle.dumps(evil(p))),
+    "code-numpy": lambda p: ("ckpt.npy",
+        b"\x93NUMPY\1\0v\0{'descr': '|O', 'fortran_order': False, 'shape': (1,), }".ljust(128) + pickle.dumps(evil(p))),
     "code-in-zip": lambda p: ("ckpt.pth", _zip("archive/data.pkl", pickle.dumps(evil(p)))),
     "whole-module": lambda p: ("ckpt.pth", saved(torch.nn.Linear(2, 2))),
     "script": lambda p: ("ckpt.pt", _script()),
@@ -336,14 +358,13 @@ PICKLES: dict[str, Callable[[Place], tuple[str, bytes]]] = {
     **{f"is-{name}": partial(lambda value, p: ("ckpt.pth", saved(value)), value) for name, value in {
         "none": None, "list": [torch.zeros(2)], "text": "x", "tensor": torch.zeros(2), "number": 5, "empty": {},
         "number-keys": {1: torch.zeros(2)}, "odd-values": {QK: "x", "head.weight": None}, "model-none": {"model": None},
-        "state-list": {"state_dict": [1]}, "nested": {"model": {"model": {"state_dict": {}}}}, "mixed-keys": {QK: torch.zeros(2), 5: 1, None: 2},
+        "state-list": {"state_dict": [1]}, "nested": {"model": {"model": {"state_dict": {}}}},
+            "mixed-keys": {QK: torch.zeros(2), 5: 1, None: 2},
     }.items()},
 }  # fmt: skip
 
 
 def _script() -> bytes:
-    import warnings
-
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -411,7 +432,9 @@ AUTHORS: dict[str, Callable[[dict[str, Any]], Any]] = {
 
 def authors(change: Callable[[dict[str, Any]], Any], place: Place) -> Case:
     found = authors_layout(place)
-    change(found)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # quantised tensors are old-fashioned
+        change(found)
     return photo(place, place.file("ckpt.pth", saved(found)))
 
 
@@ -446,8 +469,10 @@ BACKBONES: dict[str, Callable[[Place], tuple[str, bytes]]] = {
     "number-keys": lambda p: ("model.pth", saved({1: torch.zeros(2)})),
     "values": lambda p: ("model.pth", saved({"backbone.x": 5, "pos_embed": "x"})),
     "list": lambda p: ("model.pth", saved([1, 2])),
-    "nan": lambda p: ("model.pth", saved({n: t * NAN for n, t in iared2.load(p.bases.model).backbone.state_dict().items()})),
-    "complex": lambda p: ("model.pth", saved({n: t + 1j for n, t in iared2.load(p.bases.model).backbone.state_dict().items()})),
+    "nan": lambda p: ("model.pth", saved({n: t * NAN for n,
+        t in iared2.load(p.bases.model).backbone.state_dict().items()})),
+    "complex": lambda p: ("model.pth", saved({n: t + 1j for n,
+        t in iared2.load(p.bases.model).backbone.state_dict().items()})),
     "safetensors-text": lambda p: ("model.safetensors", b"text and more text"),
     "npz": lambda p: ("model.npz", _zip("a.npy", b"x")),
     "truncated": lambda p: ("model.safetensors", p.bases.model.read_bytes()[:-500]),

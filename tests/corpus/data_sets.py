@@ -105,9 +105,12 @@ FOLDERS: dict[str, Callable[[Place, Path], Any]] = {
     "class-odd-letters": _rename("dog", "d\udcffg"),
     "class-unicode": _rename("dog", "\u202edög"),
     "three-classes": _write("bird/0.jpg", jpeg(5)),
-    "train-only": lambda place, root: (_rename("cat", "train/cat")(place, root), _rename("dog", "train/dog")(place, root))[2:],
-    "val-of-other-classes": lambda place, root: (_rename("cat", "train/cat")(place, root), _rename("dog", "val/dog")(place, root))[2:],
-    "val-empty": lambda place, root: (_rename("cat", "val/cat")(place, root), _remove("val/cat/*")(place, root), _rename("dog", "train/dog")(place, root))[3:],
+    "train-only": lambda place, root: (_rename("cat", "train/cat")(place, root), _rename("dog", "train/dog")(place,
+        root))[2:],
+    "val-of-other-classes": lambda place, root: (_rename("cat", "train/cat")(place, root), _rename("dog",
+        "val/dog")(place, root))[2:],
+    "val-empty": lambda place, root: (_rename("cat", "val/cat")(place, root), _remove("val/cat/*")(place, root),
+        _rename("dog", "train/dog")(place, root))[3:],
     "circle": _link("cat/circle", ".."),
     "circle-as-class": _link("circle", "."),
     "circle-to-itself": _link("loop", "loop"),
@@ -126,9 +129,12 @@ FOLDERS: dict[str, Callable[[Place, Path], Any]] = {
     "huge-photo": _write("cat/9.bmp", b"BM" + bytes(16) + b"\xff" * 36),
 }  # fmt: skip
 LABEL_LISTS: dict[str, Sequence[Any]] = {
-    "negative": [-1, 0, 1], "all-negative": [-5, -4], "huge": [0, 1, 10**12], "max": [0, 2**63 - 1], "gap": [0, 7], "float": [0.0, 1.0],
-    "nan": [float("nan"), 1.0], "null": [0, None, 1], "all-null": [None, None], "text": ["cat", "dog"], "numbers-as-text": ["0", "1"],
-    "bool": [True, False], "lists": [[0], [1]], "tables": [{"a": 0}, {"a": 1}], "bytes": [b"0", b"1"], "one": [0], "same": [1] * 8, "none": [],
+    "negative": [-1, 0, 1], "all-negative": [-5, -4], "huge": [0, 1, 10**12], "max": [0, 2**63 - 1], "gap": [0, 7],
+        "float": [0.0, 1.0],
+    "nan": [float("nan"), 1.0], "null": [0, None, 1], "all-null": [None, None], "text": ["cat", "dog"],
+        "numbers-as-text": ["0", "1"],
+    "bool": [True, False], "lists": [[0], [1]], "tables": [{"a": 0}, {"a": 1}], "bytes": [b"0", b"1"], "one": [0],
+        "same": [1] * 8, "none": [],
     "half": [0.5, 1.5], "million": [0, 1_000_000], "valid": LABELS, "third": [0, 1, 2],
 }  # fmt: skip
 
@@ -199,7 +205,7 @@ TABLES: dict[str, Callable[[Place], Path]] = {
     "metadata-list": _with_metadata(b"[]"),
     "metadata-deep": _with_metadata(b"[" * 100000),
     "metadata-features": _with_metadata(b'{"info": {"features": 5}}'),
-    "metadata-type": _with_metadata(b'{"info": {"features": {"image": {"_type": "os.system"}, "label": {"_type": "X"}}}}'),
+    "metadata-type": _with_metadata(b'{"info": {"features": {"image": {"_type": "os.system"}, "label": 5}}}'),
     "names-empty": _class_label([]),
     "names-one": _class_label(["cat"]),
     "names-twice": _class_label(["cat", "cat"]),
@@ -222,7 +228,10 @@ def _plain(place: Place, columns: dict[str, list[Any]]) -> Path:
 
 
 def _twins(place: Place) -> Path:
-    pq.write_table(pa.Table.from_arrays([_cells(), _cells(), pa.array([0, 1, 0, 1])], ["image", "image", "label"]), place.inside / "x.parquet")
+    pq.write_table(
+        pa.Table.from_arrays([_cells(), _cells(), pa.array([0, 1, 0, 1])], ["image", "image", "label"]),
+        place.inside / "x.parquet",
+    )
     return place.inside / "x.parquet"
 
 
@@ -243,7 +252,8 @@ def parquet_damaged(names: tuple[str, ...], place: Place) -> Case:
 
 
 SHARD_LABELS: list[bytes] = [
-    b"", b"-1", b"1e3", b"0.5", b"nan", b"null", b"x", b"\xff", b"9" * 30, b"9" * 5000, b"1_0", b" 1\n", b"0x1", b"true", b"[1]",
+    b"", b"-1", b"1e3", b"0.5", b"nan", b"null", b"x", b"\xff", b"9" * 30, b"9" * 5000, b"1_0", b" 1\n", b"0x1",
+    b"true", b"[1]",
     "١".encode(), b"2", b"1\n2",
 ]  # fmt: skip
 
@@ -303,7 +313,8 @@ SHARDS: dict[str, Callable[[Place], Path]] = {
     "json-label-huge": _members(n00_7__json=b'{"label": 1' + b"0" * 400 + b"}", n00_7__cls=None),
     "name-newline": lambda p: write_shard(p.inside / "x.tar", {"a\nb\x1b[31m.jpg": jpeg(0), "a\nb\x1b[31m.cls": b"x"}),
     "name-bytes": lambda p: write_shard(p.inside / "x.tar", {"\udcff.jpg": jpeg(0), "\udcff.cls": b"x"}),
-    "name-up": lambda p: write_shard(p.inside / "x.tar", {"../../a.jpg": jpeg(0), "../../a.cls": b"0", "/b.jpg": jpeg(1), "/b.cls": b"1"}),
+    "name-up": lambda p: write_shard(p.inside / "x.tar", {"../../a.jpg": jpeg(0), "../../a.cls": b"0",
+        "/b.jpg": jpeg(1), "/b.cls": b"1"}),
     "name-long": lambda p: write_shard(p.inside / "x.tar", {"x" * 9000 + ".jpg": jpeg(0), "x" * 9000 + ".cls": b"y"}),
     "link-out": _infos(("z.jpg", {"type": tarfile.SYMTYPE, "linkname": "../outside/canary.pth"})),
     "hard-link": _infos(("z.jpg", {"type": tarfile.LNKTYPE, "linkname": "n00_7.jpg"}), ("z.cls", {"size": 1})),
@@ -316,7 +327,8 @@ SHARDS: dict[str, Callable[[Place], Path]] = {
     "size-negative": lambda p: _lying_size(p, b"-0000000001"),
     "size-binary": lambda p: _lying_size(p, b"\x80" + b"\xff" * 11),
     "label-of-a-gigabyte": lambda p: _sparse_label(p),
-    "parquet-beside": lambda p: (write_shard(p.inside / "x.tar", samples_of([0, 1])), p.file("x.parquet", b"x"))[1].parent,
+    "parquet-beside": lambda p: (write_shard(p.inside / "x.tar", samples_of([0, 1])), p.file("x.parquet",
+        b"x"))[1].parent,
 }  # fmt: skip
 
 
@@ -357,10 +369,14 @@ def shard_damaged(names: tuple[str, ...], place: Place) -> Case:
 
 
 CLASS_NAMES = [
-    "", "null", "[]", "{}", "5", '"cat"', '["cat"]', '["cat", "dog", "fish"]', '["cat", 5]', '["cat", null]', '["cat", "cat"]',
-    '["dog", "cat"]', '[{"index": 0}]', '[{"index": "0", "name": "cat"}, {"index": "1", "name": "dog"}]', '[{"index": 0, "name": 5}, {"index": 1, "name": []}]',
-    '[{"index": NaN, "name": "cat"}]', '[{"index": 0, "name": "cat", "synonyms": 5}, {"index": 1, "name": "dog", "wnid": []}]', "[" * 100000,
-    '["c\\nat", "d\\u001b[31mog"]', '["\\ud800", "dog"]', '[["cat"], ["dog"]]', "\ufeff[]", '[{"index": true, "name": "dog"}, {"index": 0, "name": "cat"}]',
+    "", "null", "[]", "{}", "5", '"cat"', '["cat"]', '["cat", "dog", "fish"]', '["cat", 5]', '["cat", null]',
+    '["cat", "cat"]',
+    '["dog", "cat"]', '[{"index": 0}]', '[{"index": "0", "name": "cat"}, {"index": "1", "name": "dog"}]',
+    '[{"index": 0, "name": 5}, {"index": 1, "name": []}]',
+    '[{"index": NaN, "name": "cat"}]',
+    '[{"index": 0, "name": "cat", "synonyms": 5}, {"index": 1, "name": "dog", "wnid": []}]', "[" * 100000,
+    '["c\\nat", "d\\u001b[31mog"]', '["\\ud800", "dog"]', '[["cat"], ["dog"]]', "\ufeff[]",
+    '[{"index": true, "name": "dog"}, {"index": 0, "name": "cat"}]',
     '["[bold]", "[/x]"]', "\udcff",
 ]  # fmt: skip
 
@@ -373,12 +389,18 @@ def class_names(text: str, place: Place) -> Case:
 
 
 LISTS = [
-    "", "\n\n", "path,label\n", "clip.mp4,0\n", "clip.mp4,0\nclip.mp4,1\n", "path,label\nclip.mp4\n", "clip.mp4,\n", "clip.mp4,-1\nclip.mp4,0",
-    "clip.mp4,9999999999\nclip.mp4,0", "clip.mp4," + "9" * 5000, "clip.mp4,0.5\nclip.mp4,1.5", "missing.mp4,0\n", "a\x1b[31m.mp4,0\nclip.mp4,1",
-    '"a\nb.mp4",0\n', "/dev/zero,0\n/dev/null,1", "../outside/canary.pth,0\nclip.mp4,1", "https://example.com/x.mp4,0", "\0,0\n", "x" * 5000 + ",0\n",
-    '"' + "x" * 200000 + '",0', "label,youtube_id,time_start,time_end,split\ncat,x,nan,inf,val", "label,youtube_id,time_start,time_end,split\ncat,x,1e400,,val",
-    "label,youtube_id,time_start,time_end,split\ncat,../../x,0,1,../..", "path,label,split\nclip.mp4,0,\x1b[31m\nclip.mp4,1,val",
-    "label\n0\n", "clip.mp4,cat\nclip.mp4,dog\n", "clip.mp4,²\nclip.mp4,1", "clip.mp4,١\nclip.mp4,0", "\udcff,0", "clip.mp4\t0\n", "clip.mp4,0,1,2\n", ".,0\nclip.mp4,1",
+    "", "\n\n", "path,label\n", "clip.mp4,0\n", "clip.mp4,0\nclip.mp4,1\n", "path,label\nclip.mp4\n", "clip.mp4,\n",
+    "clip.mp4,-1\nclip.mp4,0",
+    "clip.mp4,9999999999\nclip.mp4,0", "clip.mp4," + "9" * 5000, "clip.mp4,0.5\nclip.mp4,1.5", "missing.mp4,0\n",
+    "a\x1b[31m.mp4,0\nclip.mp4,1",
+    '"a\nb.mp4",0\n', "/dev/zero,0\n/dev/null,1", "../outside/canary.pth,0\nclip.mp4,1", "https://example.com/x.mp4,0",
+    "\0,0\n", "x" * 5000 + ",0\n",
+    '"' + "x" * 200000 + '",0', "label,youtube_id,time_start,time_end,split\ncat,x,nan,inf,val",
+    "label,youtube_id,time_start,time_end,split\ncat,x,1e400,,val",
+    "label,youtube_id,time_start,time_end,split\ncat,../../x,0,1,../..",
+    "path,label,split\nclip.mp4,0,\x1b[31m\nclip.mp4,1,val",
+    "label\n0\n", "clip.mp4,cat\nclip.mp4,dog\n", "clip.mp4,²\nclip.mp4,1", "clip.mp4,١\nclip.mp4,0", "\udcff,0",
+    "clip.mp4\t0\n", "clip.mp4,0,1,2\n", ".,0\nclip.mp4,1",
     "path,path,label,label\nclip.mp4,clip.mp4,0,1\n", "clip.mp4,1000000\nclip.mp4,0",
 ]  # fmt: skip
 
@@ -389,13 +411,20 @@ def video_list(text: str, place: Place) -> Case:
 
 
 OPTIONS: list[tuple[str, ...]] = [
-    ("--threshold", "nan"), ("--threshold", "inf"), ("--threshold", "1e400"), ("--threshold", "-5"), ("--threshold", "0.1", "0.2"),
-    ("--budget", "nan"), ("--budget", "0"), ("--budget", "1e-300"), ("--budget", "1", "1"), ("--limit", "0"), ("--limit", "-3"),
-    ("--limit", "99999999999999999999"), ("--batch-size", "0"), ("--batch-size", "99999999999999999999"), ("--workers", "-1"),
-    ("--split", "a\nb\x1b[31m"), ("--split", ""), ("--split", "../.."), ("--classes", "cat"), ("--classes", "cat", "cat"),
-    ("--classes", "a\nb", "\x1b[31m"), ("--classes", ""), ("--device", "a\nb"), ("--device", "cuda:99"), ("--device", ""), ("--device", "meta"),
-    ("--json", "in/none/x.json"), ("--json", "in"), ("--json", ""), ("--json", "a\0b"), ("--plot", "in/x.docx"), ("--plot", "in"),
-    ("--plot", "out/a\0.png"), ("--plot", ""), ("--clips", "0"), ("--crops", "0"), ("--span", "nan"), ("--crops", "99999999"),
+    ("--threshold", "nan"), ("--threshold", "inf"), ("--threshold", "1e400"), ("--threshold", "-5"), ("--threshold",
+    "0.1", "0.2"),
+    ("--budget", "nan"), ("--budget", "0"), ("--budget", "1e-300"), ("--budget", "1", "1"), ("--limit", "0"),
+    ("--limit", "-3"),
+    ("--limit", "99999999999999999999"), ("--batch-size", "0"), ("--batch-size", "99999999999999999999"), ("--workers",
+    "-1"),
+    ("--split", "a\nb\x1b[31m"), ("--split", ""), ("--split", "../.."), ("--classes", "cat"), ("--classes", "cat",
+    "cat"),
+    ("--classes", "a\nb", "\x1b[31m"), ("--classes", ""), ("--device", "a\nb"), ("--device", "cuda:99"), ("--device",
+    ""), ("--device", "meta"),
+    ("--json", "in/none/x.json"), ("--json", "in"), ("--json", ""), ("--json", "a\0b"), ("--plot", "in/x.docx"),
+    ("--plot", "in"),
+    ("--plot", "out/a\0.png"), ("--plot", ""), ("--clips", "0"), ("--crops", "0"), ("--span", "nan"), ("--crops",
+    "99999999"),
 ]  # fmt: skip
 
 
@@ -412,7 +441,9 @@ TRAINED: dict[str, Callable[[Place], Path]] = {
     "one-class": lambda p: write_folder(p.inside / "set", ("cat",)),
     "nulls": lambda p: write_parquet(p.inside / "x.parquet", LABELS, images=[None] * 8),
     "broken": lambda p: write_parquet(p.inside / "x.parquet", LABELS, images=[b"text\n\x1b[31m"] * 8),
-    "some-broken": lambda p: write_parquet(p.inside / "x.parquet", LABELS, images=[b"text", *[jpeg(i) for i in range(7)]]),
+    "some-broken": lambda p: write_parquet(
+        p.inside / "x.parquet", LABELS, images=[b"text", *[jpeg(i) for i in range(7)]]
+    ),
     "one-photo-each": lambda p: write_folder(p.inside / "set", each=1),
     "shard-broken": lambda p: write_shard(p.inside / "x.tar", samples_of(LABELS, [b"text"] * 8)),
 }

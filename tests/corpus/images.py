@@ -40,7 +40,8 @@ SIDES = [(1, 1), (1, 2), (2, 1), (1, 3000), (3000, 1), (1, 30000), (30000, 1), (
 NAMES = [
     "a\nb.jpg", "a\rb.jpg", "\x1b[31mred\x1b[0m.jpg", "tab\t.jpg", "\x07bell.jpg", "ünï-写真.jpg", "\udcff\udcfe.jpg",
     "x" * 251 + ".jpg", "[a]*?.jpg", "...jpg", ".jpg", "--help.jpg", " .jpg", "~", "$HOME.jpg", "%s%n.jpg", "{0}.jpg",
-    "\u202egpj.exe.jpg", "\u2028line.jpg", "[bold]rich[/bold].jpg", "[/].jpg", "photo", "photo.mp4", "photo.txt", "a\\b.jpg",
+    "\u202egpj.exe.jpg", "\u2028line.jpg", "[bold]rich[/bold].jpg", "[/].jpg", "photo", "photo.mp4", "photo.txt",
+    "a\\b.jpg",
 ]  # fmt: skip
 
 
@@ -174,7 +175,8 @@ CHUNKS: dict[str, Callable[[Place], bytes]] = {
     "animation-of-none": lambda p: png(chunk(b"acTL", bytes(8))),
     "animation-of-many": lambda p: png(chunk(b"acTL", b"\x7f\xff\xff\xff" * 2)),
     "animation-huge-frame": lambda p: png(
-        chunk(b"acTL", struct.pack(">II", 2, 0)), chunk(b"fcTL", struct.pack(">IIIIIHHBB", 0, 9**9, 9**9, 0, 0, 1, 0, 0, 0))
+        chunk(b"acTL", struct.pack(">II", 2, 0)), chunk(b"fcTL", struct.pack(">IIIIIHHBB", 0, 9**9, 9**9, 0, 0, 1, 0, 0,
+        0))
     ),
     "unknown-chunk": lambda p: png(chunk(b"ABCD", p.rng.randbytes(100))),
     "chunk-of-huge-size": lambda p: png().replace(b"\0\0\0\x0dIHDR", b"\xff\xff\xff\xffIHDR"),
@@ -243,11 +245,13 @@ CONTENTS: dict[str, tuple[str, bytes]] = {
     "zeros": ("photo.jpg", bytes(5000)),
     "text": ("photo.jpg", b"I am not a photo\n" * 50),
     "html": ("photo.jpg", b"<!DOCTYPE html><html><body>404 not found</body></html>"),
-    "svg": ("photo.jpg", b"<svg xmlns='http://www.w3.org/2000/svg' width='9' height='9'><image href='http://x/'/></svg>"),
+    "svg": ("photo.jpg",
+        b"<svg xmlns='http://www.w3.org/2000/svg' width='9' height='9'><image href='http://x/'/></svg>"),
     "eps-as-jpg": ("photo.jpg", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"),
     "eps": ("photo.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(out/x) (w) file\n%%EOF\n"),
     "eps-huge": ("photo.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 99999 99999\n%%EndComments\n%%EOF\n"),
-    "eps-with-preview": ("photo.eps", b"\xc5\xd0\xd3\xc6" + struct.pack("<IIIIII", 32, 40, 0, 0, 0, 0) + b"\xff\xff%!PS"),
+    "eps-with-preview": ("photo.eps", b"\xc5\xd0\xd3\xc6" + struct.pack("<IIIIII", 32, 40, 0, 0, 0,
+        0) + b"\xff\xff%!PS"),
     "ps-as-png": ("photo.png", b"%!PS\nshowpage\n"),
     "pdf-as-jpg": ("photo.jpg", b"%PDF-1.7\n1 0 obj<</Type/Catalog>>endobj\ntrailer<</Root 1 0 R>>\n%%EOF"),
     "zip": ("photo.png", b"PK\3\4" + bytes(100)),
@@ -256,7 +260,8 @@ CONTENTS: dict[str, tuple[str, bytes]] = {
     "pickle": ("photo.png", b"\x80\4cos\nsystem\n(S'touch outside/code-was-run'\ntR."),
     "wmf": ("photo.wmf", b"\xd7\xcd\xc6\x9a\0\0" + bytes(40)),
     "fits": ("photo.fits", b"SIMPLE  =                    T".ljust(80) + b"END".ljust(80)),
-    "fits-huge": ("photo.fits", b"".join(c.ljust(80) for c in (b"SIMPLE  = T", b"BITPIX  = 8", b"NAXIS   = 2", b"NAXIS1  = 999999", b"NAXIS2  = 999999", b"END"))),
+    "fits-huge": ("photo.fits", b"".join(c.ljust(80) for c in (b"SIMPLE  = T", b"BITPIX  = 8", b"NAXIS   = 2",
+        b"NAXIS1  = 999999", b"NAXIS2  = 999999", b"END"))),
     "hdf5": ("photo.h5", b"\x89HDF\r\n\x1a\n" + bytes(50)),
     "grib": ("photo.grib", b"GRIB\0\0\0\1" + bytes(50)),
     "bufr": ("photo.bufr", b"BUFR\0\0\0\1" + bytes(50)),
@@ -281,7 +286,8 @@ CONTENTS: dict[str, tuple[str, bytes]] = {
     "tiff-circle": ("photo.tif", _tiff(next=8)),
     "tiff-no-tags": ("photo.tif", _tiff()),
     "tiff-no-strips": ("photo.tif", _strips()),
-    "tiff-strips-outside": ("photo.tif", _strips(_tag(273, 4, 1, b"\xff\xff\xff\x7f"), _tag(279, 4, 1, b"\xff\xff\xff\x7f"))),
+    "tiff-strips-outside": ("photo.tif", _strips(_tag(273, 4, 1, b"\xff\xff\xff\x7f"), _tag(279, 4, 1,
+        b"\xff\xff\xff\x7f"))),
     "tiff-many-samples": ("photo.tif", _strips(_tag(277, 3, 1, b"\xff\xff"), _tag(258, 3, 1, b"\x08"))),
     "tiff-huge-count": ("photo.tif", _strips(_tag(258, 3, 2**32 - 1, b"\x08"))),
     "tiff-big": ("photo.tif", b"II+\0\x08\0\0\0" + struct.pack("<Q", 16) + struct.pack("<Q", 2**60)),
@@ -297,9 +303,12 @@ CONTENTS: dict[str, tuple[str, bytes]] = {
     "jpeg-no-parts": ("photo.jpg", _jpeg(parts=0)),
     "jpeg-two-parts": ("photo.jpg", _jpeg(parts=2)),
     "jpeg-no-tables": ("photo.jpg", _jpeg()),
-    "bmp-huge": ("photo.bmp", b"BM" + struct.pack("<IHHI", 99, 0, 0, 54) + struct.pack("<IiiHHIIiiII", 40, 2**30, 2**30, 1, 24, 0, 0, 0, 0, 0, 0)),
-    "bmp-negative": ("photo.bmp", b"BM" + struct.pack("<IHHI", 99, 0, 0, 54) + struct.pack("<IiiHHIIiiII", 40, -4, -4, 1, 24, 0, 0, 0, 0, 0, 0) + bytes(99)),
-    "bmp-colors": ("photo.bmp", b"BM" + struct.pack("<IHHI", 99, 0, 0, 54) + struct.pack("<IiiHHIIiiII", 40, 4, 4, 1, 8, 0, 0, 0, 0, 2**31, 0) + bytes(99)),
+    "bmp-huge": ("photo.bmp", b"BM" + struct.pack("<IHHI", 99, 0, 0, 54) + struct.pack("<IiiHHIIiiII", 40, 2**30, 2**30,
+        1, 24, 0, 0, 0, 0, 0, 0)),
+    "bmp-negative": ("photo.bmp", b"BM" + struct.pack("<IHHI", 99, 0, 0, 54) + struct.pack("<IiiHHIIiiII", 40, -4, -4,
+        1, 24, 0, 0, 0, 0, 0, 0) + bytes(99)),
+    "bmp-colors": ("photo.bmp", b"BM" + struct.pack("<IHHI", 99, 0, 0, 54) + struct.pack("<IiiHHIIiiII", 40, 4, 4, 1, 8,
+        0, 0, 0, 0, 2**31, 0) + bytes(99)),
     "ico-none": ("photo.ico", b"\0\0\1\0\0\0"),
     "ico-many": ("photo.ico", b"\0\0\1\0\xff\xff" + bytes(64)),
     "ico-outside": ("photo.ico", b"\0\0\1\0\1\0\x10\x10\0\0\1\0\x20\0" + b"\xff" * 8),
@@ -310,7 +319,8 @@ CONTENTS: dict[str, tuple[str, bytes]] = {
     "jp2-box": ("photo.jp2", b"\0\0\0\x0cjP  \r\n\x87\n" + b"\xff" * 40),
     "dds-huge": ("photo.dds", b"DDS |\0\0\0" + b"\xff" * 116),
     "qoi-huge": ("photo.qoi", b"qoif" + b"\xff" * 8 + b"\4\0" + bytes(20)),
-    "lying-suffix": ("photo.png", b"GIF89a\2\0\2\0\x80\0\0\0\0\0\xff\xff\xff,\0\0\0\0\2\0\2\0\0\x02\x03\x84\x01\x05\0;"),
+    "lying-suffix": ("photo.png",
+        b"GIF89a\2\0\2\0\x80\0\0\0\0\0\xff\xff\xff,\0\0\0\0\2\0\2\0\0\x02\x03\x84\x01\x05\0;"),
 }  # fmt: skip
 
 
@@ -420,7 +430,8 @@ PLACES: list[Make] = [
 ARRAYS = [
     "np.zeros((0, 5, 3), np.uint8)", "np.zeros((5, 5), np.uint8)", "np.zeros((5, 5, 4), np.uint8)",
     "np.full((5, 5, 3), np.nan)", "np.zeros((3, 5, 5), np.uint8)", "np.zeros((2, 5, 5, 3), np.uint8)",
-    "np.array(None)", "np.zeros((5, 5, 3), bool)", "np.zeros((5, 5, 3), complex)", "np.zeros((5, 5, 3), np.uint8)[::-1, ::2]",
+    "np.array(None)", "np.zeros((5, 5, 3), bool)", "np.zeros((5, 5, 3), complex)",
+    "np.zeros((5, 5, 3), np.uint8)[::-1, ::2]",
     "Image.new('RGB', (0, 0))", "Image.new('RGB', (0, 5))", "Image.new('L', (5, 0))", "Image.new('P', (5, 5))",
     "Image.new('F', (5, 5), float('nan'))", "Image.new('F', (5, 5), float('inf'))", "Image.new('I', (5, 5), -2**31)",
     "None", "5", "b'bytes'", "torch.zeros(3, 5, 5)", "[[1, 2]]",
@@ -430,5 +441,3 @@ ARRAYS = [
 def of_array(source: str, place: Place) -> Case:
     model = str(place.bases.model)
     return place.python(f"iared2.Predictor(iared2.load({model!r}))({source}).save('out')")
-
-

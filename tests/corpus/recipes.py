@@ -122,8 +122,12 @@ def tree_of(change: Callable[[dict[str, Any]], Any], place: Place) -> Case:
 
 
 def setting(name: str, value: Any, by_option: bool, place: Place) -> Case:
-    """One setting with this value, in the file or by ``--set``."""
+    """One setting with this value, in the file or by ``--set``; the run begins with the stage that it is about."""
     tree = copy.deepcopy(BASE)
+    if name.startswith(("policy", "reward", "finetune")):
+        put(put(tree, "backbone.epochs", 0), "model.checkpoint", str(place.bases.model))
+        if name.startswith("finetune"):
+            put(tree, "policy_gradient.epochs", 0)
     if by_option:
         recipe = place.file("recipe.toml", dump(tree))
         return place.train(recipe, "--set", f"{name}={_value(value)}".replace("\0", ""))
@@ -143,42 +147,73 @@ def _puts(**values: Any) -> Callable[[dict[str, Any]], Any]:
 
 
 PAIRS: list[Callable[[dict[str, Any]], Any]] = [
-    _puts(policy__keep=[1.0, 0.7, NAN]), _puts(policy__keep=[0.9, 0.8, 1e-300]), _puts(policy__keep=[0.9, 0.8, 0.7], policy__equal_counts=True),
-    _puts(policy__keep=[1e-9] * 3, policy__equal_counts=True), _puts(policy__decisions="gumbel"), _puts(policy__decisions="random", policy__keep=[1.0] * 3),
-    _puts(policy__decisions="gumbel", policy__keep=[0.9, 0.8, 0.7], policy__gumbel_weight=INF), _puts(policy__samples=10**9, policy__leave_one_out=True),
-    _puts(model__mean=[NAN] * 3, model__std=[1.0] * 3), _puts(model__mean=[0.5] * 3, model__std=[0.0] * 3), _puts(model__mean=[0.5] * 3, model__std=[-1.0] * 3),
-    _puts(model__mean=[0.5], model__std=[0.5]), _puts(model__mean=[0.5] * 7, model__std=[0.5] * 7), _puts(model__mean=[1e30] * 3, model__std=[1e-30] * 3),
-    _puts(model__groups=0), _puts(model__groups=4), _puts(model__groups=-3), _puts(model__interpreter="x"), _puts(model__dropped="x"),
-    _puts(backbone__mixup=NAN), _puts(backbone__mixup=-1.0), _puts(backbone__mixup=1e30, backbone__cutmix=1e30), _puts(backbone__mixup=0.8, backbone__batch_size=3),
-    _puts(backbone__optimizer="x"), _puts(backbone__optimizer="lookahead_"), _puts(backbone__optimizer="adopt"), _puts(backbone__optimizer="sgd", backbone__lr=1e30),
-    _puts(backbone__layer_decay=0.0), _puts(backbone__layer_decay=-1.0), _puts(backbone__layer_decay=NAN), _puts(backbone__ema_decay=2.0),
-    _puts(backbone__warmup_epochs=1e30), _puts(backbone__warmup_epochs=-5.0), _puts(backbone__epochs=1e-300), _puts(backbone__epochs=1e300),
-    _puts(backbone__patch_drop=0.999999), _puts(backbone__augment__auto_augment="x"), _puts(backbone__augment__auto_augment="rand-m9-n9999"),
-    _puts(backbone__augment__auto_augment="rand-mX"), _puts(backbone__augment__min_scale=0.0), _puts(backbone__augment__min_scale=5.0),
-    _puts(backbone__augment__random_erasing=7.0), _puts(backbone__augment__color_jitter=-1.0), _puts(backbone__augment__hflip=2.0),
-    _puts(data__resident=True, data__workers=0), _puts(data__resident=True, backbone__augment__auto_augment="x"), _puts(data__clutter=32),
-    _puts(data__clutter=-32), _puts(data__clutter=10**6), _puts(data__holdout=0.999), _puts(data__holdout=1.0), _puts(data__classes=["cat", "cat"]),
-    _puts(data__classes=["cat"]), _puts(data__classes=["a\nb\x1b[31m", "x"]), _puts(data__eval_split="a\nb"), _puts(data__train_split=""),
-    _puts(precision="bf16", backbone__batch_size=1), _puts(precision="fp16"), _puts(eval_epochs=-1), _puts(checkpoint_minutes=NAN), _puts(checkpoint_minutes=-1.0),
-    _puts(model="x"), _puts(data=[]), _puts(seed={"a": 1}), _puts(backbone__augment=5), _puts(model__timm=[1]), _puts(__class__=1),
-    _puts(model__deeper__deeper__deeper=1), lambda tree: tree.clear(), lambda tree: tree.pop("model"), lambda tree: tree.pop("backbone"),
-    lambda tree: tree.update({"a\nb\x1b[31m": 1}), lambda tree: tree["model"].update({"a\nb": 1}), lambda tree: tree.update({"x" * 5000: 1}),
-    lambda tree: tree.update({"": 1}), lambda tree: tree.update({str(i): i for i in range(3000)}), _puts(finetune__distill=NAN), _puts(reward__tau=1e30),
-    _puts(policy__temperature=1e-300), _puts(backbone__clip_grad=-1.0), _puts(backbone__clip_grad=NAN), _puts(backbone__label_smoothing=5.0),
-    _puts(backbone__accumulate=2, backbone__batch_size=2), _puts(backbone__batch_size=10**9), _puts(reward__label="dense", reward__graded=True),
+    _puts(policy__keep=[1.0, 0.7, NAN]), _puts(policy__keep=[0.9, 0.8, 1e-300]), _puts(policy__keep=[0.9, 0.8, 0.7],
+    policy__equal_counts=True),
+    _puts(policy__keep=[1e-9] * 3, policy__equal_counts=True), _puts(policy__decisions="gumbel"),
+    _puts(policy__decisions="random", policy__keep=[1.0] * 3),
+    _puts(policy__decisions="gumbel", policy__keep=[0.9, 0.8, 0.7], policy__gumbel_weight=INF),
+    _puts(policy__samples=10**9, policy__leave_one_out=True),
+    _puts(model__mean=[NAN] * 3, model__std=[1.0] * 3), _puts(model__mean=[0.5] * 3, model__std=[0.0] * 3),
+    _puts(model__mean=[0.5] * 3, model__std=[-1.0] * 3),
+    _puts(model__mean=[0.5], model__std=[0.5]), _puts(model__mean=[0.5] * 7, model__std=[0.5] * 7),
+    _puts(model__mean=[1e30] * 3, model__std=[1e-30] * 3),
+    _puts(model__groups=0), _puts(model__groups=4), _puts(model__groups=-3), _puts(model__interpreter="x"),
+    _puts(model__dropped="x"),
+    _puts(backbone__mixup=NAN), _puts(backbone__mixup=-1.0), _puts(backbone__mixup=1e30, backbone__cutmix=1e30),
+    _puts(backbone__mixup=0.8, backbone__batch_size=3),
+    _puts(backbone__optimizer="x"), _puts(backbone__optimizer="lookahead_"), _puts(backbone__optimizer="adopt"),
+    _puts(backbone__optimizer="sgd", backbone__lr=1e30),
+    _puts(backbone__layer_decay=0.0), _puts(backbone__layer_decay=-1.0), _puts(backbone__layer_decay=NAN),
+    _puts(backbone__ema_decay=2.0),
+    _puts(backbone__warmup_epochs=1e30), _puts(backbone__warmup_epochs=-5.0), _puts(backbone__epochs=1e-300),
+    _puts(backbone__epochs=1e300),
+    _puts(backbone__patch_drop=0.999999), _puts(backbone__augment__auto_augment="x"),
+    _puts(backbone__augment__auto_augment="rand-m9-n9999"),
+    _puts(backbone__augment__auto_augment="rand-mX"), _puts(backbone__augment__min_scale=0.0),
+    _puts(backbone__augment__min_scale=5.0),
+    _puts(backbone__augment__random_erasing=7.0), _puts(backbone__augment__color_jitter=-1.0),
+    _puts(backbone__augment__hflip=2.0),
+    _puts(data__resident=True, data__workers=0), _puts(data__resident=True, backbone__augment__auto_augment="x"),
+    _puts(data__clutter=32),
+    _puts(data__clutter=-32), _puts(data__clutter=10**6), _puts(data__holdout=0.999), _puts(data__holdout=1.0),
+    _puts(data__classes=["cat", "cat"]),
+    _puts(data__classes=["cat"]), _puts(data__classes=["a\nb\x1b[31m", "x"]), _puts(data__eval_split="a\nb"),
+    _puts(data__train_split=""),
+    _puts(precision="bf16", backbone__batch_size=1), _puts(precision="fp16"), _puts(eval_epochs=-1),
+    _puts(checkpoint_minutes=NAN), _puts(checkpoint_minutes=-1.0),
+    _puts(model="x"), _puts(data=[]), _puts(seed={"a": 1}), _puts(backbone__augment=5), _puts(model__timm=[1]),
+    _puts(__class__=1),
+    _puts(model__deeper__deeper__deeper=1), lambda tree: tree.clear(), lambda tree: tree.pop("model"),
+    lambda tree: tree.pop("backbone"),
+    lambda tree: tree.update({"a\nb\x1b[31m": 1}), lambda tree: tree["model"].update({"a\nb": 1}),
+    lambda tree: tree.update({"x" * 5000: 1}),
+    lambda tree: tree.update({"": 1}), lambda tree: tree.update({str(i): i for i in range(3000)}),
+    _puts(finetune__distill=NAN), _puts(reward__tau=1e30),
+    _puts(policy__temperature=1e-300), _puts(backbone__clip_grad=-1.0), _puts(backbone__clip_grad=NAN),
+    _puts(backbone__label_smoothing=5.0),
+    _puts(backbone__accumulate=2, backbone__batch_size=2), _puts(backbone__batch_size=10**9),
+    _puts(reward__label="dense", reward__graded=True),
 ]  # fmt: skip
 TEXTS: list[bytes] = [
-    b"", b"\xff\xfe", b"\xef\xbb\xbfseed = 0", "seed = 0".encode("utf-16"), b"seed", b"seed = ", b"seed = 0\nseed = 0", b"[model]\n[model]", b"seed = 0\0",
-    b"seed = " + b"9" * 5000, b"seed = 1e99999", b"seed = 0x" + b"f" * 5000, b"x = " + b"[" * 100000, b"x = " + b"[" * 300 + b"]" * 300,
-    b"x = " + b"{a=" * 5000, b".".join([b"a"] * 5000) + b" = 1", b"[" + b".".join([b"a"] * 5000) + b"]", b"seed = 2020-01-01", b"seed = 12:00:00", b"seed = 2020-13-45T99:99:99",
-    b'x = "\\ud800"', b'x = "\\U00110000"', b'x = """' + b"a" * 10**6 + b'"""', b"#" * 10**6, b"\r", b"seed = 0\x1b", b"'\x1b[31m' = 1", b'"a\\nb" = 1',
-    b"[[model]]", b"[[model]]\n[[model]]", b"[model.timm.x]", b"<html>", b"{}", b"---\nseed: 0", b"seed = nan", b"seed = +inf", b"seed = 0_0", b"[]", b"[a.]", b"= 1",
+    b"", b"\xff\xfe", b"\xef\xbb\xbfseed = 0", "seed = 0".encode("utf-16"), b"seed", b"seed = ", b"seed = 0\nseed = 0",
+    b"[model]\n[model]", b"seed = 0\0",
+    b"seed = " + b"9" * 5000, b"seed = 1e99999", b"seed = 0x" + b"f" * 5000, b"x = " + b"[" * 100000,
+    b"x = " + b"[" * 300 + b"]" * 300,
+    b"x = " + b"{a=" * 5000, b".".join([b"a"] * 5000) + b" = 1", b"[" + b".".join([b"a"] * 5000) + b"]",
+    b"seed = 2020-01-01", b"seed = 12:00:00", b"seed = 2020-13-45T99:99:99",
+    b'x = "\\ud800"', b'x = "\\U00110000"', b'x = """' + b"a" * 10**6 + b'"""', b"#" * 10**6, b"\r", b"seed = 0\x1b",
+    b"'\x1b[31m' = 1", b'"a\\nb" = 1',
+    b"[[model]]", b"[[model]]\n[[model]]", b"[model.timm.x]", b"<html>", b"{}", b"---\nseed: 0", b"seed = nan",
+    b"seed = +inf", b"seed = 0_0", b"[]", b"[a.]", b"= 1",
     b"backbone.epochs.x = 1", b"[model]\ntimm = {a = 1, a = 2}", b"model.timm.a.b = 1\n[model.timm]",
 ]  # fmt: skip
 OPTIONS = [
-    "", "=", "=1", "x", "seed", "seed=", "seed=[", "seed=\n", "seed=1\nx=2", "model..x=1", ".=1", "model.=1", "model.timm.x.y=1", "seed.x=1", "model=1",
-    "model.backbone.x=1", "a\nb\x1b[31m=1", "seed=\x1b[31m", "seed=" + "9" * 5000, "x=" + "[" * 100000, ".".join("a" * 5000) + "=1", "finetune.epoch=2",
-    "seed==1", "seed = 1 # x", "model.timm={", "data.path=''", "seed=2020-01-01", "\udcff=1", "seed=\udcff", "model.timm={a=1}", "backbone.augment.x=1",
+    "", "=", "=1", "x", "seed", "seed=", "seed=[", "seed=\n", "seed=1\nx=2", "model..x=1", ".=1", "model.=1",
+    "model.timm.x.y=1", "seed.x=1", "model=1",
+    "model.backbone.x=1", "a\nb\x1b[31m=1", "seed=\x1b[31m", "seed=" + "9" * 5000, "x=" + "[" * 100000,
+    ".".join("a" * 5000) + "=1", "finetune.epoch=2",
+    "seed==1", "seed = 1 # x", "model.timm={", "data.path=''", "seed=2020-01-01", "\udcff=1", "seed=\udcff",
+    "model.timm={a=1}", "backbone.augment.x=1",
 ]  # fmt: skip
 
 
@@ -196,12 +231,18 @@ def option(given: str, place: Place) -> Case:
 
 
 TIMM: list[dict[str, Any]] = [
-    {"pretrained": True}, {"num_classes": 5}, {"groups": 5}, {"checkpoint_path": "CANARY"}, {"pretrained_cfg": {"url": "https://example.com"}},
-    {"pretrained_cfg_overlay": {"file": "CANARY"}}, {"cache_dir": "OUTSIDE"}, {"features_only": True}, {"scriptable": True},
-    {"norm_layer": "os.system"}, {"embed_dim": 10**7}, {"depth": 10**6}, {"depth": 0}, {"img_size": 10**6}, {"img_size": 0}, {"img_size": NAN},
-    {"patch_size": 0}, {"num_heads": 0}, {"in_chans": 1}, {"in_chans": 10**7}, {"mlp_ratio": NAN}, {"mlp_ratio": INF}, {"drop_path_rate": NAN},
-    {"drop_path_rate": 2.0}, {"drop_rate": -1.0}, {"reg_tokens": 10**9}, {"global_pool": "x"}, {"class_token": False}, {"x": 1}, {"": 1},
-    {"dynamic_img_size": True}, {"init_values": NAN}, {"img_size": [32, 32, 32]}, {"device": "cuda"}, {"dtype": "float16"}, {"backbone": "x"}, {"dropped": "x"},
+    {"pretrained": True}, {"num_classes": 5}, {"groups": 5}, {"checkpoint_path": "CANARY"},
+    {"pretrained_cfg": {"url": "https://example.com"}},
+    {"pretrained_cfg_overlay": {"file": "CANARY"}}, {"cache_dir": "OUTSIDE"}, {"features_only": True},
+    {"scriptable": True},
+    {"norm_layer": "os.system"}, {"embed_dim": 10**7}, {"depth": 10**6}, {"depth": 0}, {"img_size": 10**6},
+    {"img_size": 0}, {"img_size": NAN},
+    {"patch_size": 0}, {"num_heads": 0}, {"in_chans": 1}, {"in_chans": 10**7}, {"mlp_ratio": NAN}, {"mlp_ratio": INF},
+    {"drop_path_rate": NAN},
+    {"drop_path_rate": 2.0}, {"drop_rate": -1.0}, {"reg_tokens": 10**9}, {"global_pool": "x"}, {"class_token": False},
+    {"x": 1}, {"": 1},
+    {"dynamic_img_size": True}, {"init_values": NAN}, {"img_size": [32, 32, 32]}, {"device": "cuda"},
+    {"dtype": "float16"}, {"backbone": "x"}, {"dropped": "x"},
 ]  # fmt: skip
 
 
@@ -213,7 +254,8 @@ def timm_arguments(args: dict[str, Any], place: Place) -> Case:
 
 
 BACKBONES = [
-    "hf-hub:owner/name", "local-dir:OUTSIDE", "https://example.com/x", "../../x", "resnet18", "", "\n\x1b[31m", "x" * 10000, "*", "[", "vit_giant_patch14_224",
+    "hf-hub:owner/name", "local-dir:OUTSIDE", "https://example.com/x", "../../x", "resnet18", "", "\n\x1b[31m",
+    "x" * 10000, "*", "[", "vit_giant_patch14_224",
     "swin_tiny_patch4_window7_224", "deit_tiny_patch16_224.evil", "timesformer_joint_base_patch16_224",
 ]  # fmt: skip
 
@@ -236,7 +278,10 @@ RESUMED: dict[str, Callable[[Place], tuple[str, bytes]]] = {
     "state-list": lambda p: ("state.safetensors", _state([])),
     "state-null": lambda p: ("state.safetensors", _state(None)),
     "state-position-list": lambda p: ("state.safetensors", _state({"position": [], "identity": {}})),
-    "state-position-odd": lambda p: ("state.safetensors", _state({"position": {"stage": -1, "step": NAN}, "identity": {}})),
+    "state-position-odd": lambda p: (
+        "state.safetensors",
+        _state({"position": {"stage": -1, "step": NAN}, "identity": {}}),
+    ),
     "state-identity-list": lambda p: ("state.safetensors", _state({"position": {}, "identity": []})),
     "state-identity-null": lambda p: ("state.safetensors", _state({"position": {}, "identity": None})),
     "metrics-text": lambda p: ("metrics.jsonl", b"text\n"),
@@ -322,6 +367,7 @@ def weights_of_the_authors(place: Place) -> Case:
 
 
 PLACES: list[Make] = [
-    missing, nul_in_the_name, too_long_a_name, a_directory, pipe, link_circle, zeros_for_ever, output_is_a_file, output_is_a_link_circle, output_with_nul,
+    missing, nul_in_the_name, too_long_a_name, a_directory, pipe, link_circle, zeros_for_ever, output_is_a_file,
+    output_is_a_link_circle, output_with_nul,
     data_with_newline, weights_are_a_directory, weights_are_a_pipe, weights_of_the_authors,
 ]  # fmt: skip

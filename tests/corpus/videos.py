@@ -17,8 +17,10 @@ from . import bytes as mutations
 from .case import Case, Make, Place, fifo
 
 CONTAINERS: dict[str, tuple[str, str]] = {
-    "mp4": (".mp4", "libx264"), "mkv": (".mkv", "libx264"), "avi": (".avi", "mpeg4"), "webm": (".webm", "libvpx"), "mov": (".mov", "mpeg4"),
-    "ts": (".ts", "mpeg2video"), "flv": (".flv", "flv"), "mpg": (".mpg", "mpeg1video"), "wmv": (".wmv", "wmv2"), "3gp": (".3gp", "mpeg4"),
+    "mp4": (".mp4", "libx264"), "mkv": (".mkv", "libx264"), "avi": (".avi", "mpeg4"), "webm": (".webm", "libvpx"),
+        "mov": (".mov", "mpeg4"),
+    "ts": (".ts", "mpeg2video"), "flv": (".flv", "flv"), "mpg": (".mpg", "mpeg1video"), "wmv": (".wmv", "wmv2"),
+        "3gp": (".3gp", "mpeg4"),
 }  # fmt: skip
 
 
@@ -137,7 +139,8 @@ CONTENTS: dict[str, tuple[str, bytes]] = {
     "playlist": ("clip.m3u8", b"#EXTM3U\n#EXTINF:1,\nhttps://example.com/a.ts\n#EXT-X-ENDLIST\n"),
     "playlist-as-mp4": ("clip.mp4", b"#EXTM3U\n#EXTINF:1,\n../outside/canary.pth\n#EXT-X-ENDLIST\n"),
     "concat": ("clip.mp4", b"ffconcat version 1.0\nfile ../outside/canary.pth\n"),
-    "dash": ("clip.mpd", b"<MPD xmlns='urn:mpeg:dash:schema:mpd:2011'><Period><BaseURL>http://example.com/</BaseURL></Period></MPD>"),
+    "dash": ("clip.mpd",
+        b"<MPD xmlns='urn:mpeg:dash:schema:mpd:2011'><Period><BaseURL>http://example.com/</BaseURL></Period></MPD>"),
     "sdp": ("clip.mp4", b"v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 96\n"),
     "subtitles": ("clip.mp4", b"1\n00:00:00,000 --> 00:00:01,000\ntext\n"),
     "avi-empty": ("clip.avi", b"RIFF\xff\xff\xff\xffAVI LIST\x04\0\0\0hdrl"),
@@ -213,6 +216,7 @@ def a_protocol(place: Place) -> Case:
 
 
 PLACES: list[Make] = [
-    sound, photo, photo_for_a_video_model, video_for_a_photo_model, video_named_photo, two_halves, a_directory, pipe, link_circle,
+    sound, photo, photo_for_a_video_model, video_for_a_photo_model, video_named_photo, two_halves, a_directory, pipe,
+    link_circle,
     missing, a_url, a_protocol,
 ]  # fmt: skip

@@ -57,7 +57,12 @@ class Worker:
         environment = {
             **os.environ,
             **dict.fromkeys(("OMP_NUM_THREADS", "PYTHONDONTWRITEBYTECODE", "ACCELERATE_USE_CPU"), "1"),
-            **{"HOME": str(home), "XDG_CACHE_HOME": str(home / "cache"), "TMPDIR": str(home), "HF_HOME": str(home / "hf")},
+            **{
+                "HOME": str(home),
+                "XDG_CACHE_HOME": str(home / "cache"),
+                "TMPDIR": str(home),
+                "HF_HOME": str(home / "hf"),
+            },
             "MPLCONFIGDIR": str(home / "mpl"),
             "CUDA_VISIBLE_DEVICES": "",
             "COLUMNS": "200",
