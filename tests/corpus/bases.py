@@ -37,8 +37,8 @@ class Bases:
     video_model: Path
     data: Path
     clip: Path
-    images: dict[Any, bytes] = field(default_factory=dict)
-    videos: dict[Any, bytes] = field(default_factory=dict)
+    images: dict[Any, bytes] = field(default_factory=dict, repr=False)
+    videos: dict[Any, bytes] = field(default_factory=dict, repr=False)
 
     def image(self, format: str, mode: str = "RGB", size: tuple[int, int] = (40, 30), **options: Any) -> bytes:
         """A photo of noise, encoded by Pillow."""
