@@ -13,8 +13,9 @@ from .worker import GB, Report
 
 MAX_GROWTH = GB
 MAX_MESSAGE = 1000
-WARNING = re.compile(r"(warning: |.*Warning: |  |skipped |budgets )")
-"""What may stand on stderr before the last line; two blanks begin the source line of one of Python's warnings."""
+BEFORE = re.compile(r"\s*$|warning: |.*Warning: |  |skipped |budgets |\w+( \d+)? +\d+/\d+ ")
+"""What may stand on stderr before the last line: warnings (two blanks begin the source line of one of Python's), and of
+a run that had begun its progress."""
 
 
 def complaints(case: Case, report: Report) -> list[str]:
@@ -46,7 +47,7 @@ def _wrong_error(err: str) -> list[str]:
     found = []
     if "Traceback (most recent call last)" in err:
         found.append("a traceback")
-    odd = [line for line in lines[:-1] if not WARNING.match(line)]
+    odd = [line for line in lines[:-1] if not BEFORE.match(line)]
     if odd:
         found.append(f"more than one line: {odd[0][:200]!r}")
     if not last.removeprefix("error: ").strip().strip(":"):
@@ -74,8 +75,10 @@ def _left_over(case: Case) -> list[str]:
     out = case.root / "out"
     if not out.is_dir() or case.argv[:1] == ("train",):
         return _temporary(out)
-    left = [path.name for path in out.rglob("*") if path.is_file()]
-    return [f"left over: {left}"] if left else []
+    left = [path for path in out.rglob("*") if path.is_file()]
+    if case.argv[:1] == ("evaluate",):  # what was measured for hours is kept even if the plot cannot be written
+        return [text for path in left for text in _not_finite(path)]
+    return [f"left over: {[path.name for path in left]}"] if left else []
 
 
 def _temporary(out: Path) -> list[str]:
