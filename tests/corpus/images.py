@@ -84,6 +84,8 @@ def in_memory(mode: str, place: Place) -> Case:
 def of_mode(mode: str, place: Place) -> Case:
     image = noise(mode, (20, 20))
     for format, suffix in (("PNG", "png"), ("TIFF", "tif"), ("JPEG", "jpg"), ("GIF", "gif")):
+        if (mode, format) == ("I", "PNG"):
+            continue  # Pillow is about to give it up
         buffer = io.BytesIO()
         try:
             image.save(buffer, format)

@@ -130,8 +130,8 @@ def _watch(job: dict[str, Any], home: Path) -> dict[str, Any]:
         if found:
             break
         now = time.monotonic()
-        cpu = _cpu_seconds(pid)
-        if cpu != used:
+        state, cpu = _state(pid)
+        if cpu != used or state == "R":  # it works, or would if others let it
             used, since = cpu, now
         if now - since > IDLE_SECONDS or used > job["seconds"]:
             status = "takes too long" if used > job["seconds"] else "hangs"
@@ -259,12 +259,13 @@ def _resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-def _cpu_seconds(pid: int) -> float:
+def _state(pid: int) -> tuple[str, float]:
+    """Whether it runs or sleeps, and the seconds that it has computed."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return -1.0
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return "Z", -1.0
+    return fields[0], (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 if __name__ == "__main__":
