@@ -13,9 +13,9 @@ from .worker import GB, Report
 
 MAX_GROWTH = GB
 MAX_MESSAGE = 1000
-BEFORE = re.compile(r"\s*$|warning: |.*Warning: |  |skipped |budgets |\w+( \d+)? +\d+/\d+ ")
+BEFORE = re.compile(r"\s*$|warning: |.*Warning: |  |skipped |budgets |note: |\S+\.tiff?: |\w+( \d+)? +\d+/\d+ ")
 """What may stand on stderr before the last line: warnings (two blanks begin the source line of one of Python's), and of
-a run that had begun its progress."""
+a run that had begun its progress; and what libtiff says by itself."""
 
 
 def complaints(case: Case, report: Report) -> list[str]:

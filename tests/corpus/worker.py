@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import json
 import os
 import resource
@@ -95,6 +96,7 @@ def _serve(home: Path, warm: list[str]) -> None:
     import accelerate  # noqa: F401
     import av  # noqa: F401
     import datasets  # noqa: F401
+    import matplotlib.font_manager  # noqa: F401 (asks fc-list once)
     import pyarrow.parquet  # noqa: F401
     import torch
     import torch.utils.tensorboard
@@ -104,6 +106,8 @@ def _serve(home: Path, warm: list[str]) -> None:
     import iared2.cli
     import iared2.train.curriculum
 
+    for path, _ in iared2.cli.COMMANDS.values():
+        importlib.import_module(f"iared2.{path}")
     torch.set_num_threads(1)
     Image.init()
     if warm:  # what a first call costs is paid once: fonts, tables, imports inside of functions

@@ -106,7 +106,7 @@ def _read_headers(file: Path, label_field: str) -> list[tuple[int, int, int, byt
                             text[kind] = content.read(min(parts[kind].size, MAX_TEXT))
                     label = _label(text, label_field, f"{file}: {key}")
                     rows.append((image.offset_data, image.size, label, image.name.encode(errors="surrogateescape")))
-    except (tarfile.TarError, OSError) as error:
+    except (tarfile.TarError, OSError, ValueError) as error:  # ValueError: a size beyond all bounds
         raise InputError(f"{file}: not a tar file, or a damaged one ({error}); fetch it again") from None
     if not rows:
         raise InputError(f"{file}: no images in this shard; it should have KEY.jpg and KEY.cls for each")

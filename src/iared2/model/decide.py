@@ -104,8 +104,8 @@ def _thresholds(values: Any) -> tuple[float, ...]:
         numbers = tuple(np.asarray(_plain(values), dtype=np.float64).ravel().tolist())
     except (TypeError, ValueError):
         numbers = ()
-    if not numbers or any(map(math.isnan, numbers)):
-        raise InputError(f"threshold={values}: give a number, or one per group")
+    if not numbers or not all(map(math.isfinite, numbers)):
+        raise InputError(f"threshold={values}: give a finite number, or one per group")
     return numbers
 
 
