@@ -134,18 +134,23 @@ def detail(found: Sequence[Comparison], selected: int) -> list[Any]:
 
 def select(found: Sequence[Comparison], event: gr.SelectData) -> list[Any]:
     """A photo of the gallery was clicked: which one, and its details."""
-    if not found:
-        raise gr.Error(FORGOTTEN, print_exception=False)
+    found = _remembered(found)
     return [event.index, *detail(found, event.index)]
 
 
 def archive(folder: str, found: Sequence[Comparison]) -> str:
     """Write the comparisons to a ZIP file in a new folder in ``folder``, and return its path."""
-    if not found:
-        raise gr.Error(FORGOTTEN, print_exception=False)
+    found = _remembered(found)
     path = Path(tempfile.mkdtemp(dir=folder)) / "iared2.zip"
     write_archive(found, path)
     return str(path)
+
+
+def _remembered(found: Sequence[Comparison]) -> list[Comparison]:
+    """A list of its own, which nobody empties at work."""
+    if not found:
+        raise gr.Error(FORGOTTEN, print_exception=False)
+    return list(found)
 
 
 def build(predictor: Predictor) -> gr.Blocks:
