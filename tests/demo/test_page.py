@@ -226,6 +226,8 @@ def test_a_model_of_few_classes_names_them() -> None:
     names = [str(n) for n in range(40)]
     assert classes(names).endswith(f"knows only 40 classes: {', '.join(names)}.")
     assert classes([str(n) for n in range(1000)]) == classes(None) == ""
+    fetches = classes(["![x](http://a/x.png)", "<img src=x>"])
+    assert r"\!\[x\]\(http\:\/\/a\/x\.png\), \<img src\=x\>" in fetches
 
 
 def test_every_use_of_the_model_waits_in_one_line(predictor: Predictor) -> None:

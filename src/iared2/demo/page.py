@@ -134,18 +134,23 @@ def detail(found: Sequence[Comparison], selected: int) -> list[Any]:
 
 def select(found: Sequence[Comparison], event: gr.SelectData) -> list[Any]:
     """A photo of the gallery was clicked: which one, and its details."""
-    if not found:
-        raise gr.Error(FORGOTTEN, print_exception=False)
+    found = _remembered(found)
     return [event.index, *detail(found, event.index)]
 
 
 def archive(folder: str, found: Sequence[Comparison]) -> str:
     """Write the comparisons to a ZIP file in a new folder in ``folder``, and return its path."""
-    if not found:
-        raise gr.Error(FORGOTTEN, print_exception=False)
+    found = _remembered(found)
     path = Path(tempfile.mkdtemp(dir=folder)) / "iared2.zip"
     write_archive(found, path)
     return str(path)
+
+
+def _remembered(found: Sequence[Comparison]) -> list[Comparison]:
+    """A list of its own, which nobody empties at work."""
+    if not found:
+        raise gr.Error(FORGOTTEN, print_exception=False)
+    return list(found)
 
 
 def build(predictor: Predictor) -> gr.Blocks:
@@ -160,7 +165,9 @@ def build(predictor: Predictor) -> gr.Blocks:
     nothing = torch.zeros(model.num_groups, 1, dtype=torch.int64)
     least = math.ceil(100 * model.count_macs(nothing).item() / model.dense_macs)
     top5 = partial(gr.Label, num_top_classes=5, show_heading=False)
-    picture = partial(gr.Image, show_label=False, interactive=False, buttons=["fullscreen"])
+
+    def picture(kind: Any = gr.Image, **options: Any) -> Any:
+        return kind(show_label=False, interactive=False, **{"buttons": ["fullscreen"]} | options)
 
     memory = Memory()
 
@@ -192,32 +199,17 @@ def build(predictor: Predictor) -> gr.Blocks:
                 by, info = rules[0][1], "A score to exceed, or a cost to keep to."
                 usual = thresholds[0] if by == "threshold" else round(max(thresholds), 2)  # a first group may keep all
                 rule = gr.Radio(rules, value=by, label="Drop patches by", info=info, elem_id="rule")
-                info = "Patches that score above it stay. 0 keeps all."
-                threshold = gr.Slider(
-                    0,
-                    1,
-                    usual,
-                    step=0.01,
-                    label="Threshold",
-                    info=info,
-                    visible=by == "threshold",
-                    elem_id="threshold",
-                )
+                info, shown = "Patches that score above it stay. 0 keeps all.", by == "threshold"
+                options = {"step": 0.01, "label": "Threshold", "info": info, "visible": shown, "elem_id": "threshold"}
+                threshold = gr.Slider(0, 1, usual, **options)
                 info = "At most this share of what the plain transformer spends."
-                label = "Budget in %"
-                budget = gr.Slider(least, 100, 50, step=1, label=label, info=info, visible=False, elem_id="budget")
+                options |= {"step": 1, "label": "Budget in %", "info": info, "visible": False, "elem_id": "budget"}
+                budget = gr.Slider(least, 100, 50, **options)
             with gr.Column(scale=5, min_width=320):
                 problems = gr.HTML(visible=False, elem_id="problems")
                 with gr.Column(visible=False) as several:
                     gr.Markdown("### Your photos: choose one")
-                    gallery = gr.Gallery(
-                        columns=4,
-                        show_label=False,
-                        allow_preview=False,
-                        interactive=False,
-                        buttons=[],
-                        elem_id="gallery",
-                    )
+                    gallery = picture(gr.Gallery, columns=4, allow_preview=False, buttons=[], elem_id="gallery")
                 figures = gr.HTML(elem_id="figures")
                 with gr.Row():
                     with gr.Column(scale=3, min_width=280):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Sequence
 
+from ..errors import printable
 from .compare import Comparison
 
 LABELS = {
@@ -92,5 +94,8 @@ def facts(one: Comparison) -> str:
 
 
 def classes(names: Sequence[str] | None) -> str:
-    """A model of few classes calls everything one of them: say so."""
-    return f"This model knows only {len(names)} classes: {', '.join(names)}." if names and len(names) <= 50 else ""
+    """A model of few classes calls everything one of them: say so, in Markdown, of which the names are no part."""
+    if not names or len(names) > 50:
+        return ""
+    plain = re.sub(r"[!-+\--/:-@[-`{-~]", r"\\\g<0>", printable(", ".join(names)))
+    return f"This model knows only {len(names)} classes: {plain}."

@@ -30,7 +30,7 @@ from ...errors import InputError
 from ...explain.gradients import KIN
 from ...explain.heatmap import grid_of
 from ...explain.methods import METHODS, heatmap
-from ...model.reduced import Output, ReducedVisionTransformer
+from ...model.reduced import ReducedVisionTransformer
 from . import faithfulness, measures
 from .results import COUNTS, Benchmark, MethodResult, estimate
 
@@ -100,7 +100,7 @@ def benchmark(
     done, shares = 0, 0.0
     for batch in batches:
         images = batch.images.to(device)
-        output, spent = _timed(device, partial(_trace, model, images), warm=done > 0)
+        output, spent = _timed(device, partial(torch.no_grad()(model.trace), images), warm=done > 0)
         seconds["forward"].append(spent / len(images))
         target = output.logits.argmax(1)
         if numbers is not None and regions.labels is not None:
@@ -154,8 +154,8 @@ def read_method(text: str, model: ReducedVisionTransformer) -> dict[str, Any]:
         InputError: there is no such method, group or block.
     """
     method, _, which = text.partition(":")
-    if method not in (*METHODS, *KIN):
-        raise InputError(f"there is no method {method!r}; take some of {', '.join(dict.fromkeys((*METHODS, *KIN)))}")
+    if method not in (known := dict.fromkeys((*METHODS, *KIN))):
+        raise InputError(f"there is no method {method!r}; take some of {', '.join(known)}")
     if not which:
         return {"method": method}
     if (method, which) == ("interpreter", "all"):
@@ -166,11 +166,6 @@ def read_method(text: str, model: ReducedVisionTransformer) -> dict[str, Any]:
     if not which.isdecimal() or not 1 <= int(which) <= count:
         raise InputError(f"{text}: there is no {what} {which}; " + (f"take 1 to {count}" if count else "leave it out"))
     return {"method": method, what: int(which) - 1}
-
-
-def _trace(model: ReducedVisionTransformer, images: Tensor) -> Output:
-    with torch.no_grad():
-        return model.trace(images)
 
 
 def _timed(device: torch.device | str, run: Callable[[], Any], warm: bool) -> tuple[Any, float]:
@@ -202,8 +197,7 @@ def _about_predictions(
     steps: int,
     fill: faithfulness.Fill,
 ) -> dict[str, Tensor]:
-    grid = grid_of(model, images.shape[-2:])
-    lost, agreement = faithfulness.blanking(model.backbone, images, shown, grid, fill=fill)
+    lost, agreement = faithfulness.blanking(model.backbone, images, shown, grid_of(model, images.shape[-2:]), fill=fill)
     return {
         "insertion": faithfulness.insertion(model, images, maps, target, steps=steps),
         "deletion": faithfulness.deletion(model, images, maps, target, steps=steps),

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
+from itertools import chain
 from pathlib import Path
 from typing import get_args
 
@@ -26,7 +28,7 @@ from ...predict.output import check_not_read, to_json
 from ...pretrained.checkpoint import load
 from .benchmark import benchmark
 from .faithfulness import Fill
-from .results import LEVEL, Benchmark, Measure
+from .results import LEVEL, Benchmark, Measure, MethodResult
 
 DEFAULT = ("interpreter", "interpreter:all", *(m for m in METHODS if m not in ("interpreter", "memorability")))
 ARROWS = {1: " ↑", -1: " ↓", 0: ""}
@@ -71,13 +73,16 @@ def run(args: argparse.Namespace) -> int:
         InputError: an argument is wrong, found before any work; or see ``benchmark``.
     """
     for option, file in (("--json", args.json), ("--plot", args.plot)):
-        if file and not Path(file).absolute().parent.is_dir():
-            raise InputError(f"{option} {file}: there is no such folder; make it first")
+        if file and (Path(file).is_dir() or not Path(file).absolute().parent.is_dir()):
+            raise InputError(f"{option} {file}: give the name of a file, in a folder that is there")
+    if args.json and args.json == args.plot:
+        raise InputError(f"--json and --plot are both {args.json}; give two names")
     if args.plot and Path(args.plot).suffix.lower() not in PLOTS:
         raise InputError(f"--plot {args.plot}: unknown kind of picture; end the name in {', '.join(PLOTS)}")
-    if min(args.limit, args.batch_size, args.steps) < 1:
-        raise InputError("--limit, --batch-size and --steps must be 1 or more")
-    check_not_read(filter(None, (args.json, args.plot)), [args.checkpoint, args.data, *Path(args.data).rglob("*")])
+    if min(args.limit, args.batch_size, args.steps) < 1 or not 0 <= args.seed < 1 << 63:
+        raise InputError("--limit, --batch-size and --steps must be 1 or more, and --seed 0 or more, below 2⁶³")
+    data = (Path(folder, name) for folder, _, names in os.walk(args.data) for name in names)
+    check_not_read(filter(None, (args.json, args.plot)), chain([args.checkpoint, args.data], data))
     device = usable_device(args.device)
     regions = open_regions(args.data, split=args.split, region=args.region, label=args.label, only=args.only)
     model = load(args.checkpoint).to(device)
@@ -138,17 +143,17 @@ def tables(result: Benchmark) -> list[Table]:
         if kind == "localisation":
             table.add_column("ms", justify="right")
         for row in result.methods:
-            cells = [_cell(result, row.method, measure) for measure in columns]
+            cells = [_cell(result, row, measure) for measure in columns]
             cells += [f"{row.milliseconds:.2f}"] if kind == "localisation" else []
             table.add_row(row.method, *cells)
         made.append(table)
     return made
 
 
-def _cell(result: Benchmark, method: str, measure: Measure) -> str:
-    figure = next(row for row in result.methods if row.method == method).measures[measure.name]
+def _cell(result: Benchmark, row: MethodResult, measure: Measure) -> str:
+    figure = row.measures[measure.name]
     text = f"{100 * figure.value:.1f}"
-    text = f"[bold]{text}[/bold]" if method in result.leaders(measure) else text
+    text = f"[bold]{text}[/bold]" if row.method in result.leaders(measure) else text
     return f"{text}\n{100 * figure.low:.1f}–{100 * figure.high:.1f}"
 
 
