@@ -107,9 +107,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        print(stop if stop.args else "stopped", file=sys.stderr)
+        return getattr(stop, "status", 130)
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -137,6 +137,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from .device import usable_device
     from .evaluate.accuracy import evaluate
     from .keyed import permutation
+    from .measure import to_json
     from .model.calibrate import thresholds_for
     from .pretrained.checkpoint import load
 
@@ -188,7 +189,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     progress = track(batches, "evaluating", steps, console=console, transient=True)
     result = evaluate(model, progress, device, budgets=budgets)
     Console().print(result.table())
-    text = json.dumps(result.to_dict())
+    text = to_json(result.to_dict())
     print(text)
     path = arguments.json
     try:

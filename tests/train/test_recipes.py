@@ -172,6 +172,8 @@ def test_two_processes_of_torchrun_are_the_same_as_one(
         launches = [[*place, "--node-rank", str(rank)] for rank in range(2)]
     rest = ["-m", "iared2.cli", *command(shards, tmp_path / "run", backbone, 3)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if not torch.accelerator.is_available():
+        environment.pop("ACCELERATE_USE_CPU")  # torchrun alone is enough
     running = [
         subprocess.Popen([*torchrun, *launch, *rest], env=environment, stderr=subprocess.DEVNULL) for launch in launches
     ]

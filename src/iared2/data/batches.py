@@ -19,6 +19,7 @@ from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import Compose, Grayscale
 
 from .. import keyed
 from ..errors import InputError
@@ -123,12 +124,12 @@ def eval_transform(
 
     Args:
         input_size: ``(H, W)`` or ``(3, H, W)``.
-        mean, std: of each channel, of values in [0, 1].
+        mean, std: per channel, of values in [0, 1]; one number makes grey images, ``(1, H, W)``.
         interpolation: "bicubic", "bilinear" …
         crop_pct: None resizes the whole image to H × W; a number in (0, 1] crops the centre as timm does by default.
     """
     height, width = input_size[-2:]
-    return create_transform(
+    transform = create_transform(
         (height, width),
         interpolation=interpolation,
         mean=tuple(mean),
@@ -136,6 +137,7 @@ def eval_transform(
         crop_pct=crop_pct or 1.0,
         crop_mode="squash" if crop_pct is None else "center",
     )
+    return Compose([Grayscale(), transform]) if len(mean) == 1 else transform
 
 
 def model_transform(pretrained_cfg: dict[str, Any]) -> Transform:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 from pathlib import Path
 from typing import get_args
 
@@ -22,6 +21,7 @@ from ...device import usable_device
 from ...errors import InputError
 from ...explain.gradients import KIN
 from ...explain.methods import METHODS
+from ...measure import to_json
 from ...pretrained.checkpoint import load
 from .benchmark import benchmark
 from .faithfulness import Fill
@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
             seed=args.seed,
             advance=lambda images: progress.advance(task, images),
         )
-    text = json.dumps(result.to_dict())
+    text = to_json(result.to_dict())
     _write(args.json, (text + "\n").encode())
     if args.plot:
         _write(args.plot, picture(result, Path(args.plot).suffix[1:].lower()))
