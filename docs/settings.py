@@ -33,10 +33,11 @@ a recipe leaves out has the default below. The default lengths of the stages are
 iared2 train RECIPE --data PATH -o RUN --set finetune.epochs=2 --set model.groups=4
 ```
 
-An unknown setting or a value of the wrong type is an error before anything runs. To go on with a run that was killed,
-give the same command again. The recipe must then be the same, but for `checkpoint_minutes`, `data.path` and
-`data.workers`. On several processes the same command runs under `torchrun --nproc-per-node N -m iared2.cli train ...`;
-`batch_size` is then of each process. One GPU, eight, several machines, and the forms of data: [scale.md](scale.md).
+An unknown setting, a value of the wrong type or out of its range is an error before anything runs. To go on with a run
+that was killed or stopped (Ctrl-C), give the same command again. The recipe must then be the same, but for
+`checkpoint_minutes`, `data.path` and `data.workers`. On several processes the same command runs under `torchrun
+--nproc-per-node N -m iared2.cli train ...`; `batch_size` is then of each process. One GPU, eight, several machines, and
+the forms of data: [scale.md](scale.md).
 """
 
 Fields = list[tuple[str, str, ast.expr | None, str]]

@@ -122,8 +122,7 @@ class Trained:
         policy = self.recipe.policy
         model = build_model(self.recipe, self.num_classes, weights=self.folder is None).eval()
         if self.folder is not None:
-            _, _, parts = load_state(self.folder / "state.safetensors")
-            model.load_state_dict(parts["model"])
+            model.load_state_dict(load_state(self.folder / "state.safetensors").parts["model"])
             if policy.keep and not self.by_count:
                 model.calibrate(self.sample(model), keep=policy.keep)
         return model

@@ -33,9 +33,8 @@ from iared2.model.decide import Decide, keep_all
 from iared2.train.augment import AugmentConfig
 from iared2.train.curriculum import RunData, train
 from iared2.train.policy_gradient import PolicyConfig
-from iared2.train.recipe import ModelConfig, Recipe
+from iared2.train.recipe import ModelConfig, Recipe, StageConfig
 from iared2.train.reward import RewardConfig
-from iared2.train.trainer import StageConfig
 
 FRAMES, SIZE, PATCH = 8, 32, 8
 PHOTO = 40
@@ -91,9 +90,9 @@ OURS = replace(
     PAPER,
     # six groups of one block: the first looks at everything, and only the second and the fourth learn to drop
     model=replace(MODEL, groups=6),
-    reward=RewardConfig(label="dense", graded=True),
+    reward=RewardConfig(label="dense", soft_reward=True),
     policy=PolicyConfig(
-        keep=(1.0, 0.3, 0.3, 0.22, 0.22, 0.22), samples=4, leave_one_out=True, temperature=0.2
+        keep=(1.0, 0.3, 0.3, 0.22, 0.22, 0.22), samples=4, rloo=True, temperature=0.2
     ),  # the object touches 23 % of the patches, and nine tenths of it lie on 15 %
     finetune=replace(PAPER.finetune, distill=0.5),
 )

@@ -250,8 +250,8 @@ class Experiments:
         for name, settings in {
             "no policy stage": ["policy_gradient.epochs=0"],
             "the paper's interpreter": [*SIGMOID, longer],
-            "hard reward for the true label": ["reward.graded=false", "reward.label='true'"],
-            "one sample, greedy baseline": ["policy.samples=1", "policy.leave_one_out=false"],
+            "hard reward for the true label": ["reward.soft_reward=false", "reward.label='true'"],
+            "one sample, greedy baseline": ["policy.samples=1", "policy.rloo=false"],
             "no distillation": ["finetune.distill=0.0"],
             "dropped patches merged": MERGED[:1],
             "as many patches of every photo": MERGED[1:],

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from .errors import InputError
 
@@ -62,3 +64,8 @@ def write(path: Path | str, content: bytes | str, parents: bool = False) -> None
     """
     with whole(path, parents) as file:
         file.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def to_json(value: Any) -> str:
+    """One line of standard JSON: a number that is not finite is null."""
+    return json.dumps(json.loads(json.dumps(value), parse_constant=lambda name: None), allow_nan=False)

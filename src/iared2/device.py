@@ -29,6 +29,11 @@ def usable_device(name: str | torch.device) -> torch.device:
     return device
 
 
+def widest_float(device: torch.device | str) -> torch.dtype:
+    """For sums and shares: float64 on a CPU and on CUDA, float32 elsewhere, since MPS has no more."""
+    return torch.float64 if torch.device(device).type in ("cpu", "cuda") else torch.float32
+
+
 def timed(device: torch.device | str, run: Callable[..., Any], *args: Any) -> tuple[Any, float]:
     """The result of ``run(*args)`` and its seconds, from an idle device to an idle device."""
     synchronize(device)

@@ -21,3 +21,15 @@ class InputError(Exception):
 
 class NoSplit(InputError):
     """The data set is there, but has no such split."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal ended a training run; the same command goes on with it.
+
+    Attributes:
+        status: exit status of the process, 128 + the signal's number, as shells report it.
+    """
+
+    def __init__(self, signal: int, message: str = "stopped; the same command goes on") -> None:
+        super().__init__(message)
+        self.signal, self.status = signal, 128 + signal

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .data.batches import Batch
+from .device import widest_float
 from .model.decide import Decide
 from .model.reduced import Output, ReducedVisionTransformer
 
@@ -30,10 +31,10 @@ def measure(
         reduce: sums over processes, such as ``Accelerator.reduce``.
 
     Returns:
-        ``top1`` in percent, ``keep_ratio`` a list of D shares after each group, ``gmacs`` mean multiply-adds of an
-        image in 10⁹, ``images``, and ``skipped``, the number of files that could not be read.
+        ``top1`` in percent, ``keep_ratio`` a list of D shares after each group, ``gmacs`` mean 10⁹ MACs per image,
+        ``images``, and ``skipped``, the number of files that could not be read.
     """
-    total = torch.zeros(4 + model.num_groups, dtype=torch.float64, device=device)
+    total = torch.zeros(4 + model.num_groups, dtype=widest_float(device), device=device)
     for batch in batches:
         total[0] += len(batch.labels)
         total[1] += len(batch.skipped)
@@ -43,7 +44,7 @@ def measure(
             output = trace(model, batch.images.to(device), decide)
         right = (output.logits.argmax(1) == batch.labels.to(device)).sum()
         sums = [right, output.macs.sum(), *output.keep_ratio.sum(1)]
-        total[2:] += torch.stack([s.double() for s in sums])
+        total[2:] += torch.stack([s.to(total.dtype) for s in sums])
     images, skipped, right, macs, *kept = reduce(total, "sum").tolist()
     return {
         "top1": round(100 * right / max(images, 1), 4),
@@ -57,7 +58,7 @@ def measure(
 def trace(model: ReducedVisionTransformer, images: Tensor, decide: Decide | None = None) -> Output:
     """``model.trace``, also of several views of a video, ``(B, V, 3, T, H, W)``.
 
-    Their probabilities are averaged, their multiply-adds added up, and their patches stand side by side: the logits
+    Their probabilities are averaged, their MACs added up, and their patches stand side by side: the logits
     ``(B, K)`` are logarithms of the mean, scores and kept are ``(D, B, V·N)``.
     """
     if images.ndim < 6:

@@ -22,12 +22,12 @@ from iared2.cli import main
 from iared2.data.batches import model_transform, train_batches
 from iared2.data.images import DataConfig, open_samples
 from iared2.errors import InputError
-from iared2.train.curriculum import check
+from iared2.model import file as saved
 from iared2.train.log import RunLog
 from iared2.train.policy_gradient import PolicyGradientStage
-from iared2.train.recipe import Recipe, read_recipe
+from iared2.train.recipe import Recipe, check, read_recipe
 from iared2.train.state import load_state
-from iared2.train.trainer import Run
+from iared2.train.trainer import Trainer
 
 RECIPE = """
 seed = 3
@@ -56,7 +56,7 @@ batch_size = 8
 [finetune]
 epochs = 1
 batch_size = 8
-accumulate = 2
+grad_accum_steps = 2
 clip_grad = 1.0
 layer_decay = 0.8
 """
@@ -94,6 +94,8 @@ def run(*arguments: str, processes: int = 1) -> subprocess.Popen:
         launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
         launcher += ["--standalone", "-m", "iared2.cli"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    if not torch.accelerator.is_available():  # then nothing has to be said, not even to several processes
+        environment.pop("ACCELERATE_USE_CPU")
     return subprocess.Popen([*launcher, *arguments], env=environment, stderr=subprocess.DEVNULL)
 
 
@@ -154,7 +156,7 @@ def test_killed_anywhere_it_ends_with_the_same_weights(tmp_path, folder, recipe,
 
 def test_two_processes_take_the_same_steps_as_one(tmp_path, folder, recipe):
     """Same global batch, so the same gradient; dropout and mixup are off, since their draws belong to a process."""
-    off = ["backbone.mixup=0.0", "backbone.epochs=1", "model.timm.proj_drop_rate=0.0", "finetune.accumulate=1"]
+    off = ["backbone.mixup=0.0", "backbone.epochs=1", "model.timm.proj_drop_rate=0.0", "finetune.grad_accum_steps=1"]
     settings = [x for s in off for x in ("--set", s)]
     sizes = [
         [x for s in ("backbone", "policy_gradient", "finetune") for x in ("--set", f"{s}.batch_size={b}")]
@@ -197,7 +199,7 @@ def test_a_new_head_on_existing_weights(tmp_path, folder, recipe, finished):
         ("backbone.batch_size=4000", "set a smaller batch_size"),
         ("model.backbone=resnet18", "not a timm VisionTransformer"),
         ("backbone.epochs=0", "needs a trained backbone"),
-        ("finetune.accumulate=9", "accumulate must be in 1…batch_size"),
+        ("finetune.grad_accum_steps=9", "grad_accum_steps must be in 1…batch_size"),
         ("backbone.batch_size=7", "even batch_size"),
         ("precision=fp8", "precision"),
         ("seed=-1", "seed"),
@@ -221,6 +223,24 @@ def test_other_images_are_another_run(tmp_path, finished, folder, recipe, capsys
     (other / "train" / "red" / "0.png").unlink()
     assert main(command(recipe, other, finished)) == 1
     assert "other number of images" in capsys.readouterr().err
+
+
+def test_a_run_of_an_earlier_version_goes_on(tmp_path, finished, folder, recipe, capsys):
+    """Its settings had other names, and its decision stood among the tensors."""
+    output = tmp_path / "run"
+    shutil.copytree(finished, output)
+    tensors, config = saved.read(output / "state.safetensors")
+    decision = config.pop("decision")
+    tensors["decision/threshold"] = torch.tensor(decision["thresholds"])
+    identity = config["identity"]
+    for name in ("backbone", "policy_gradient", "finetune"):
+        identity[name]["accumulate"] = identity[name].pop("grad_accum_steps")
+    identity["reward"]["graded"] = identity["reward"].pop("soft_reward")
+    identity["policy"]["leave_one_out"] = identity["policy"].pop("rloo")
+    saved.write(output / "state.safetensors", tensors, config)
+    (output / "model.safetensors").unlink()
+    assert main(command(recipe, folder, output)) == 0
+    assert iared2.load(output).thresholds == iared2.load(finished).thresholds == tuple(decision["thresholds"])
 
 
 def test_another_recipe_does_not_overwrite_a_run(finished, folder, recipe, capsys):
@@ -262,11 +282,11 @@ workers = 0
 resident = true
 [reward]
 label = "dense"
-graded = true
+soft_reward = true
 [policy]
 keep = [1.0, 0.75, 0.75, 0.5]
 samples = 2
-leave_one_out = true
+rloo = true
 temperature = 0.3
 [backbone]
 epochs = 1
@@ -339,7 +359,7 @@ def test_a_run_with_a_budget_resumes_exactly_and_meets_it(tmp_path, folder, budg
     model = iared2.load(whole)
     assert iared2.load(broken).threshold == model.threshold
     assert more or model.thresholds[0] == 0
-    assert model.num_keep == ([16, 12, 12, 8] if more else None)
+    assert model.num_keep == ((16, 12, 12, 8) if more else None)
 
     # the images on which the thresholds were found, the long way round
     samples = open_samples(DataConfig(str(folder), workers=0), "train")
@@ -352,8 +372,8 @@ def test_a_run_with_a_budget_resumes_exactly_and_meets_it(tmp_path, folder, budg
 def test_what_is_calibrated_before_each_stage(tmp_path, folder, budget, monkeypatch):
     """Before a policy stage the groups before it, before a fine-tuning stage its own as well, at the end all."""
     seen = []
-    calibrate = Run.calibrate
-    monkeypatch.setattr(Run, "calibrate", lambda run, keep: (seen.append(keep), calibrate(run, keep)))
+    calibrate = Trainer.calibrate
+    monkeypatch.setattr(Trainer, "calibrate", lambda run, keep: (seen.append(keep), calibrate(run, keep)))
     teachers, train = [], PolicyGradientStage.train
     monkeypatch.setattr(
         PolicyGradientStage, "train", lambda stage, mode=True: teachers.append(stage) or train(stage, mode)
@@ -366,7 +386,7 @@ def test_what_is_calibrated_before_each_stage(tmp_path, folder, budget, monkeypa
     assert not any(p.requires_grad for p in first.teacher.parameters())
     steps = [r for r in records(tmp_path / "run") if r["kind"] == "step" and r["stage"] == "policy_gradient 4"]
     assert all(r["keep_ratio_sampled"] == pytest.approx(0.5, abs=0.15) for r in steps)
-    dense = load_state(tmp_path / "run" / "state.safetensors")[2]["teacher"]
+    dense = load_state(tmp_path / "run" / "state.safetensors").parts["teacher"]
     moved = (dense["blocks.3.mlp.fc1.weight"] - load_file(tmp_path / "run" / "model.safetensors")[
         "backbone.blocks.3.mlp.fc1.weight"]).abs().max()  # fmt: skip
     assert moved > 0
@@ -406,21 +426,21 @@ def test_canvases(tmp_path, folder, budget):
     ("pairs", "message"),
     [
         (["policy.decisions=greedy"], "policy.decisions = 'greedy' should be one of learned, gumbel, random"),
-        (["reward.label=soft"], 'reward.label = \'soft\' should be "true" or "dense"'),
+        (["reward.label=soft"], "reward.label = 'soft' should be one of true, dense"),
         (["policy.keep=[0.5, 0.5]"], "policy.keep = [0.5, 0.5] should be 4 shares in (0, 1] that do not rise"),
         (["policy.keep=[0.5, 0.5, 0.6, 0.5]"], "that do not rise"),
-        (["policy.keep=[1.1, 0.5, 0.5, 0.5]"], "that do not rise"),
-        (["policy.keep=[0.5, 0.5, 0.5, 0.0]"], "that do not rise"),
+        (["policy.keep=[1.1, 0.5, 0.5, 0.5]"], "policy.keep = 1.1 should be in 1e-06…1"),
+        (["policy.keep=[0.5, 0.5, 0.5, 0.0]"], "policy.keep = 0.0 should be in 1e-06…1"),
         (["policy.decisions=gumbel", "policy.keep=[]"], "policy.decisions = 'gumbel' needs policy.keep, 4 shares"),
         (["policy.decisions=centre", "policy.keep=[]"], "policy.decisions = 'centre' needs policy.keep, 4 shares"),
         (["policy.equal_counts=true", "policy.keep=[]"], "policy.equal_counts needs policy.keep, 4 shares"),
         (["policy.decisions=gumbel", "model.dropped=merged"], 'model.dropped = "gone"'),
-        (["policy.samples=0", "policy.leave_one_out=false"], "policy.samples = 0 should be at least 1"),
-        (["policy.samples=1"], "policy.samples = 1 should be at least 1, and 2 to leave one out"),
-        (["policy.temperature=0"], "policy.temperature = 0.0 should be in (0, 1]"),
-        (["policy.temperature=1.5"], "policy.temperature = 1.5 should be in (0, 1]"),
-        (["finetune.distill=1.5"], "finetune.distill should be in [0, 1]"),
-        (["backbone.patch_drop=1"], "backbone.patch_drop in [0, 1)"),
+        (["policy.samples=0", "policy.rloo=false"], "policy.samples = 0 should be in 1…1000"),
+        (["policy.samples=1"], "policy.samples = 1 should be at least 2 for policy.rloo"),
+        (["policy.temperature=0"], "policy.temperature = 0.0 should be in 0.001…1"),
+        (["policy.temperature=1.5"], "policy.temperature = 1.5 should be in 0.001…1"),
+        (["finetune.distill=1.5"], "finetune.distill = 1.5 should be in 0…1"),
+        (["backbone.patch_drop=1"], "backbone.patch_drop = 1.0 should be in 0…0.99"),
     ],
 )
 def test_policies_that_cannot_be_meant(budget, pairs, message):

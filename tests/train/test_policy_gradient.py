@@ -298,16 +298,16 @@ def test_what_all_scores_have_in_common_is_pulled_back_and_makes_no_difference(e
     enumerated[0].requires_grad_(True)
 
 
-@pytest.mark.parametrize("leave_one_out", [True, False])
-def test_several_samples_are_judged_by_each_other_or_by_the_greedy_decision(enumerated, leave_one_out):
+@pytest.mark.parametrize("rloo", [True, False])
+def test_several_samples_are_judged_by_each_other_or_by_the_greedy_decision(enumerated, rloo):
     model, image, every_u, rewards = enumerated
     batch, samples = 16, 3
-    policy = PolicyConfig(samples=samples, leave_one_out=leave_one_out)
+    policy = PolicyConfig(samples=samples, rloo=rloo)
     loss, seen = step_with_spy(stage_of(model, policy), image, batch)
     index = (seen["u"].long() * 2 ** torch.arange(N - 1, -1, -1)).sum(1)
     drawn, advantage = rewards[index].view(samples, batch), seen["advantage"].view(samples, batch)
     assert drawn.std(0).max() > 0.1
-    if leave_one_out:
+    if rloo:
         others = torch.stack([drawn[[j for j in range(samples) if j != i]].mean(0) for i in range(samples)])
         torch.testing.assert_close(advantage, drawn - others)
         torch.testing.assert_close(advantage.sum(0), torch.zeros(batch, dtype=torch.float64))
@@ -337,7 +337,7 @@ def test_the_dense_models_prediction_needs_no_labels(enumerated):
     teacher = copy.deepcopy(model.backbone).eval()
     with torch.no_grad():
         says = teacher(image).argmax(1)
-    config = RewardConfig(tau=0.7, label="dense", graded=True)
+    config = RewardConfig(tau=0.7, label="dense", soft_reward=True)
     losses = []
     for label in range(3):
         labels = torch.full((16,), label)
@@ -350,8 +350,8 @@ def test_the_dense_models_prediction_needs_no_labels(enumerated):
 
 def test_with_a_budget_and_no_labels_it_finds_the_patches_that_matter():
     model = untrained_model(misled=True)
-    policy = PolicyConfig(keep=(0.25,), samples=4, leave_one_out=True, temperature=0.3)
-    config = RewardConfig(tau=1.5, label="dense", graded=True)
+    policy = PolicyConfig(keep=(0.25,), samples=4, rloo=True, temperature=0.3)
+    config = RewardConfig(tau=1.5, label="dense", soft_reward=True)
     images, _ = planted_images(256)
     others = [i for i in range(16) if i not in PLANTED]
 
@@ -369,3 +369,46 @@ def test_with_a_budget_and_no_labels_it_finds_the_patches_that_matter():
     after = kept()
     assert after[PLANTED].min() > 0.95
     assert after[others].mean() < 0.2
+
+
+@pytest.mark.parametrize("equal_counts", [True, False])
+def test_the_greedy_decision_is_the_deployed_one(equal_counts):
+    """Logged, the baseline, and what the calibrated model keeps of the same images."""
+    torch.manual_seed(0)
+    model = iared2.from_timm(
+        "deit_tiny_patch16_224", img_size=32, patch_size=4, embed_dim=32, depth=2, num_heads=2, num_classes=3, groups=1
+    )
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith(("query.weight", "key.weight", "pos_embed", "cls_token")):
+                p.normal_(std=0.5)
+    images, share = torch.randn(6, 3, 32, 32), 0.92  # 59 of 64 patches
+    policy = PolicyConfig(keep=(share,), equal_counts=equal_counts)
+    stage = PolicyGradientStage(model, 0, RewardConfig(), policy).train()
+    _, metrics = stage(images, torch.zeros(6, dtype=torch.int64), keyed.sample_keys(0, 0, torch.arange(6)))
+    scores = model.score(model.embed(images), 0)
+    greedy = stage.greedy(scores, torch.ones_like(scores, dtype=torch.bool))
+    if equal_counts:
+        model.num_keep = [round(share * 64)]
+    else:
+        model.calibrate(images, keep=share)
+    with torch.no_grad():
+        deployed = model.trace(images).kept[0]
+    assert (greedy != deployed).sum() <= (0 if equal_counts else 1), "a threshold lies between two scores"
+    assert metrics["keep_ratio_greedy"] == pytest.approx(share, abs=0.01)
+    assert set(greedy.sum(1).tolist()) == {59} or not equal_counts
+
+
+def test_without_a_baseline_there_is_no_greedy_pass(enumerated):
+    model, image, _, _ = enumerated
+    seen = []
+    head = model.head
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "head", lambda packed: seen.append(packed.num_images) or head(packed))
+        for rloo in (True, False):
+            stage = stage_of(model, PolicyConfig(samples=3, rloo=rloo))
+            keys = keyed.sample_keys(1, 0, torch.arange(4))
+            _, metrics = stage(image.expand(4, -1, -1, -1), torch.full((4,), LABEL), keys)
+            assert any(name.endswith("greedy") for name in metrics) is not rloo
+    assert seen == [12, 16]
+    model.requires_grad_(True)

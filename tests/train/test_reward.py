@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
+import iared2
 from iared2.train.reward import RewardConfig, correctness, reward
 
 
@@ -23,13 +27,28 @@ def test_right_or_wrong_or_how_right():
     found = correctness(logits, labels, RewardConfig())
     assert found.dtype == torch.float64
     assert found.tolist() == [1, 0, 1]
-    graded = correctness(logits, labels, RewardConfig(graded=True))
-    torch.testing.assert_close(graded, torch.tensor([3 / 4, 1 / 3, 1 / 2], dtype=torch.float64), rtol=0, atol=1e-6)
+    soft = correctness(logits, labels, RewardConfig(soft_reward=True))
+    torch.testing.assert_close(soft, torch.tensor([3 / 4, 1 / 3, 1 / 2], dtype=torch.float64), rtol=0, atol=1e-6)
 
 
-def test_a_graded_reward_lies_between_right_and_wrong():
-    config = RewardConfig(tau=1.5, graded=True)
+def test_a_soft_reward_lies_between_right_and_wrong():
+    config = RewardConfig(tau=1.5, soft_reward=True)
     found = reward(torch.full((3,), 4), 8, torch.tensor([0.0, 0.5, 1.0]), config)
     assert found.tolist() == [-1.5, (0.75 - 1.5) / 2, 0.75]
     several = reward(torch.full((2, 3), 4), 8, torch.tensor([0.0, 0.5, 1.0]).expand(2, 3), config)
     assert torch.equal(several, found.expand(2, 3))
+
+
+def test_a_device_without_float64_gets_float32():
+    """MPS; its stand-in here is the device without memory."""
+    logits, labels = torch.zeros(4, 3, device="meta"), torch.zeros(4, dtype=torch.int64, device="meta")
+    for config in (RewardConfig(), RewardConfig(soft_reward=True)):
+        correct = correctness(logits, labels, config)
+        assert correct.dtype == reward(labels, 8, correct, config).dtype == torch.float32
+
+
+def test_no_training_code_asks_a_device_for_float64():
+    source = Path(iared2.__file__).parent
+    files = [*(source / "train").glob("*.py"), source / "measure.py"]
+    # of numbers that were read back from the device, for the checkpoint
+    assert [f.name for f in files if re.search(r"torch\.float64|\.double\(", f.read_text())] == ["optimizer.py"]

@@ -19,6 +19,7 @@ from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import Compose, Grayscale
 
 from .. import keyed
 from ..errors import InputError
@@ -117,12 +118,13 @@ def eval_transform(
 
     Args:
         input_size: ends with H, W.
-        mean, std: of each channel, of values in [0, 1].
+        mean, std: per channel, of values in [0, 1]; one number makes grey images, ``(1, H, W)``.
         interpolation: "bicubic", "bilinear" …
     """
     size = tuple(input_size[-2:])
     of_pixels = {"mean": tuple(mean), "std": tuple(std), "interpolation": interpolation}
-    return create_transform(size, crop_pct=1.0, crop_mode="squash", **of_pixels)
+    transform = create_transform(size, crop_pct=1.0, crop_mode="squash", **of_pixels)
+    return Compose([Grayscale(), transform]) if len(mean) == 1 else transform
 
 
 def clip_length(pretrained_cfg: dict[str, Any]) -> int:

@@ -196,7 +196,8 @@ class MadeOfPhotos(DeviceDataset):
 
 
 def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """``(B, 3, H, W)`` in [0, 1] -> mean 0 and deviation 1 a channel, where these are the data's."""
+    """``(B, 3, H, W)`` in [0, 1] -> mean 0 and deviation 1 per channel, where these are the data's; of one: grey."""
+    pixels = grey(pixels) if len(mean) == 1 else pixels
     return (pixels - pixels.new_tensor(mean)[:, None, None]) / pixels.new_tensor(std)[:, None, None]
 
 

@@ -18,14 +18,14 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from ..atomic import whole
+from ..atomic import to_json, whole
 from ..data.photo import read_photo
 from ..errors import InputError, printable
 from ..explain import figures
 from ..explain.heatmap import overlay
 from ..explain.methods import heatmap
 from ..model.calibrate import thresholds_for
-from ..predict.output import folder_names, to_json
+from ..predict.output import folder_names
 from ..predict.photo import Interpretation, Predictor
 
 MAX_SIDE = 1024

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from contextlib import suppress
 from dataclasses import replace
@@ -13,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from ..atomic import whole, write
+from ..atomic import to_json, whole, write
 from ..data.batches import clip_length, eval_batches, model_transform
 from ..data.images import DataConfig
 from ..data.videos import ClipConfig, open_for, views_transform
@@ -89,7 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
     progress = track(batches, "evaluating", steps, console=console, transient=True)
     result = evaluate(model, progress, device, budgets=budgets)
     Console().print(result.table())
-    text = json.dumps(result.to_dict())
+    text = to_json(result.to_dict())
     print(text)
     if arguments.json:
         write(arguments.json, text + "\n")

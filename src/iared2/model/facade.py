@@ -26,8 +26,8 @@ class OneOf:
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
 
-    def __get__(self, model: Any, owner: type | None = None) -> str:
-        return vars(model)[self.name]
+    def __get__(self, model: Any, owner: type | None = None) -> Any:
+        return self if model is None else vars(model)[self.name]
 
     def __set__(self, model: Any, word: str) -> None:
         if word not in self.words:

@@ -87,9 +87,9 @@ class ReducedVisionTransformer(Facade):
         self.backbone, self.groups = backbone, vit.split_blocks(len(backbone.blocks), groups)
         self.interpreter, self.dropped = interpreter, dropped
         self.decision = decision or Decision() if threshold is None else Decision(threshold)
-        attn = backbone.blocks[0].attn
+        num_heads, like = backbone.blocks[0].attn.num_heads, next(backbone.blocks[0].parameters())
         self.interpreters = nn.ModuleList(
-            MultiHeadInterpreter(backbone.embed_dim, attn.num_heads, interpreter == "attention").to(attn.qkv.weight)
+            MultiHeadInterpreter(backbone.embed_dim, num_heads, interpreter == "attention").to(like)
             for _ in range(groups)
         )
         self.start_interpreters()

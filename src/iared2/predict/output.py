@@ -1,22 +1,15 @@
-"""Where results go: the folders' names, whether they can be written, and that nothing that is read is lost. JSON."""
+"""Where results go: the folders' names, whether they can be written, and that nothing that is read is lost."""
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from ..errors import InputError
-
-
-def to_json(value: Any) -> str:
-    """One line of standard JSON: numbers that are not finite become null."""
-    return json.dumps(json.loads(json.dumps(value), parse_constant=lambda name: None), allow_nan=False)
 
 
 def folder_names(files: Sequence[Path]) -> list[str]:

@@ -19,14 +19,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..atomic import whole
+from ..atomic import to_json, whole
 from ..data.batches import model_transform
 from ..device import timed, usable_device
 from ..errors import InputError
 from ..explain.heatmap import clamp_below, grid_of, lowest_kept, upsample
 from ..model.decide import Decide
 from ..model.reduced import Output, ReducedVisionTransformer
-from .output import check_not_read, to_json
+from .output import check_not_read
 
 RESULT = "result.json"
 

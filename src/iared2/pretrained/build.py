@@ -8,7 +8,6 @@ import timm
 from torch import nn
 
 from ..errors import InputError
-from ..model.file import TIMM_ERRORS
 from ..model.reduced import ReducedVisionTransformer
 
 
@@ -44,7 +43,7 @@ def from_timm(
         raise InputError(f"timm has no model {backbone!r}" + (f"; did you mean {', '.join(close)}?" if close else ""))
     try:
         vision_transformer = timm.create_model(backbone, pretrained=pretrained, **timm_kwargs)
-    except TIMM_ERRORS as error:  # OSError: no network, no such file
+    except Exception as error:  # timm, and the layers that it is told to use, raise anything; OSError: no network
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         what = "load the pretrained weights of" if pretrained and isinstance(error, OSError) else "build"
         raise InputError(f"timm cannot {what} {backbone} with {timm_kwargs or 'its defaults'}: {reason}") from error

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from timm.data import Mixup, create_transform
 from timm.data.mixup import mixup_target
 from torch import Tensor
+from torchvision.transforms import Compose, Grayscale
 
 from ..data.batches import Transform, clip_length
 from ..data.device_dataset import BatchAugment
@@ -55,8 +56,9 @@ class AugmentConfig:
                 raise InputError("recipe: auto_augment and random_erasing are not for clips; leave them out")
             return train_transform(cfg, self.min_scale, self.hflip, self.color_jitter)
         try:
-            return create_transform(
+            primary, secondary, final = create_transform(
                 cfg["input_size"],
+                separate=True,
                 is_training=True,
                 scale=(self.min_scale, 1.0),
                 hflip=self.hflip,
@@ -67,8 +69,10 @@ class AugmentConfig:
                 mean=cfg["mean"],
                 std=cfg["std"],
             )
-        except (AssertionError, ValueError, KeyError) as error:
+        except (AssertionError, ValueError, KeyError, TypeError, IndexError, OverflowError) as error:
             raise InputError(f"recipe: timm does not take the augmentation {self}: {error}") from None
+        colours = [] if len(cfg["mean"]) == 3 else [Grayscale()]
+        return Compose([primary, secondary, *colours, final])
 
 
 class TargetMaker:

@@ -12,16 +12,18 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 
 from ..data.batches import clip_length, steps_per_epoch
 from ..data.cluttered import open_cluttered
@@ -39,12 +41,15 @@ from ..pretrained.checkpoint import load_backbone_weights, load_strictly
 from .finetune import FinetuneStage
 from .gumbel import GumbelStage
 from .log import RunLog
+from .optimizer import make_optimizer
 from .policy_gradient import PolicyGradientStage
-from .recipe import Recipe
-from .state import Position, load_state
-from .trainer import Images, Run, Stage
+from .recipe import RENAMED, Recipe, check
+from .state import Position, State, load_state
+from .stop import Stop
+from .trainer import STATE, Images, Stage, Trainer
 
 SPLITS: tuple[Literal["train", "eval"], ...] = ("train", "eval")
+MAX_PARAMETERS = 10**10
 
 
 def stages_of(recipe: Recipe, model: ReducedVisionTransformer, teacher: nn.Module | None = None) -> list[Stage]:
@@ -98,8 +103,12 @@ def build_model(recipe: Recipe, num_classes: int, weights: bool = True) -> Reduc
     if recipe.policy.decisions in RIVALS:
         for group in range(model.num_groups):
             model.interpreters[group] = baseline_scores(recipe.policy.decisions, model, group)
-    if config.mean or config.std:
-        model.backbone.pretrained_cfg = {**model.pretrained_cfg, "mean": config.mean, "std": config.std}
+    cfg = model.pretrained_cfg
+    mean, std = config.mean or cfg["mean"], config.std or cfg["std"]
+    if cfg["input_size"][0] == 1 and not config.mean:  # grey has the mean of the colours
+        mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
+    if (mean, std) != (cfg["mean"], cfg["std"]):
+        model.backbone.pretrained_cfg = {**cfg, "mean": mean, "std": std}
     return model
 
 
@@ -127,9 +136,8 @@ def open_data(recipe: Recipe) -> RunData:
         InputError: says which file or setting is wrong.
     """
     config = recipe.data
-    with torch.device("meta"):  # is it a model of images or of videos?
-        model = from_timm(recipe.model.backbone, groups=recipe.model.groups, **recipe.model.timm)
-    size, frames = model.pretrained_cfg["input_size"], clip_length(model.pretrained_cfg)
+    size = input_size(recipe)
+    frames = clip_length({"input_size": size})
     on_device = config.resident or bool(config.clutter)
     if frames and on_device:
         raise InputError("recipe: data.resident and data.clutter are for images; set them to false and 0")
@@ -150,6 +158,31 @@ def open_data(recipe: Recipe) -> RunData:
     return RunData(opened["train"].class_names, len(opened["train"]), on_device, read)
 
 
+def input_size(recipe: Recipe) -> tuple[int, ...]:
+    """``(channels, H, W)`` of images or ``(channels, T, H, W)`` of clips, from a model without weights.
+
+    Raises:
+        InputError: there is no such model, it is too large, or the data do not have its channels.
+    """
+    config = recipe.model
+    with torch.device("meta"):
+        model = from_timm(config.backbone, groups=config.groups, **config.timm)
+    size: tuple[int, ...] = model.pretrained_cfg["input_size"]
+    parameters = sum(p.numel() for p in model.parameters())
+    if parameters > MAX_PARAMETERS:
+        raise InputError(f"recipe: the model would have {parameters:.0e} parameters; make model.timm smaller")
+    if size[0] not in ((1, 3) if len(size) == 3 else (3,)):
+        what = "photos have 3 channels, or 1 as grey" if len(size) == 3 else "clips have 3 channels"
+        raise InputError(f"recipe: model.timm.in_chans = {size[0]}, but {what}")
+    if len(config.mean) not in (0, size[0]):
+        raise InputError(f"recipe: model.mean and model.std need {size[0]} numbers, one per channel")
+    try:
+        model.backbone(torch.zeros(1, *size, device="meta"))
+    except Exception as error:  # by the layers that model.timm asked for
+        raise InputError(f"recipe: no image passes such a model.timm: {str(error).splitlines()[0]}") from None
+    return size
+
+
 def train(recipe: Recipe, output: Path, data: RunData | None = None) -> Path:
     """Run a recipe, or go on with it where it was killed.
 
@@ -164,145 +197,118 @@ def train(recipe: Recipe, output: Path, data: RunData | None = None) -> Path:
 
     Raises:
         InputError: the data or the recipe is wrong, or ``output`` holds a run of another recipe; before any training.
+            Or the loss is not finite.
+        Stopped: SIGINT or SIGTERM came. The same call goes on with the run.
     """
     check(recipe)
-    data = data or open_data(recipe)
-    accelerator = Accelerator(mixed_precision=recipe.precision)
-    identity = {
-        **_comparable(recipe),
-        "number of processes": accelerator.num_processes,
-        "number of images": data.number,
-        "class names": list(data.class_names),
-    }
-    state, position = output / "state.safetensors", Position()
-    parts: dict[str, dict[str, Tensor]] = {}
-    if state.exists():
-        position, saved_identity, parts = load_state(state)
-        if saved_identity != identity:
-            differing = ", ".join(key for key in identity if saved_identity.get(key) != identity[key])
-            raise InputError(f"{output} holds a run of another recipe (other {differing}); give another --output")
-    model = build_model(recipe, len(data.class_names), weights=not parts)
-    model.class_names = data.class_names
-    model.backbone.pretrained_cfg = {**model.pretrained_cfg, "holdout": recipe.data.holdout}  # `evaluate` looks it up
-    if parts:
-        load_strictly(model, parts["model"], state)
-        model.threshold = parts["decision"]["threshold"].tolist()
-        if "num_keep" in parts["decision"]:
-            model.num_keep = parts["decision"]["num_keep"].tolist()
-    teacher = None
-    if recipe.reward.label == "dense" or recipe.finetune.distill:
-        teacher = copy.deepcopy(model.backbone).eval().requires_grad_(False)
-        if parts:
-            load_strictly(teacher, parts["teacher"], state)
-        teacher.to(accelerator.device)
-    if recipe.compile:
-        model.compile()
-    is_rival = recipe.policy.decisions in RIVALS
-    if not is_rival:
-        config_of(model)  # a model that could not be saved is refused now, not at the end
-    if recipe.policy.decisions == "gumbel" and pools_patches(model.backbone):
-        raise InputError('recipe: policy.decisions = "gumbel" needs a head that reads the class token alone')
-    stages = stages_of(recipe, model, teacher)
-    for stage in stages:  # and so is a batch that cannot be filled
-        steps_per_epoch(range(data.number), stage.config.batch_size, accelerator.num_processes)
-        (stage.config.augment.on_device if data.on_device else stage.config.augment.transform)(model)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        log = RunLog(output, position.total_steps, accelerator.is_main_process)
-    except OSError as error:
-        raise InputError(f"cannot write into the folder {output}: {error.strerror}; give another --output") from None
-    try:
-        samples, held_out = data.read(accelerator.device)
-        for images in (samples, held_out):
-            for name, reason in images.skipped if isinstance(images, DeviceDataset) else ():
-                log.warn(f"skipped {name}: {reason}")
-        run = Run(
-            output=output,
-            identity=identity,
-            accelerator=accelerator,
-            model=model,
-            samples=samples,
-            held_out=held_out,
-            teacher=teacher,
-            log=log,
-            seed=recipe.seed,
-            workers=recipe.data.workers,
-            checkpoint_minutes=recipe.checkpoint_minutes,
-            eval_epochs=recipe.eval_epochs,
-            equal_counts=recipe.policy.equal_counts,
-        )
-        for index in range(position.stage, len(stages)):
-            position = run.stage(index, stages[index], position, parts)
-            parts = {}
-        if recipe.policy.keep and not is_rival:
-            run.calibrate(recipe.policy.keep)
-        path = output / ("state.safetensors" if is_rival else "model.safetensors")
-        if accelerator.is_main_process and not is_rival:  # a rival's scores are no weights; its state has all there is
-            model.eval().requires_grad_(True)
-            model.save(path)
-        log.say(f"done: {path}" + (f"  ({position.skipped} times an image could not be read)" * (position.skipped > 0)))
-    finally:
-        log.close()
-        accelerator.end_training()
-    return path
+    with Stop() as stop:
+        data = data or open_data(recipe)
+        accelerator = _accelerator(recipe)
+        identity = {
+            **_comparable(recipe),
+            "number of processes": accelerator.num_processes,
+            "number of images": data.number,
+            "class names": list(data.class_names),
+        }
+        state = _saved(output, identity)
+        parts = state.parts if state else {}
+        model = build_model(recipe, len(data.class_names), weights=not state)
+        model.class_names = data.class_names
+        model.backbone.pretrained_cfg = {**model.pretrained_cfg, "holdout": recipe.data.holdout}  # for `evaluate`
+        if state:
+            load_strictly(model, parts["model"], output / STATE)
+            model.decision = state.decision
+        teacher = None
+        if recipe.reward.label == "dense" or recipe.finetune.distill:
+            teacher = copy.deepcopy(model.backbone).eval().requires_grad_(False)
+            if state:
+                load_strictly(teacher, parts["teacher"], output / STATE)
+            teacher.to(accelerator.device)
+        if recipe.compile:
+            model.compile()
+        stages = stages_of(recipe, model, teacher)
+        _check_stages(recipe, stages, model, data, accelerator.num_processes)
+        position = state.position if state else Position()
+        log = _open_output(output, position, accelerator)
+        try:
+            images = data.read(accelerator.device)
+            for resident in images:
+                for name, reason in resident.skipped if isinstance(resident, DeviceDataset) else ():
+                    log.warn(f"skipped {name}: {reason}")
+            trainer = Trainer(output, identity, recipe, accelerator, model, *images, teacher, log, stop, position)
+            trainer.run(stages, parts)
+            path = _finish(trainer)
+            skipped = trainer.position.skipped
+            log.say(f"done: {path}" + f"  ({skipped} times an image could not be read)" * (skipped > 0))
+        finally:
+            with stop.whole():
+                log.close()
+                accelerator.end_training()
+        return path
 
 
-def check(recipe: Recipe) -> None:
-    """Refuse settings that cannot be meant.
+def _accelerator(recipe: Recipe) -> Accelerator:
+    accelerator = Accelerator(mixed_precision=recipe.precision, cpu=not torch.accelerator.is_available())
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if accelerator.num_processes != launched:
+        raise InputError(f"{launched} processes cannot work together on {accelerator.device}; start a single one")
+    return accelerator
+
+
+def _saved(output: Path, identity: dict[str, Any]) -> State | None:
+    """The checkpoint in a run's folder, if there is one.
 
     Raises:
-        InputError: says which setting and what to give instead.
+        InputError: it is of another recipe.
     """
-    if recipe.precision not in ("no", "bf16"):
-        raise InputError(f'recipe: precision = {recipe.precision!r} should be "no" or "bf16"')
-    model = recipe.model
-    if not 0 <= recipe.seed < 2**31:
-        raise InputError(f"recipe: seed = {recipe.seed} should be in 0…{2**31 - 1}")
-    if len(model.mean) != len(model.std):
-        raise InputError("recipe: model.mean and model.std go together, one number a channel each")
-    if not (model.pretrained or model.checkpoint or recipe.backbone.epochs > 0):
-        raise InputError(
-            "recipe: Algorithm 1 needs a trained backbone; set model.pretrained, model.checkpoint or backbone.epochs"
-        )
-    _check_policy(recipe)
-    for name in ("backbone", "policy_gradient", "finetune"):
-        stage = getattr(recipe, name)
-        if stage.epochs < 0 or stage.lr < 0:
-            raise InputError(f"recipe: [{name}] epochs and lr must not be negative")
-        if not 1 <= stage.accumulate <= stage.batch_size:
-            raise InputError(f"recipe: [{name}] accumulate must be in 1…batch_size")
-        if (stage.mixup or stage.cutmix) and stage.batch_size % 2:
-            raise InputError(f"recipe: [{name}] mixes pairs of images; give an even batch_size")
+    if not (output / STATE).exists():
+        return None
+    state = load_state(output / STATE)
+    saved = _renamed(state.identity)
+    if differing := ", ".join(key for key in identity if saved.get(key) != identity[key]):
+        raise InputError(f"{output} holds a run of another recipe (other {differing}); give another --output")
+    return state
 
 
-def _check_policy(recipe: Recipe) -> None:
-    policy, groups = recipe.policy, recipe.model.groups
-    decisions = ("learned", "gumbel", *RIVALS)
-    if policy.decisions not in decisions:
-        raise InputError(f"recipe: policy.decisions = {policy.decisions!r} should be one of {', '.join(decisions)}")
-    if recipe.reward.label not in ("true", "dense"):
-        raise InputError(f'recipe: reward.label = {recipe.reward.label!r} should be "true" or "dense"')
-    shares = (1.0, *policy.keep)
-    falls = all(0 < b <= a for a, b in pairwise(shares))
-    if not falls or len(policy.keep) not in (0, groups):
-        raise InputError(
-            f"recipe: policy.keep = {list(policy.keep)} should be {groups} shares in (0, 1] that do not rise"
-        )
-    if policy.equal_counts and not policy.keep:
-        raise InputError(f"recipe: policy.equal_counts needs policy.keep, {groups} shares")
-    if policy.decisions == "gumbel" and (recipe.model.dropped != "gone" or policy.equal_counts):
-        raise InputError(
-            'recipe: policy.decisions = "gumbel" masks patches of a batch; set model.dropped = "gone" and'
-            " policy.equal_counts = false"
-        )
-    if policy.decisions != "learned" and not policy.keep:
-        raise InputError(f"recipe: policy.decisions = {policy.decisions!r} needs policy.keep, {groups} shares")
-    if policy.samples < 1 + policy.leave_one_out:
-        raise InputError(f"recipe: policy.samples = {policy.samples} should be at least 1, and 2 to leave one out")
-    if not 0 < policy.temperature <= 1:
-        raise InputError(f"recipe: policy.temperature = {policy.temperature} should be in (0, 1]")
-    if not 0 <= recipe.finetune.distill <= 1 or not 0 <= recipe.backbone.patch_drop < 1:
-        raise InputError("recipe: finetune.distill should be in [0, 1], backbone.patch_drop in [0, 1)")
+def _check_stages(
+    recipe: Recipe, stages: list[Stage], model: ReducedVisionTransformer, data: RunData, processes: int
+) -> None:
+    """What would go wrong in a later stage, or at the end, is refused now."""
+    if recipe.policy.decisions not in RIVALS:
+        config_of(model)  # can it be saved?
+    if recipe.policy.decisions == "gumbel" and pools_patches(model.backbone):
+        raise InputError('recipe: policy.decisions = "gumbel" needs a head that reads the class token alone')
+    for stage in stages:
+        steps_per_epoch(range(data.number), stage.config.batch_size, processes)
+        (stage.config.augment.on_device if data.on_device else stage.config.augment.transform)(model)
+        make_optimizer(stage.trained, stage.config, stage.section)
+
+
+def _open_output(output: Path, position: Position, accelerator: Accelerator) -> RunLog:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        if accelerator.is_main_process:
+            for leftover in output.glob(".iared2-????????"):  # of a run that was killed while it wrote
+                shutil.rmtree(leftover, ignore_errors=True)
+            for leftover in output.glob(".*.safetensors.*.tmp"):  # of one of an earlier version
+                leftover.unlink(missing_ok=True)
+        return RunLog(output, position.total_steps, accelerator.is_main_process)
+    except OSError as error:
+        raise InputError(f"cannot write into the folder {output}: {error.strerror}; give another --output") from None
+
+
+def _finish(trainer: Trainer) -> Path:
+    """Calibrate and write the model. A rival's scores are no weights: of it the checkpoint has all there is."""
+    policy, model = trainer.recipe.policy, trainer.model
+    if policy.decisions in RIVALS:
+        return trainer.output / STATE
+    if policy.keep:
+        trainer.calibrate(policy.keep)
+    path = trainer.output / "model.safetensors"
+    if trainer.accelerator.is_main_process:
+        model.eval().requires_grad_(True)
+        model.save(path)
+    return path
 
 
 def _comparable(recipe: Recipe) -> dict[str, Any]:
@@ -310,11 +316,9 @@ def _comparable(recipe: Recipe) -> dict[str, Any]:
     tree = dataclasses.asdict(recipe)
     tree.pop("checkpoint_minutes")
     tree["data"] = {k: v for k, v in tree["data"].items() if k not in ("path", "workers")}
-    return _plain(tree)
+    return json.loads(json.dumps(tree))
 
 
-def _plain(value: Any) -> Any:
-    """As JSON gives it back: tuples become lists."""
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+def _renamed(tree: dict[str, Any]) -> dict[str, Any]:
+    """The identity that an earlier version saved, with today's names of the settings."""
+    return {RENAMED.get(k, k): _renamed(v) if isinstance(v, dict) else v for k, v in tree.items()}

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..device import widest_float
 from ..model.decide import Decide, at_random, keep_all
 from ..model.reduced import ReducedVisionTransformer
 from ..model.tokens import PackedTokens
@@ -95,10 +96,11 @@ class FinetuneStage(nn.Module):
                 soft = self.teacher(images).to(logits.dtype).softmax(1)
             loss = torch.lerp(loss, F.cross_entropy(logits, soft), self.distill)
         labels = targets if targets.ndim == 1 else targets.argmax(1)
+        wide = widest_float(logits.device)
         metrics = {
             "loss": loss.detach(),
-            "top1": 100 * (logits.argmax(1) == labels).double().mean(),
-            "keep_ratio_greedy": kept[-1].double().mean(),
+            "top1": 100 * (logits.argmax(1) == labels).to(wide).mean(),
+            "keep_ratio_greedy": kept[-1].to(wide).mean(),
         }
         return loss, metrics
 

@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import keyed
+from ..device import widest_float
 from ..model import backbone as vit
 from ..model.decide import SITE_SAMPLE
 from ..model.tokens import PackedTokens
-from .policy_gradient import GREEDY_PROBABILITY, PolicyGradientStage
+from .policy_gradient import PolicyGradientStage
 
 
 class GumbelStage(PolicyGradientStage):
@@ -45,11 +46,12 @@ class GumbelStage(PolicyGradientStage):
         ratio = mask.sum(1) / mask.shape[1]
         target = self.policy.keep[group]
         loss = F.cross_entropy(logits, labels) + self.policy.gumbel_weight * (ratio.mean() - target) ** 2
+        wide = widest_float(logits.device)
         metrics = {
             "loss": loss.detach(),
-            "keep_ratio_sampled": ratio.detach().double().mean(),
-            "keep_ratio_greedy": (alive & (scores.detach() > GREEDY_PROBABILITY)).double().mean(),
-            "top1_sampled": 100 * (logits.argmax(1) == labels).double().mean(),
+            "keep_ratio_sampled": ratio.detach().to(wide).mean(),
+            "keep_ratio_greedy": self.greedy(scores.detach(), alive).to(wide).mean(),
+            "top1_sampled": 100 * (logits.argmax(1) == labels).to(wide).mean(),
         }
         return loss, metrics
 

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from ..atomic import write
+from ..atomic import to_json, write
 
 SHOWN = ("loss", "reward", "reward_greedy", "keep_ratio_sampled", "keep_ratio_greedy", "top1", "top1_greedy")
 
@@ -31,12 +31,19 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter
 
         path = directory / "metrics.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["total_steps"] <= total_steps]
+        self.console = Console(stderr=True)
+        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+        kept = []
+        for number, line in enumerate(lines, start=1):
+            try:
+                record = json.loads(line)
+                if record["total_steps"] <= total_steps:
+                    kept.append(to_json(record) + "\n")
+            except (ValueError, KeyError, TypeError, RecursionError):  # killed while it was written
+                self.say(f"{path}: line {number} is broken and is dropped")
         write(path, "".join(kept))
         self.file = path.open("a", buffering=1)
         self.tensorboard = SummaryWriter(str(directory / "tensorboard"), purge_step=total_steps + 1)
-        self.console = Console(stderr=True)
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -84,7 +91,7 @@ class RunLog:
     def say(self, line: str) -> None:
         """One line for people, above the progress bar."""
         if self.main:
-            self.console.print(line, highlight=False, markup=False)
+            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def warn(self, line: str) -> None:
         """One line for people, from whichever process has something to say."""
@@ -101,4 +108,4 @@ class RunLog:
             self.tensorboard.close()
 
     def _write(self, record: dict[str, Any]) -> None:
-        self.file.write(json.dumps(record) + "\n")
+        self.file.write(to_json(record) + "\n")

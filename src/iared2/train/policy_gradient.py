@@ -4,8 +4,8 @@ One step, for group i:
 
 1. what lies before the group runs once, without a graph;
 2. the interpreter scores the living patches: the only graph there is;
-3. some sampled decisions and the greedy one on the same image go on as *one* packed batch; later groups drop nothing
-   more;
+3. some sampled decisions on the same image, and the greedy one if it is the baseline, go on as *one* packed batch;
+   later groups drop nothing more;
 4. advantage = reward(sampled) − baseline, and the log-probability of each sampled decision carries it back.
 
 The network is in evaluation mode and every other parameter is frozen.
@@ -18,9 +18,9 @@ Deviations from the paper, all of them settings that are off by default:
    a shift for each image, and the counts themselves are deployed.
 2. ``temperature``: the logits are divided by a number that falls during the stage, so that the samples become as sharp
    as the threshold.
-3. ``samples`` and ``leave_one_out``: several decisions an image, each judged by the mean of the others (Kool et al.,
-   2019).
-4. ``reward.label`` and ``reward.graded``: what is right, and how right (reward.py).
+3. ``samples`` and ``rloo``: several decisions per image, each judged by the mean of the others (Kool et al., 2019). The
+   greedy decision is then not run.
+4. ``reward.label`` and ``reward.soft_reward``: what is right, and how right (reward.py).
 """
 
 from __future__ import annotations
@@ -30,11 +30,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..model.decide import sample
+from ..model.decide import sample, top_k
 from ..model.reduced import ReducedVisionTransformer
 from .reward import RewardConfig, correctness, reward
 
-GREEDY_PROBABILITY = 0.5
 ANCHOR = 0.02  # found by trial: docs/LOG.md
 
 
@@ -52,8 +51,8 @@ class PolicyConfig:
     """Every image keeps as many patches as the others, its best-scored ones (``num_keep`` of the model), and the draws
     keep to the budget image by image; false: one threshold for all images. Needs keep."""
     samples: int = 1
-    """Sampled decisions of each image in a step."""
-    leave_one_out: bool = False
+    """Sampled decisions per image and step."""
+    rloo: bool = False
     """The baseline of a sample is the mean reward of the other samples of its image; false: the greedy decision's."""
     temperature: float = 1.0
     """Divides the logits of the scores at the end of the stage; 1 at its beginning, geometric between."""
@@ -116,38 +115,47 @@ class PolicyGradientStage(nn.Module):
 
         with torch.no_grad():
             u = sample(probability, alive, keys, group, samples)  # (k·B, N)
-            greedy = alive & (probability > GREEDY_PROBABILITY)
-            several, drawn_here = samples + 1, torch.cat([u, greedy])
-            all_of_them, _, kept = model.reduce(
-                packed,
-                range(group, model.num_groups),
-                lambda scores, alive, i: drawn_here if i == group else alive,
-            )
+            drawn = u if self.policy.rloo else torch.cat([u, self.greedy(scores, alive)])
+            several = len(drawn) // len(images)
+            groups = range(group, model.num_groups)
+            all_of_them, _, kept = model.reduce(packed, groups, lambda _, alive, i: drawn if i == group else alive)
             keep, logits = kept[0], model.head(all_of_them)
             labels = labels.repeat(several)
             right, correct = logits.argmax(1) == labels, correctness(logits, labels, self.config)
             rewards = reward(keep.sum(1), scores.shape[1], correct, self.config)
-            rewards = rewards.view(several, -1)  # (k + 1, B), the greedy one last
-            if self.policy.leave_one_out:
-                drawn = rewards[:-1]
-                advantage = (drawn - drawn.mean(0)) * samples / (samples - 1)
+            rewards = rewards.view(several, -1)  # (k, B), and a last row of the greedy decision
+            if self.policy.rloo:
+                advantage = (rewards - rewards.mean(0)) * samples / (samples - 1)
             else:
                 advantage = rewards[:-1] - rewards[-1]
 
         loss = policy_gradient_loss(probability.repeat(samples, 1), u, alive.repeat(samples, 1), advantage.flatten())
         loss = loss + anchor
-        ratios, rights = keep.double().mean(1).view(several, -1), 100 * right.double().view(several, -1)
+        ratios, rights = (x.to(rewards.dtype).view(several, len(images), -1).mean(2) for x in (keep, right))
         metrics = {
             "loss": loss.detach(),
-            "reward": rewards[:-1].mean(),
-            "reward_greedy": rewards[-1].mean(),
-            "keep_ratio_sampled": ratios[:-1].mean(),
-            "keep_ratio_greedy": ratios[-1].mean(),
-            "top1_sampled": rights[:-1].mean(),
-            "top1_greedy": rights[-1].mean(),
+            "reward": rewards[:samples].mean(),
+            "keep_ratio_sampled": ratios[:samples].mean(),
+            "top1_sampled": 100 * rights[:samples].mean(),
             "entropy": bernoulli_entropy(probability.detach(), alive),
         }
+        if not self.policy.rloo:
+            metrics["reward_greedy"] = rewards[-1].mean()
+            metrics["keep_ratio_greedy"] = ratios[-1].mean()
+            metrics["top1_greedy"] = 100 * rights[-1].mean()
         return loss, metrics
+
+    def greedy(self, scores: Tensor, alive: Tensor) -> Tensor:
+        """The decision that is deployed, ``(B, N)`` bool: by the threshold, or the best-scored share of the budget.
+
+        With ``equal_counts`` that share is of each image; else of the batch, which is what calibration makes of images.
+        """
+        if not self.policy.keep:
+            return self.model.decision(scores, alive, self.group)
+        rows = len(scores) if self.policy.equal_counts else 1
+        ranked, living = scores.reshape(rows, -1), alive.reshape(rows, -1)
+        num_keep = round(self.policy.keep[self.group] * ranked.shape[1])
+        return top_k(ranked, living, num_keep).view_as(alive)
 
     def probability(self, scores: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
         """With what each living patch is drawn ``(B, N)``: its score, or sharpened and shifted to the budget.

@@ -5,18 +5,22 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import sys
-import types
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
 from ..data.images import DataConfig
 from ..data.videos import ClipConfig
 from ..errors import InputError
+from ..model.baselines import KINDS as RIVALS
+from ..model.reduced import ReducedVisionTransformer
+from .augment import AugmentConfig
 from .policy_gradient import PolicyConfig
 from .reward import RewardConfig
-from .trainer import StageConfig
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -50,6 +54,47 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class StageConfig:
+    """How long and how fast one stage learns. Linear warm-up, cosine decay to ``min_lr`` within the stage."""
+
+    epochs: float = 10
+    """Passes over the training set; 0 leaves the stage out. A fraction is allowed."""
+    batch_size: int = 128
+    """Images of one optimiser step in each process."""
+    optimizer: str = "adamw"
+    """timm's name of it: "adamw", or "muon", which learns from scratch in fewer steps."""
+    grad_accum_steps: int = 1
+    """Parts into which that batch is split, run one after the other, to save memory."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    min_lr: float = 1e-6
+    """Learning rate at the end."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay; not on biases, norms and embeddings."""
+    warmup_epochs: float = 0.0
+    """Epochs of linear warm-up."""
+    clip_grad: float = 0.0
+    """Clip the norm of the gradient to this; 0: do not."""
+    layer_decay: float = 1.0
+    """Factor on the learning rate from each block to the one before it."""
+    label_smoothing: float = 0.0
+    """Share of the target spread over all classes. Not in the policy stage, like the next two."""
+    mixup: float = 0.0
+    """Mixup alpha; 0: none."""
+    cutmix: float = 0.0
+    """CutMix alpha; 0: none."""
+    ema_decay: float = 0.0
+    """End the stage with an exponential moving average of the backbone; 0: none. Not in the policy stage."""
+    distill: float = 0.0
+    """Fine-tuning only: share of the target that is what the dense model says, 0…1."""
+    patch_drop: float = 0.0
+    """Dense stage only: share of each image's patches left out at random, falling to 0 at the end of the stage. Saves
+    time at first."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    """Random changes of the images in this stage."""
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A whole run. Defaults are the published schedule of Algorithm 1 (method.md section 3)."""
 
@@ -76,7 +121,44 @@ class Recipe:
     """Each group's fine-tuning stage."""
 
 
-def read_recipe(path: Path | str, settings: typing.Sequence[str] = ()) -> Recipe:
+RENAMED = {"accumulate": "grad_accum_steps", "graded": "soft_reward", "leave_one_out": "rloo"}
+"""Settings of earlier versions, which are still read."""
+
+NOT_TIMMS = ("backbone", "groups", "interpreter", "dropped", "num_classes")
+"""Arguments of the model that are set elsewhere than in model.timm."""
+
+WORDS: dict[str, tuple[str, ...]] = {
+    "precision": ("no", "bf16"),
+    "interpreter": ReducedVisionTransformer.interpreter.words,
+    "dropped": ReducedVisionTransformer.dropped.words,
+    "label": ("true", "dense"),
+    "decisions": ("learned", "gumbel", *RIVALS),
+}
+"""The values of settings that are one of a few words, by the name of the setting."""
+
+RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("hflip", "random_erasing", "color_jitter", "label_smoothing", "ema_decay", "distill"), (0, 1)),
+    **dict.fromkeys(("drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate"), (0, 0.99)),
+    **dict.fromkeys(("attn_drop_rate", "drop_path_rate", "holdout", "patch_drop"), (0, 0.99)),
+    **dict.fromkeys(("min_scale", "std"), (1e-4, 1e4)),
+    **dict.fromkeys(("temperature", "layer_decay"), (1e-3, 1)),
+    **dict.fromkeys(("batch_size", "grad_accum_steps"), (1, 2**17)),
+    **dict.fromkeys(("groups", "depth", "samples", "test_clips"), (1, 1000)),
+    **dict.fromkeys(("lr", "min_lr", "weight_decay", "mixup", "cutmix"), (0, 100)),
+    **dict.fromkeys(("eval_epochs", "checkpoint_minutes", "clip_grad", "span"), (0, 10**6)),
+    **dict.fromkeys(("epochs", "warmup_epochs"), (0, 999)),
+    **dict.fromkeys(("tau", "gumbel_weight"), (0, 10**4)),
+    "mean": (-(10**4), 10**4),
+    "keep": (1e-6, 1),
+    "seed": (0, 2**31 - 1),
+    "workers": (0, 256),
+    "clutter": (0, 4096),
+    "timm": (-(2**16), 2**16),
+}
+"""The least and the greatest value of a number, by the name of the setting; of those in model.timm, by theirs."""
+
+
+def read_recipe(path: Path | str, settings: Sequence[str] = ()) -> Recipe:
     """Read a recipe file and apply ``section.key=value`` settings, values in TOML syntax.
 
     Raises:
@@ -86,7 +168,7 @@ def read_recipe(path: Path | str, settings: typing.Sequence[str] = ()) -> Recipe
         tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"cannot read the recipe {path}: {error.strerror or error}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also not UTF-8, or a number of 5,000 digits
         raise InputError(f"the recipe {path} is not valid TOML: {error}") from None
     for setting in settings:
         name, equals, text = setting.partition("=")
@@ -94,7 +176,7 @@ def read_recipe(path: Path | str, settings: typing.Sequence[str] = ()) -> Recipe
             raise InputError(f"--set {setting}: expected section.key=value")
         try:
             value = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
+        except (ValueError, RecursionError):
             value = text  # a bare word is a string
         *sections, key = name.strip().split(".")
         node = tree
@@ -103,44 +185,107 @@ def read_recipe(path: Path | str, settings: typing.Sequence[str] = ()) -> Recipe
             if not isinstance(node, dict):
                 raise InputError(f"--set {setting}: {section} is a value, not a section")
         node[key] = value
-    return from_tree(Recipe, tree, "")
+    return _section(Recipe(), tree, "")
 
 
-def from_tree(cls: type, tree: Any, where: str) -> Any:
-    """A frozen dataclass from nested dictionaries, strictly: unknown keys and wrong types are InputErrors."""
+def _section(defaults: Any, tree: Any, where: str) -> Any:
+    """``defaults`` with the values of ``tree``, strictly: unknown keys and wrong types are InputErrors."""
     if not isinstance(tree, dict):
-        raise InputError(f"recipe: [{where}] must be a section")
-    names = {f.name for f in dataclasses.fields(cls)}
-    hints = typing.get_type_hints(cls)
-    # a section that is not in the file keeps the defaults of *its place*, e.g. finetune.epochs = 20
-    defaults = cls()
-    values = {}
+        raise InputError(f"recipe: {where or 'it'} must be a section")
+    hints = typing.get_type_hints(type(defaults))
+    values: dict[str, Any] = {}
     for key, value in tree.items():
         name = f"{where}.{key}" if where else key
-        if key not in names:
-            close = difflib.get_close_matches(key, names, 1)
-            raise InputError(f"recipe: unknown setting {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+        if (new := RENAMED.get(key)) in hints:
+            if new in tree:
+                raise InputError(f"recipe: {name} is the old name of {new}; give only {new}")
+            print(f"recipe: {name} is now called {new}", file=sys.stderr)
+            key = new
+        if key not in hints:
+            close = difflib.get_close_matches(key, hints, 1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise InputError(f"recipe: unknown setting {name[:99]!r}{hint}")
         values[key] = _convert(hints[key], value, getattr(defaults, key), name)
     return dataclasses.replace(defaults, **values)
 
 
 def _convert(hint: Any, value: Any, default: Any, name: str) -> Any:
     if dataclasses.is_dataclass(hint):
-        if not isinstance(value, dict):
-            raise InputError(f"recipe: {name} must be a section")
-        merged = from_tree(type(default), value, name)
-        chosen = {key: getattr(merged, key) for key in value}
-        return dataclasses.replace(default, **chosen)
-    origin = typing.get_origin(hint) or hint
-    if origin is tuple and isinstance(value, list):
+        return _section(default, value, name)
+    kind = typing.get_origin(hint) or hint
+    if kind is tuple and isinstance(value, list):
         item = typing.get_args(hint)[0]
         return tuple(_convert(item, v, None, name) for v in value)
-    if origin is float and isinstance(value, int) and not isinstance(value, bool):
+    if type(value) is int and abs(value) >= 2**63:
+        raise InputError(f"recipe: {name} is too large a number")
+    if kind is float and type(value) is int:
         return float(value)
-    if (
-        isinstance(origin, types.UnionType)
-        or not isinstance(value, origin)
-        or (origin is int and isinstance(value, bool))
-    ):
-        raise InputError(f"recipe: {name} = {value!r} should be of type {getattr(origin, '__name__', origin)}")
+    if type(value) is not kind:
+        called = {tuple: "list", dict: "table", str: "string"}.get(kind, kind.__name__)
+        raise InputError(f"recipe: {name} = {short(value)} should be of type {called}")
     return value
+
+
+def check(recipe: Recipe) -> None:
+    """Refuse settings that cannot be meant.
+
+    Raises:
+        InputError: says which setting and what to give instead.
+    """
+    _check_values(recipe)
+    model, policy, groups = recipe.model, recipe.policy, recipe.model.groups
+    learned, shares = policy.decisions == "learned", f"{groups} shares"
+    falls = all(b <= a for a, b in pairwise(policy.keep))
+    fixed = [key for key in model.timm if key in NOT_TIMMS or key.startswith(("pretrained", "checkpoint"))]
+    rules = [
+        (bool(fixed), f"model.timm cannot set {', '.join(fixed)}; [model] and the data do"),
+        (len(model.mean) != len(model.std), "model.mean and model.std go together, one number per channel each"),
+        (
+            not (model.pretrained or model.checkpoint or recipe.backbone.epochs > 0),
+            "Algorithm 1 needs a trained backbone; set model.pretrained, model.checkpoint or backbone.epochs",
+        ),
+        (
+            not falls or len(policy.keep) not in (0, groups),
+            f"policy.keep = {list(policy.keep)} should be {shares} in (0, 1] that do not rise",
+        ),
+        (policy.equal_counts and not policy.keep, f"policy.equal_counts needs policy.keep, {shares}"),
+        (not learned and not policy.keep, f"policy.decisions = {policy.decisions!r} needs policy.keep, {shares}"),
+        (
+            policy.decisions == "gumbel" and (model.dropped != "gone" or policy.equal_counts),
+            'policy.decisions = "gumbel" masks patches of a batch; set model.dropped = "gone" and'
+            " policy.equal_counts = false",
+        ),
+        (policy.rloo and policy.samples < 2, "policy.samples = 1 should be at least 2 for policy.rloo"),
+    ]
+    for name in ("backbone", "policy_gradient", "finetune"):
+        stage: StageConfig = getattr(recipe, name)
+        mixes = stage.mixup or stage.cutmix
+        rules += [
+            (stage.grad_accum_steps > stage.batch_size, f"[{name}] grad_accum_steps must be in 1…batch_size"),
+            (bool(mixes and stage.batch_size % 2), f"[{name}] mixes pairs of images; give an even batch_size"),
+        ]
+    for broken, message in rules:
+        if broken:
+            raise InputError(f"recipe: {message}")
+
+
+def _check_values(value: Any, name: str = "", key: str = "") -> None:
+    """Every number is finite and in its range, and every word is one that is known; ``key`` says where to look."""
+    if dataclasses.is_dataclass(value):
+        value = vars(value)
+    if isinstance(value, dict):
+        for k, item in value.items():
+            _check_values(item, f"{name}.{k}" if name else k, k if k in RANGES or key != "timm" else key)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _check_values(item, name, key)
+    elif isinstance(value, str):
+        if "\0" in value or value not in WORDS.get(key, (value,)):
+            choice = f"one of {', '.join(WORDS[key])}" if key in WORDS else "text"
+            raise InputError(f"recipe: {name} = {short(value)} should be {choice}")
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        low, high = RANGES[key]
+        if not low <= value <= high:  # so is what is not a number
+            raise InputError(f"recipe: {name} = {value} should be in {low}…{high}")
+    elif not isinstance(value, bool):
+        raise InputError(f"recipe: {name} = {short(value)} should be a number, text, or a list of them")

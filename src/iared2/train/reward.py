@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..device import widest_float
+
 
 @dataclass(frozen=True)
 class RewardConfig:
@@ -18,15 +20,15 @@ class RewardConfig:
     """Reward 1 − ratio² for a right prediction; false: 1 − ratio, the linear variant, more sensitive to τ."""
     label: str = "true"
     """What counts as right: the "true" label, or what the "dense" model says, which needs no labels."""
-    graded: bool = False
-    """The probability of the label in place of right or wrong."""
+    soft_reward: bool = False
+    """Reward the probability of the label in place of right or wrong."""
 
 
 def correctness(logits: Tensor, labels: Tensor, config: RewardConfig) -> Tensor:
-    """How right a prediction is: ``logits (B, K)``, ``labels (B,)`` -> ``(B,)`` float64: 0 or 1, between if graded."""
-    if config.graded:
-        return logits.double().softmax(1).gather(1, labels[:, None])[:, 0]
-    return (logits.argmax(1) == labels).double()
+    """How right a prediction is: ``logits (B, K)``, ``labels (B,)`` -> ``(B,)`` in [0, 1]; 0 or 1 if not soft."""
+    if config.soft_reward:
+        return logits.to(widest_float(logits.device)).softmax(1).gather(1, labels[:, None])[:, 0]
+    return (logits.argmax(1) == labels).to(widest_float(logits.device))
 
 
 def reward(num_kept: Tensor, num_patches: int, correct: Tensor, config: RewardConfig) -> Tensor:
@@ -38,8 +40,8 @@ def reward(num_kept: Tensor, num_patches: int, correct: Tensor, config: RewardCo
         correct: same shape: is the prediction made from these patches right? Bool, or in [0, 1].
 
     Returns:
-        Same shape, float64 values in [−τ, 1].
+        Same shape, values in [−τ, 1]; float64, or float32 on a device that has no more.
     """
-    ratio = num_kept.double() / num_patches
+    ratio = num_kept.to(widest_float(num_kept.device)) / num_patches
     right = 1 - (ratio**2 if config.squared else ratio)
-    return torch.lerp(torch.full_like(right, -config.tau), right, correct.double())
+    return torch.lerp(torch.full_like(right, -config.tau), right, correct.to(right.dtype))

@@ -1,4 +1,4 @@
-"""Resumable state: one file in our format (model/saved.py).
+"""Resumable state: one file in our format (model/file.py).
 
 Holds the tensors of model, optimiser and moving average, and the position in the run. No
 generator state is needed: every draw is a function of seed, epoch, step and sample (keyed.py), and the position holds
@@ -11,11 +11,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..errors import InputError
 from ..model import file as saved
+from ..model.decide import Decision
 
 
 @dataclass(frozen=True)
@@ -28,42 +28,49 @@ class Position:
     """Optimiser steps since the beginning of the run."""
     skipped: int = 0
     """Images that could not be read so far."""
+    measured: bool = False
+    """The evaluation that is due at this step is done."""
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimiser's state, flat: ``"3.exp_avg" -> tensor``."""
-    state = optimizer.state_dict()["state"]
-    return {f"{i}.{key}": torch.as_tensor(value) for i, values in state.items() for key, value in values.items()}
+@dataclass(frozen=True)
+class State:
+    """What a run goes on from.
+
+    Attributes:
+        position: where it stands.
+        identity: what a resumed run must agree on, as JSON types.
+        decision: of the model.
+        parts: tensors by part: ``model``, and where there are such ``teacher``, ``optimizer``, ``ema``.
+    """
+
+    position: Position
+    identity: dict[str, Any]
+    decision: Decision
+    parts: dict[str, dict[str, Tensor]]
+
+    def save(self, path: Path) -> None:
+        """Write it to one file, atomically."""
+        tensors = {f"{part}/{name}": tensor for part, group in self.parts.items() for name, tensor in group.items()}
+        config = {"position": asdict(self.position), "identity": self.identity, "decision": asdict(self.decision)}
+        saved.write(path, tensors, config)
 
 
-def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """The inverse of ``optimizer_tensors``; settings such as the learning rate stay the optimiser's."""
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        index, key = name.split(".", 1)
-        state.setdefault(int(index), {})[key] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def save_state(path: Path, position: Position, identity: dict[str, Any], parts: dict[str, dict[str, Tensor]]) -> None:
-    """Write the state of a run, atomically: ``identity`` is what a resumed run must agree on, ``parts`` are tensors."""
-    tensors = {f"{part}/{name}": tensor for part, group in parts.items() for name, tensor in group.items()}
-    saved.write(path, tensors, {"position": asdict(position), "identity": identity})
-
-
-def load_state(path: Path) -> tuple[Position, dict[str, Any], dict[str, dict[str, Tensor]]]:
-    """Read what ``save_state`` wrote.
+def load_state(path: Path) -> State:
+    """Read what ``State.save`` wrote.
 
     Raises:
         InputError: the file is not a state of this program.
     """
     tensors, config = saved.read(path)
-    try:
-        position, identity = Position(**config["position"]), config["identity"]
-    except (KeyError, TypeError):
-        raise InputError(f"{path} is not the state of a training run; move it away to start anew") from None
     parts: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        part, key = name.split("/", 1)
-        parts.setdefault(part, {})[key] = tensor
-    return position, identity, parts
+    try:
+        for name, tensor in tensors.items():
+            part, key = name.split("/", 1)
+            parts.setdefault(part, {})[key] = tensor
+        decision = config.get("decision")
+        if decision is None:  # earlier versions kept it among the tensors
+            old = {name: tensor.tolist() for name, tensor in parts.pop("decision").items()}
+            decision = {"num_keep": old["num_keep"]} if "num_keep" in old else {"thresholds": old["threshold"]}
+        return State(Position(**config["position"]), config["identity"], Decision(**decision), parts)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise InputError(f"{path} is not the state of a training run; move it away to start anew") from None

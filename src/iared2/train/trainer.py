@@ -1,19 +1,20 @@
-"""One stage: batches -> steps -> logs and checkpoints. It does not know which stage comes before or after."""
+"""The stages of a run: batches -> steps -> logs and checkpoints. What a stage computes is its step module's."""
 
 from __future__ import annotations
 
+import math
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -22,75 +23,40 @@ from .. import keyed
 from ..data.batches import Batch, eval_batches, model_transform, steps_per_epoch, train_batches
 from ..data.device_dataset import DeviceDataset
 from ..data.images import Samples
+from ..errors import InputError, Stopped
 from ..measure import measure
 from ..model.decide import Decide
 from ..model.reduced import ReducedVisionTransformer
 from .augment import AugmentConfig, TargetMaker
 from .finetune import decide_up_to
 from .log import RunLog
-from .state import Position, load_optimizer_tensors, optimizer_tensors, save_state
+from .optimizer import load_optimizer_tensors, make_optimizer, optimizer_tensors
+from .recipe import Recipe, StageConfig
+from .state import Position, State
+from .stop import Stop
 
+STATE = "state.safetensors"
 CALIBRATION_IMAGES = 1024
 CALIBRATION_SEED = 0  # not the run's: what a budget means should not depend on it
-
+EVAL_BATCH = 256
+PLAIN = AugmentConfig(min_scale=1.0, hflip=0.0, color_jitter=0.0)
 
 Images = Samples | DeviceDataset
 
 
 @dataclass(frozen=True)
-class StageConfig:
-    """How long and how fast one stage learns. Linear warm-up, cosine decay to ``min_lr`` within the stage."""
-
-    epochs: float = 10
-    """Passes over the training set; 0 leaves the stage out. A fraction is allowed."""
-    batch_size: int = 128
-    """Images of one optimiser step in each process."""
-    optimizer: str = "adamw"
-    """timm's name of it: "adamw", or "muon", which learns from scratch in fewer steps."""
-    accumulate: int = 1
-    """Split that batch into so many parts, one after the other, to save memory."""
-    lr: float = 1e-3
-    """Peak learning rate."""
-    min_lr: float = 1e-6
-    """Learning rate at the end."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay; not on biases, norms and embeddings."""
-    warmup_epochs: float = 0.0
-    """Epochs of linear warm-up."""
-    clip_grad: float = 0.0
-    """Clip the norm of the gradient to this; 0: do not."""
-    layer_decay: float = 1.0
-    """Factor on the learning rate from each block to the one before it."""
-    label_smoothing: float = 0.0
-    """Share of the target spread over all classes. Not in the policy stage, like the next two."""
-    mixup: float = 0.0
-    """Mixup alpha; 0: none."""
-    cutmix: float = 0.0
-    """CutMix alpha; 0: none."""
-    ema_decay: float = 0.0
-    """End the stage with an exponential moving average of the backbone; 0: none. Not in the policy stage."""
-    distill: float = 0.0
-    """Fine-tuning only: share of the target that is what the dense model says, 0…1."""
-    patch_drop: float = 0.0
-    """Dense stage only: share of each image's patches left out at random, falling to 0 at the end of the stage. Saves
-    time at first."""
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
-    """Random changes of the images in this stage."""
-
-
-@dataclass(frozen=True)
 class Stage:
-    """One stage of a run.
+    """One stage of Algorithm 1.
 
     Attributes:
-        name: ``backbone``, ``policy_gradient i`` or ``finetune i``, i = 1…D.
-        group: the last group that drops patches, 0…D−1; None: nothing is dropped.
-        config: how it learns.
-        step: makes the module whose call is one step, ``(images, targets, keys) -> (loss, metrics)``; freezes the rest.
-        trained: the module whose unfrozen parameters learn.
-        policy: labels stay hard, there is no moving average.
-        decide: the decision, if it is not the model's own.
-        budget: shares of the patches, D numbers, to which the model's thresholds, or counts, are set before the stage.
+        name: with the group, such as "finetune 2".
+        group: the last one that decides; None where nothing is dropped.
+        config: how long and how fast.
+        step: makes the module whose call gives loss and metrics, and freezes what does not learn.
+        trained: what the optimiser trains.
+        policy: whether it trains an interpreter: hard labels, no moving average.
+        decide: a rival's decision; None: the model's own.
+        budget: shares for which the model's thresholds, or counts, are set before the stage.
     """
 
     name: str
@@ -102,50 +68,120 @@ class Stage:
     decide: Decide | None = None
     budget: tuple[float, ...] = ()
 
+    @property
+    def section(self) -> str:
+        """Of the recipe."""
+        return self.name.split()[0]
+
 
 @dataclass(frozen=True)
-class Run:
-    """What every stage of one run shares.
+class Learning:
+    """What takes the steps of one stage; ``module`` is the step module, ``wrapped`` the same for all processes."""
+
+    module: Any
+    wrapped: nn.Module
+    optimizer: Any
+    scheduler: CosineLRScheduler
+    ema: ModelEmaV3 | None
+    make_targets: TargetMaker | None
+    epoch_steps: int
+    total: int
+
+
+@dataclass
+class Trainer:
+    """Runs stages from a position on.
 
     Attributes:
+        output: folder of the run.
         identity: what a resumed run must agree on, as JSON types; written into every checkpoint.
         teacher: the dense model that some stages learn from.
-        seed, workers, checkpoint_minutes, eval_epochs, equal_counts: of the recipe.
+        position: where the run stands; moves on with every step.
+        learning: of the stage that runs.
     """
 
     output: Path
     identity: dict[str, Any]
+    recipe: Recipe
     accelerator: Accelerator
     model: ReducedVisionTransformer
     samples: Images
     held_out: Images
     teacher: nn.Module | None
     log: RunLog
-    seed: int
-    workers: int
-    checkpoint_minutes: float
-    eval_epochs: int
-    equal_counts: bool = False
+    stop: Stop
+    position: Position
+    learning: Learning | None = None
 
-    def stage(self, index: int, stage: Stage, position: Position, parts: dict[str, dict[str, Tensor]]) -> Position:
-        """Run one stage from ``position`` to its end, checkpointing on the way.
+    def run(self, stages: list[Stage], parts: dict[str, dict[str, Tensor]]) -> None:
+        """Run the stages that are left.
 
         Args:
-            index: of the stage in the run; keys its draws.
-            position: how many of its steps are done.
-            parts: optimiser and moving average, if it is resumed in the middle.
+            stages: all of the run.
+            parts: of the checkpoint that the run goes on from; empty at the beginning.
 
-        Returns:
-            The beginning of the next stage.
+        Raises:
+            Stopped: by a signal, after a checkpoint.
+            InputError: the loss is not finite; the last checkpoint is kept.
         """
-        accelerator, config = self.accelerator, stage.config
-        if stage.budget and not position.step:
+        saved = self.position if parts else None
+        self.stop.held = self.accelerator.num_processes > 1  # several stop together, after a step
+        try:
+            while self.position.stage < len(stages):
+                self.stage(stages[self.position.stage], parts)
+                parts = {}
+        except BaseException as error:
+            if not self.stop.signal:
+                raise
+            # also if another process, which has stopped already, was waited for in vain
+            if self.position != saved:
+                self.save()
+            name = stages[min(self.position.stage, len(stages) - 1)].name
+            where = f"stopped at {name}, step {self.position.step}; the same command goes on there"
+            error.with_traceback(None)  # it holds the readers of the data, which end now
+            raise Stopped(self.stop.signal, where if self.accelerator.is_main_process else "") from None
+
+    def stage(self, stage: Stage, parts: dict[str, dict[str, Tensor]]) -> None:
+        """Run one stage from ``position`` to its end, with checkpoints on the way."""
+        if stage.budget and not self.position.step:
             self.calibrate(stage.budget)
-        epoch_steps = steps_per_epoch(self.samples, config.batch_size, accelerator.num_processes)
+        self.learning = learning = self.prepare(stage, parts)
+        self.log.start_stage(stage.name, learning.total, self.position.step)
+        self.evaluate_if_due(stage, learning)  # the run may have been stopped just there
+        learning.wrapped.train()
+        saved = clock = time.monotonic()
+        for epoch, batch in self.batches(stage.config, learning):
+            with self.stop.whole():
+                self.step(stage, learning, epoch, batch, clock)
+            self.stop_together()
+            if self.position.step < learning.total:  # what follows belongs to the end of the stage
+                self.evaluate_if_due(stage, learning)
+                now = time.monotonic()
+                if not self.position.step % learning.epoch_steps or now - saved > 60 * self.recipe.checkpoint_minutes:
+                    with self.stop.whole():
+                        self.save()
+                    saved = now
+            clock = time.monotonic()
+
+        if learning.ema:
+            self.model.backbone.load_state_dict(learning.ema.module.state_dict())
+        if self.teacher is not None and stage.group is None:
+            self.teacher.load_state_dict(self.model.backbone.state_dict())
+        self.evaluate(stage, learning)
+        with self.stop.whole():
+            self.learning = None
+            self.accelerator.free_memory()  # it would hold on to the optimiser of every stage
+            self.position = replace(self.position, stage=self.position.stage + 1, step=0, measured=False)
+            self.save()
+
+    def prepare(self, stage: Stage, parts: dict[str, dict[str, Tensor]]) -> Learning:
+        """What learns, on its device, as it was at ``position``."""
+        config, model = stage.config, self.model
+        epoch_steps = steps_per_epoch(self.samples, config.batch_size, self.accelerator.num_processes)
         total = max(1, round(config.epochs * epoch_steps))
-        step_module: Any = stage.step()
-        self.model.zero_grad(set_to_none=True)  # what an earlier stage left must not count in this one's gradient norm
-        optimizer = make_optimizer(stage)
+        module = stage.step()
+        model.zero_grad(set_to_none=True)  # what an earlier stage left must not count in this one's gradient norm
+        optimizer = make_optimizer(stage.trained, config, stage.section)
         scheduler = CosineLRScheduler(
             optimizer,
             t_initial=total,
@@ -154,113 +190,54 @@ class Run:
             warmup_lr_init=config.min_lr,
             t_in_epochs=False,
         )
-        wrapped, optimizer = accelerator.prepare(step_module, optimizer)  # from here on, all is on the device
+        wrapped, optimizer = self.accelerator.prepare(module, optimizer)  # from here on, all is on the device
         ema, make_targets = None, None
         if config.ema_decay and not stage.policy:
-            ema = ModelEmaV3(self.model.backbone, decay=config.ema_decay, use_warmup=True)
+            ema = ModelEmaV3(model.backbone, decay=config.ema_decay, use_warmup=True)
         if not stage.policy:
-            make_targets = TargetMaker(config.label_smoothing, config.mixup, config.cutmix, self.model.num_classes)
-        if position.step:
+            make_targets = TargetMaker(config.label_smoothing, config.mixup, config.cutmix, model.num_classes)
+        if self.position.step:
             load_optimizer_tensors(optimizer.optimizer, parts["optimizer"])
             if ema:
                 ema.module.load_state_dict(parts["ema"])
+        return Learning(module, wrapped, optimizer, scheduler, ema, make_targets, epoch_steps, total)
 
-        self.log.start_stage(stage.name, total, position.step)
-        wrapped.train()
-        saved = clock = time.monotonic()
-        for epoch, step, batch in self.batches(index, config, position.step, total, epoch_steps):
-            scheduler.step_update(step)
-            self.seed_generators(index, step)
-            step_module.progress = step / total  # what changes over a stage follows this
-            metrics = self.optimize(wrapped, optimizer, batch, config, make_targets, 1000 * index + epoch)
-            if ema:
-                ema.update(self.model.backbone, step)
-            for name, reason in batch.skipped:
-                self.log.warn(f"skipped {name}: {reason}")
-            now = time.monotonic()
-            metrics["images_per_second"] = len(batch.labels) * accelerator.num_processes / (now - clock)
-            metrics["lr"] = max(group["lr"] for group in optimizer.param_groups)
-            skipped = position.skipped + round(metrics.pop("skipped") * accelerator.num_processes)
-            position = Position(index, step + 1, position.total_steps + 1, skipped)
-            self.log.step(stage.name, epoch, step + 1, position.total_steps, metrics)
+    def batches(self, config: StageConfig, learning: Learning) -> Iterator[tuple[int, Batch]]:
+        """``(epoch, batch)`` for every step of the stage that is left."""
+        done, steps = self.position.step, learning.epoch_steps
+        for epoch in range(done // steps, -(-learning.total // steps)):
+            first = max(done - epoch * steps, 0)
+            keys = {"seed": self.recipe.seed, "epoch": self.keyed_epoch(epoch), "batch_size": config.batch_size}
+            read = self.read_train(config.augment, start_step=first, **keys, **self.place)
+            yield from ((epoch, batch) for batch in islice(read, min(learning.total - epoch * steps, steps) - first))
 
-            if step + 1 == total:
-                break  # what follows belongs to the end of the stage
-            end_of_epoch = (step + 1) % epoch_steps == 0
-            if end_of_epoch and self.eval_epochs and (epoch + 1) % self.eval_epochs == 0:
-                self.evaluate(stage, position, ema)
-                wrapped.train()
-            if end_of_epoch or now - saved > 60 * self.checkpoint_minutes:
-                self.save(position, optimizer, ema)
-                saved = time.monotonic()
-            clock = time.monotonic()
+    def step(self, stage: Stage, learning: Learning, epoch: int, batch: Batch, clock: float) -> None:
+        """One optimiser step, logged; ``clock`` is when the step before was done."""
+        position, processes = self.position, self.accelerator.num_processes
+        learning.scheduler.step_update(position.step)
+        self.seed_generators()
+        learning.module.progress = position.step / learning.total  # what changes over a stage follows this
+        metrics = self.optimize(stage, learning, batch, self.keyed_epoch(epoch))
+        if learning.ema:
+            learning.ema.update(self.model.backbone, position.step)
+        for name, reason in batch.skipped:
+            self.log.warn(f"skipped {name}: {reason}")
+        metrics["images_per_second"] = len(batch.labels) * processes / (time.monotonic() - clock)
+        metrics["lr"] = max(group["lr"] for group in learning.optimizer.param_groups)
+        skipped = position.skipped + round(metrics.pop("skipped") * processes)
+        self.position = Position(position.stage, position.step + 1, position.total_steps + 1, skipped)
+        self.log.step(stage.name, epoch, self.position.step, self.position.total_steps, metrics)
 
-        if ema:
-            self.model.backbone.load_state_dict(ema.module.state_dict())
-        if self.teacher is not None and stage.group is None:
-            self.teacher.load_state_dict(self.model.backbone.state_dict())
-        self.evaluate(stage, position)
-        accelerator.free_memory()  # it would hold on to the optimiser of every stage
-        position = Position(index + 1, 0, position.total_steps, position.skipped)
-        self.save(position)
-        return position
-
-    def calibrate(self, keep: tuple[float, ...]) -> None:
-        """Set the thresholds so that these shares of the patches stay of training images as they are; or the counts."""
-        if self.equal_counts:
-            num_patches = self.model.backbone.patch_embed.num_patches
-            self.model.num_keep = [round(share * num_patches) for share in keep]
-            return
-        plain = AugmentConfig(min_scale=1.0, hflip=0.0, color_jitter=0.0)
-        size = min(CALIBRATION_IMAGES, len(self.samples))
-        order = {"seed": CALIBRATION_SEED, "epoch": 0, "batch_size": size}
-        if isinstance(self.samples, Samples):
-            batches = train_batches(self.samples, model_transform(self.model.pretrained_cfg), **order)
-        else:
-            batches = self.samples.train_batches(plain.on_device(self.model), **order)
-        self.model.eval().to(self.accelerator.device)
-        self.model.calibrate(next(iter(batches)).images, keep=keep)
-
-    def batches(
-        self, index: int, config: StageConfig, done: int, total: int, epoch_steps: int
-    ) -> Iterator[tuple[int, int, Batch]]:
-        """``(epoch, step, batch)`` from step ``done`` on, to the end of the epoch in which ``total`` lies."""
-        place = {"rank": self.accelerator.process_index, "world_size": self.accelerator.num_processes}
-        if isinstance(self.samples, Samples):
-            transform = config.augment.transform(self.model)
-            read = partial(train_batches, self.samples, transform, workers=self.workers, **place)
-        else:
-            read = partial(self.samples.train_batches, config.augment.on_device(self.model), **place)
-        step = done
-        for epoch in range(done // epoch_steps, -(-total // epoch_steps)):
-            loader = read(
-                seed=self.seed,
-                epoch=1000 * index + epoch,
-                batch_size=config.batch_size,
-                start_step=step - epoch * epoch_steps,
-            )
-            for batch in loader:
-                yield epoch, step, batch
-                step += 1
-
-    def optimize(
-        self,
-        wrapped: nn.Module,
-        optimizer: Any,
-        batch: Batch,
-        config: StageConfig,
-        make_targets: TargetMaker | None,
-        epoch: int,
-    ) -> dict[str, float]:
-        """One optimiser step on a batch, in ``accumulate`` parts; metrics averaged over parts and processes."""
-        accelerator = self.accelerator
+    def optimize(self, stage: Stage, learning: Learning, batch: Batch, epoch: int) -> dict[str, float]:
+        """One optimiser step in ``grad_accum_steps`` parts; metrics averaged over parts and processes."""
+        accelerator, config, wrapped = self.accelerator, stage.config, learning.wrapped
         images, targets = batch.images.to(accelerator.device), batch.labels.to(accelerator.device)
-        keys = keyed.sample_keys(self.seed, epoch, batch.samples).to(accelerator.device)
-        if make_targets:
-            images, targets = make_targets(images, targets)
-        optimizer.zero_grad()
+        keys = keyed.sample_keys(self.recipe.seed, epoch, batch.samples).to(accelerator.device)
+        if learning.make_targets:
+            images, targets = learning.make_targets(images, targets)
+        learning.optimizer.zero_grad()
         totals: dict[str, Tensor] = {}
-        parts = list(zip(*(t.chunk(config.accumulate) for t in (images, targets, keys)), strict=True))
+        parts = list(zip(*(t.chunk(config.grad_accum_steps) for t in (images, targets, keys)), strict=True))
         for number, part in enumerate(parts, start=1):
             share = len(part[0]) / len(images)
             accelerator.sync_gradients = number == len(parts)
@@ -269,63 +246,105 @@ class Run:
                     loss, metrics = wrapped(*part)
                 accelerator.backward(loss * share)
             for name, value in metrics.items():
-                totals[name] = totals.get(name, torch.zeros_like(value)) + share * value
+                totals[name] = totals.get(name, 0) + share * value
         totals["grad_norm"] = accelerator.clip_grad_norm_(wrapped.parameters(), config.clip_grad or float("inf"))
         totals["skipped"] = torch.tensor(float(len(batch.skipped)), device=accelerator.device)
-        optimizer.step()
-        return {name: float(value) for name, value in accelerator.reduce(totals, "mean").items()}
+        found = {name: float(value) for name, value in accelerator.reduce(totals, "mean").items()}
+        if not math.isfinite(found["loss"] + found["grad_norm"]):
+            raise InputError(
+                f"{stage.name}, step {self.position.step + 1}: the loss or its gradient is not finite; set a smaller"
+                f' {stage.section}.lr, clip_grad = 1.0 or precision = "no", and start anew. The last checkpoint is kept'
+            )
+        learning.optimizer.step()  # after all that can fail: until here, the weights are those of ``position``
+        return found
 
-    def evaluate(self, stage: Stage, position: Position, ema: ModelEmaV3 | None = None) -> None:
-        """Measure the model with its own decision, the one that is deployed, on held-out images."""
-        model = self.model
-        live = None
-        if ema:  # judge the average, then put the live weights back
-            live = {name: t.clone() for name, t in model.backbone.state_dict().items()}
-            model.backbone.load_state_dict(ema.module.state_dict())
-        cfg = model.pretrained_cfg
-        place = {"rank": self.accelerator.process_index, "world_size": self.accelerator.num_processes}
+    def evaluate_if_due(self, stage: Stage, learning: Learning) -> None:
+        """`evaluate` at the end of every ``eval_epochs``-th epoch, but of the last."""
+        every = self.recipe.eval_epochs * learning.epoch_steps
+        if every and 0 < self.position.step < learning.total and not self.position.step % every:
+            self.evaluate(stage, learning)
+            learning.wrapped.train()
+
+    def evaluate(self, stage: Stage, learning: Learning) -> None:
+        """Measure the model with its own decision, the one that is deployed, on held-out images; once per step."""
+        if self.position.measured:
+            return
+        model, live, held = self.model, None, self.stop.held
+        self.stop.held = False  # may take long; no process waits for another one before the end
+        try:
+            if learning.ema:  # judge the average, then put the live weights back
+                with self.stop.whole():
+                    live = {name: t.clone() for name, t in model.backbone.state_dict().items()}
+                    model.backbone.load_state_dict(learning.ema.module.state_dict())
+            decide = decide_up_to(model.eval(), stage.group, stage.decide)
+            with self.accelerator.autocast():
+                result = measure(model, self.read_eval(), self.accelerator.device, decide, self.accelerator.reduce)
+        finally:
+            self.stop.held = held
+            if live is not None:
+                with self.stop.whole():
+                    model.backbone.load_state_dict(live)
+        with self.stop.whole():
+            self.log.evaluation(stage.name, self.position.total_steps, result)
+            self.position = replace(self.position, measured=True)
+
+    def calibrate(self, keep: tuple[float, ...]) -> None:
+        """Set the thresholds so that these shares of the patches of training images, unchanged, stay; or the counts."""
+        if self.recipe.policy.equal_counts:
+            num_patches = self.model.backbone.patch_embed.num_patches
+            self.model.num_keep = [round(share * num_patches) for share in keep]
+            return
+        size = min(CALIBRATION_IMAGES, len(self.samples))
+        batches = self.read_train(None, seed=CALIBRATION_SEED, epoch=0, batch_size=size)
+        self.model.eval().to(self.accelerator.device)
+        self.model.calibrate(next(iter(batches)).images, keep=keep)
+
+    def read_train(self, augment: AugmentConfig | None, **keys: int) -> Iterator[Batch]:
+        """`train_batches` of the samples; None: images as they are."""
+        if isinstance(self.samples, Samples):
+            transform = augment.transform(self.model) if augment else model_transform(self.model.pretrained_cfg)
+            return train_batches(self.samples, transform, workers=self.recipe.data.workers, **keys)
+        return self.samples.train_batches((augment or PLAIN).on_device(self.model), **keys)
+
+    def read_eval(self) -> Iterator[Batch]:
+        """`eval_batches` of what is held out."""
+        cfg = self.model.pretrained_cfg
+        place = {"batch_size": EVAL_BATCH, **self.place}
         if isinstance(self.held_out, Samples):
-            batches = eval_batches(self.held_out, model_transform(cfg), batch_size=256, workers=self.workers, **place)
-        else:
-            batches = self.held_out.eval_batches(cfg["mean"], cfg["std"], batch_size=256, **place)
-        decide = decide_up_to(model.eval(), stage.group, stage.decide)
-        with self.accelerator.autocast():
-            result = measure(model, batches, self.accelerator.device, decide, self.accelerator.reduce)
-        if live is not None:
-            model.backbone.load_state_dict(live)
-        self.log.evaluation(stage.name, position.total_steps, result)
+            return eval_batches(self.held_out, model_transform(cfg), workers=self.recipe.data.workers, **place)
+        return self.held_out.eval_batches(cfg["mean"], cfg["std"], **place)
 
-    def save(self, position: Position, optimizer: Any = None, ema: ModelEmaV3 | None = None) -> None:
-        """Write the checkpoint from which a killed run goes on."""
-        if self.accelerator.is_main_process:
-            decision = {"threshold": torch.tensor(self.model.thresholds)}
-            if self.model.num_keep is not None:
-                decision["num_keep"] = torch.tensor(self.model.num_keep)
-            parts = {"model": self.model.state_dict(), "decision": decision}
-            if self.teacher is not None:
-                parts["teacher"] = self.teacher.state_dict()
-            if optimizer is not None:
-                parts["optimizer"] = optimizer_tensors(optimizer.optimizer)
-            if ema is not None:
-                parts["ema"] = ema.module.state_dict()
-            save_state(self.output / "state.safetensors", position, self.identity, parts)
+    @property
+    def place(self) -> dict[str, int]:
+        """Which process this is, of how many."""
+        return {"rank": self.accelerator.process_index, "world_size": self.accelerator.num_processes}
 
-    def seed_generators(self, index: int, step: int) -> None:
+    def keyed_epoch(self, epoch: int) -> int:
+        """An epoch of the stage as one of the run, by which draws are keyed; recipes have no stage of 1000 epochs."""
+        return 1000 * self.position.stage + epoch
+
+    def seed_generators(self) -> None:
         """Seed what timm's mixup and torch's dropout draw from, so that a step does not depend on the steps before."""
-        epoch = -1 - 1000 * index - self.accelerator.process_index  # apart from the epochs of samples, which are >= 0
-        key = keyed.sample_keys(self.seed, epoch, torch.tensor([step]))
-        (number,) = keyed.python_seeds(key)
+        epoch = -1 - self.keyed_epoch(self.accelerator.process_index)  # those of samples are not negative
+        (number,) = keyed.python_seeds(keyed.sample_keys(self.recipe.seed, epoch, torch.tensor([self.position.step])))
         torch.manual_seed(number)
         np.random.seed(number)  # noqa: NPY002 (timm draws from the global generator)
 
+    def stop_together(self) -> None:
+        """Of several processes all stop after the same step, if one of them got a signal."""
+        if self.accelerator.num_processes > 1:
+            flag = torch.tensor(float(bool(self.stop.signal)), device=self.accelerator.device)
+            if self.accelerator.reduce(flag, "sum") > 0:
+                self.stop.signal = self.stop.signal or signal.SIGTERM
+                raise Stopped(self.stop.signal)
 
-def make_optimizer(stage: Stage) -> torch.optim.Optimizer:
-    """Over what the stage trains; timm leaves out what is frozen and spares biases and norms the weight decay."""
-    config = stage.config
-    return create_optimizer_v2(
-        stage.trained,
-        opt=config.optimizer,
-        lr=config.lr,
-        weight_decay=config.weight_decay,
-        layer_decay=config.layer_decay if config.layer_decay < 1 and not stage.policy else None,
-    )
+    def save(self) -> None:
+        """Write the checkpoint from which a killed run goes on."""
+        modules = {"model": self.model, "teacher": self.teacher}
+        if self.learning and self.learning.ema:
+            modules["ema"] = self.learning.ema.module
+        parts = {name: module.state_dict() for name, module in modules.items() if module is not None}
+        if self.learning:
+            parts["optimizer"] = optimizer_tensors(self.learning.optimizer.optimizer)
+        if self.accelerator.is_main_process:
+            State(self.position, self.identity, self.model.decision, parts).save(self.output / STATE)

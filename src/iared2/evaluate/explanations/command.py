@@ -18,13 +18,13 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from ...atomic import write
+from ...atomic import to_json, write
 from ...data.regions import open_regions
 from ...device import usable_device
 from ...errors import InputError
 from ...explain.gradients import KIN
 from ...explain.methods import METHODS
-from ...predict.output import check_not_read, to_json
+from ...predict.output import check_not_read
 from ...pretrained.checkpoint import load
 from .benchmark import benchmark
 from .faithfulness import Fill
