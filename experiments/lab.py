@@ -22,6 +22,7 @@ from iared2.data.cluttered import ClutteredImages, open_cluttered
 from iared2.data.device_dataset import ResidentImages
 from iared2.data.images import DataConfig, open_samples
 from iared2.errors import InputError
+from iared2.measure import view_keys
 from iared2.model.baselines import KINDS as RIVALS
 from iared2.model.calibrate import thresholds_for
 from iared2.model.decide import Decide, by_share
@@ -168,7 +169,7 @@ class Trained:
         found = []
         for batch in self.batches(part, self.model):
             with torch.inference_mode():
-                out = self.model.trace(batch.images, decide)
+                out = self.model.trace(batch.images, decide, view_keys(batch))
             right = out.logits.argmax(1) == batch.labels
             found.append([t.numpy() for t in (right, out.macs, out.kept.transpose(0, 1), out.scores.transpose(0, 1))])
         correct, macs, kept, scores = (np.concatenate(parts) for parts in zip(*found, strict=True))

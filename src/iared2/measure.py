@@ -8,10 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import keyed
 from .data.batches import Batch
 from .device import widest_float
 from .model.decide import Decide
 from .model.reduced import Output, ReducedVisionTransformer
+
+RANDOM_EPOCH = 1 << 30  # keys of what is drawn in evaluation, apart from those of training
 
 
 def measure(
@@ -41,10 +44,8 @@ def measure(
         if not len(batch.labels):  # none of its files could be read
             continue
         with torch.inference_mode():
-            output = trace(model, batch.images.to(device), decide)
-        right = (output.logits.argmax(1) == batch.labels.to(device)).sum()
-        sums = [right, output.macs.sum(), *output.keep_ratio.sum(1)]
-        total[2:] += torch.stack([s.to(total.dtype) for s in sums])
+            output = trace(model, batch.images.to(device), decide, view_keys(batch).to(device))
+        total[2:] += counts(output, batch.labels.to(device))
     images, skipped, right, macs, *kept = reduce(total, "sum").tolist()
     return {
         "top1": round(100 * right / max(images, 1), 4),
@@ -55,15 +56,31 @@ def measure(
     }
 
 
-def trace(model: ReducedVisionTransformer, images: Tensor, decide: Decide | None = None) -> Output:
+def counts(output: Output, labels: Tensor) -> Tensor:
+    """Sums over some images: right answers, MACs, and the share of patches kept after each group, ``(2 + D,)``."""
+    right = (output.logits.argmax(1) == labels).sum()
+    wide = widest_float(labels.device)
+    return torch.stack([x.to(wide) for x in (right, output.macs.sum(), *output.keep_ratio.sum(1))])
+
+
+def view_keys(batch: Batch, seed: int = 0) -> Tensor:
+    """``(B,)`` int64 keys of what is drawn for each image in evaluation; of several views of a video ``(B·V,)``."""
+    views = batch.images.shape[1] if batch.images.ndim == 6 else 1
+    keys = [keyed.sample_keys(seed, RANDOM_EPOCH + view, batch.samples) for view in range(views)]
+    return torch.stack(keys, 1).flatten()
+
+
+def trace(
+    model: ReducedVisionTransformer, images: Tensor, decide: Decide | None = None, keys: Tensor | None = None
+) -> Output:
     """``model.trace``, also of several views of a video, ``(B, V, 3, T, H, W)``.
 
     Their probabilities are averaged, their MACs added up, and their patches stand side by side: the logits
     ``(B, K)`` are logarithms of the mean, scores and kept are ``(D, B, V·N)``.
     """
     if images.ndim < 6:
-        return model.trace(images, decide)
-    return by_video(model.trace(images.flatten(0, 1), decide), images.shape[1])
+        return model.trace(images, decide, keys)
+    return by_video(model.trace(images.flatten(0, 1), decide, keys), images.shape[1])
 
 
 def by_video(output: Output, views: int) -> Output:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 
 import numpy as np
@@ -12,7 +13,8 @@ from iared2.cli import main
 from iared2.data.batches import Batch
 from iared2.evaluate.accuracy import evaluate
 from iared2.measure import measure
-from iared2.model.decide import Decision
+from iared2.model.baselines import baseline_scores
+from iared2.model.decide import Decision, by_share
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +92,31 @@ def folder(tmp_path):
                 pixels = np.full((20, 20, 3), value + i, np.uint8)
                 Image.fromarray(pixels).save(tmp_path / "data" / split / name / f"{i}.png")
     return tmp_path / "data"
+
+
+def test_random_patches_are_a_function_of_the_image_not_of_its_place(model):
+    """The random baseline drew the same masks in every batch: 250 distinct ones over 1,000 photos."""
+    model = copy.deepcopy(model)
+    model.interpreters = torch.nn.ModuleList(baseline_scores("random", model, group) for group in range(3))
+    whole = Batch(images(8, 0), torch.zeros(8, dtype=torch.int64), torch.arange(8) + 100, [])
+
+    def kept_by(batches):
+        seen = []
+
+        def decide(scores, alive, group):
+            keep = by_share((0.5, 0.5, 0.5))(scores, alive, group)
+            seen.extend(keep if group == 0 else [])
+            return keep
+
+        measure(model, batches, "cpu", decide)
+        return torch.stack(seen)
+
+    masks = kept_by([whole])
+    assert len({tuple(mask.tolist()) for mask in masks}) == 8
+    parts = [
+        Batch(whole.images[a : a + 2], whole.labels[a : a + 2], whole.samples[a : a + 2], []) for a in (0, 2, 4, 6)
+    ]
+    assert torch.equal(kept_by(parts), masks)
 
 
 def test_command(model, folder, tmp_path, capsys):

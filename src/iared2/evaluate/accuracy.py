@@ -11,14 +11,11 @@ from matplotlib.figure import Figure
 from rich.table import Table
 from torch import Tensor
 
-from .. import keyed
 from ..data.batches import Batch
 from ..device import timed
-from ..measure import by_video
+from ..measure import by_video, counts, view_keys
 from ..model.decide import at_random
 from ..model.reduced import Output, ReducedVisionTransformer
-
-RANDOM_EPOCH = 1 << 30  # keys of the random baseline, apart from those of training
 
 
 @dataclass
@@ -91,7 +88,7 @@ def evaluate(
             averaged, the multiply-adds added up; shares of the patches are means over the views.
         device: where the model is.
         seed: of the random baseline.
-        budgets: name -> thresholds (`model.budget.thresholds_for`), measured beside the model's own.
+        budgets: name -> thresholds (`model.calibrate.thresholds_for`), measured beside the model's own.
     """
     settings = {"": model.thresholds, **{f", {name}": thresholds for name, thresholds in (budgets or {}).items()}}
     sums: dict[str, Tensor] = {}  # right, multiply-adds, patches kept of all after each group, seconds
@@ -102,8 +99,7 @@ def evaluate(
         with torch.inference_mode():
             output, seconds = timed(device, run, *args)
         output = by_video(output, views) if views > 1 else output
-        right = (output.logits.argmax(1) == labels).sum()
-        found = torch.stack([t.cpu().double() for t in (right, output.macs.sum(), *output.keep_ratio.sum(1))])
+        found = counts(output, labels).cpu()
         sums[name] = sums.get(name, torch.zeros(len(found) + 1)) + torch.cat([found, torch.tensor([seconds])])
 
     def dense(x: Tensor) -> Output:
@@ -118,8 +114,7 @@ def evaluate(
         x, labels = batch.images.to(device), batch.labels.to(device)
         views = x.shape[1] if x.ndim == 6 else 1
         x = x.flatten(0, 1) if x.ndim == 6 else x
-        of_views = [keyed.sample_keys(seed, RANDOM_EPOCH + view, batch.samples) for view in range(views)]
-        keys = torch.stack(of_views, 1).flatten().to(device)
+        keys = view_keys(batch, seed).to(device)
         runs: list[tuple[Any, ...]] = [(DENSE, dense, x)]
         for name, thresholds in settings.items():
             decide = model.decision.at(thresholds) if thresholds else model.decision

@@ -113,15 +113,15 @@ class ReducedVisionTransformer(Facade):
         return self.head(self.reduce(self.embed(images), decide=decide)[0])
 
     @torch.compiler.disable
-    def trace(self, images: Tensor, decide: Decide | None = None) -> Output:
-        """A forward pass that also returns what was decided, and what it cost; arguments as for `forward`."""
-        packed, scores, kept = self.reduce(self.embed(images), decide=decide)
+    def trace(self, images: Tensor, decide: Decide | None = None, keys: Tensor | None = None) -> Output:
+        """A forward pass that also returns what was decided and what it cost; arguments: see `forward`, `embed`."""
+        packed, scores, kept = self.reduce(self.embed(images, keys), decide=decide)
         all_kept = torch.stack(kept)
         cost = self.count_macs(all_kept.sum(-1), all_kept.shape[-1])
         return Output(self.head(packed), torch.stack(scores), all_kept, cost)
 
     def embed(self, images: Tensor, keys: Tensor | None = None) -> PackedTokens:
-        """Images to tokens, none dropped. ``keys (B,)`` make the random draws of training repeatable (keyed.py)."""
+        """Images to tokens, none dropped. ``keys (B,)`` make random draws a function of the image (keyed.py)."""
         return PackedTokens.from_dense(vit.embed(self.backbone, images), self.backbone.num_prefix_tokens, keys=keys)
 
     def reduce(
