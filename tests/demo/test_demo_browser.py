@@ -165,7 +165,7 @@ def test_threshold(new_page: NewPage) -> None:
 def test_budget(new_page: NewPage) -> None:
     page = new_page()
     expect(page.locator("#budget")).to_be_hidden()
-    page.get_by_label("Budget of multiply-adds").click()
+    page.get_by_label("Budget of MACs").click()
     expect(page.locator("#budget")).to_be_visible()
     expect(page.locator("#threshold")).to_be_hidden()
     for percent in (30, 60):

@@ -276,7 +276,7 @@ def test_a_notebook_shows_pictures_and_text_that_is_only_text(tmp_path: Path, pr
     assert said.startswith("<b>café & co.png: patches 1.00 → ")
     for name, probability in result.top5:
         assert f"{name} {100 * probability:.1f} %" in said
-    assert f"multiply-adds {100 * result.macs / result.dense_macs:.0f} % of dense" in said
+    assert f"MACs {100 * result.macs / result.dense_macs:.0f} % of dense" in said
     assert "photo: patches" in predictor(PHOTOS["cat"])._repr_html_()
 
 

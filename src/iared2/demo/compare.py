@@ -41,10 +41,10 @@ class Choice:
     Attributes:
         method: one of `explain.methods.METHODS`.
         group: whose scores make the map of the method `interpreter`, from 0, or "all"; None: the second's.
-        rule: what is dropped: by `threshold`, by a budget of multiply-adds (`macs`) or of `patches`; `own`: by the
+        rule: what is dropped: by `threshold`, by a budget of MACs (`macs`) or of `patches`; `own`: by the
             model's own thresholds or counts.
         threshold: for every group, in [0, 1].
-        budget: share of the dense multiply-adds, or of the patches, in (0, 1]; the photos meet it together.
+        budget: share of the dense MACs, or of the patches, in (0, 1]; the photos meet it together.
     """
 
     method: str = "interpreter"
@@ -74,7 +74,7 @@ class Comparison:
 
     @property
     def saved(self) -> float:
-        """Share of the dense multiply-adds not spent; negative if the interpreters cost more than was saved."""
+        """Share of the dense MACs not spent; negative if the interpreters cost more than was saved."""
         return 1 - self.after.macs / self.after.dense_macs
 
     @property

@@ -158,7 +158,7 @@ def build(predictor: Predictor) -> gr.Blocks:
     model, photos = predictor.model, examples()
     height, width = model.pretrained_cfg["input_size"][1:]
     thresholds = model.thresholds or (0.5,) * model.num_groups
-    rules = [("Threshold", "threshold"), ("Budget of multiply-adds", "macs"), ("Budget of patches", "patches")]
+    rules = [("Threshold", "threshold"), ("Budget of MACs", "macs"), ("Budget of patches", "patches")]
     if len(set(thresholds)) > 1 or model.num_keep is not None:
         rules.insert(0, (f"The model's own {'thresholds' if model.num_keep is None else 'counts'}", "own"))
     groups = [(str(g + 1), g) for g in range(model.num_groups)] + [("all", "all")]

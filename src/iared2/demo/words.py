@@ -39,8 +39,9 @@ HELP = """
 - **Threshold**: patches that score above it stay. At 0 all stay and the answer is the plain transformer's; at 1 none
   stays.
 - **Budget**: your photos together cost at most this share. Rich photos may keep more than plain ones.
-- **Multiply-adds** are counted from the patches that stayed and include the interpreters; *saved* is against the plain
-  transformer. **Milliseconds** are of the forward pass with one photo, the fastest of three; small models gain little.
+- **MACs** (multiply-adds) are counted from the patches that stayed and include the interpreters; *saved* is against the
+  plain transformer. **Milliseconds** are of the forward pass with one photo, the fastest of three; small models gain
+  little.
 - The model sees the whole photo, squeezed to {height} × {width} pixels (height × width). Photos are shown at up to 1024
   pixels. Uploads are deleted after about an hour.
 """
@@ -75,7 +76,7 @@ def facts(one: Comparison) -> str:
     thresholds = " · ".join(dict.fromkeys(f"{t:.3g}" for t in after.thresholds))
     cells = [
         (
-            "Multiply-adds",
+            "MACs",
             f"{one.saved:.0%} saved",
             f"{after.cost}, threshold {thresholds}",
         ),

@@ -61,7 +61,7 @@ class Interpretation(Result):
         return (
             f"<figure>{_inline(self.figure(), 480, 'heat map')}<br>{_inline(self.hierarchy(), 960, 'hierarchy')}"
             f"<figcaption>{escape(Path(self.file).name) if self.file else 'photo'}: patches {kept} of"
-            f" {self.kept.shape[1]}, multiply-adds {100 * self.macs / self.dense_macs:.0f} % of dense,"
+            f" {self.kept.shape[1]}, MACs {100 * self.macs / self.dense_macs:.0f} % of dense,"
             f" {self.milliseconds:.1f} ms</figcaption><table>{classes}</table></figure>"
         )
 

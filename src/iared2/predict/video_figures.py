@@ -33,8 +33,7 @@ def frames_figure(frames: Sequence[Image.Image], times: np.ndarray, kept: np.nda
             in its corner.
     """
     panels = _fit(frames)
-    rows = [[(panel, ratio(k)) for panel, k in zip(_blanked(panels, group), group, strict=True)] for group in kept]
-    return table([_first_row(panels, times), *rows])
+    return table([_first_row(panels, times), *(_blanked(panels, group) for group in kept)])
 
 
 def heatmap_figure(
@@ -56,8 +55,7 @@ def heatmap_figure(
 def animation(frames: Sequence[Image.Image], times: np.ndarray, kept: np.ndarray) -> list[Image.Image]:
     """Each frame beside what the last group kept of it; ``kept (T, rows, columns)`` bool."""
     panels = [fit(frame, *MOVING_SIDES) for frame in frames]
-    sides = zip(_first_row(panels, times), _blanked(panels, kept), kept, strict=True)
-    return [table([[frame, (left, ratio(k))]]) for frame, left, k in sides]
+    return [table([sides]) for sides in zip(_first_row(panels, times), _blanked(panels, kept), strict=True)]
 
 
 def pace(times: np.ndarray) -> float:
@@ -105,5 +103,5 @@ def _first_row(panels: Sequence[Image.Image], times: np.ndarray) -> list[tuple[I
     return [(panel, f"{time:.2f} s") for panel, time in zip(panels, times, strict=True)]
 
 
-def _blanked(panels: Sequence[Image.Image], kept: np.ndarray) -> list[Image.Image]:
-    return [blank(panel, k) for panel, k in zip(panels, kept, strict=True)]
+def _blanked(panels: Sequence[Image.Image], kept: np.ndarray) -> list[tuple[Image.Image, str]]:
+    return [(blank(panel, k), ratio(k)) for panel, k in zip(panels, kept, strict=True)]
