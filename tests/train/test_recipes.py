@@ -73,8 +73,6 @@ def cut_down(recipe: Recipe, backbone: Path, batch_size: int) -> list[str]:
         settings.append('model.checkpoint=""')
     elif recipe.model.pretrained or not recipe.backbone.epochs:  # the second: --set model.checkpoint, says the header
         settings += ["model.pretrained=false", f"model.checkpoint={json.dumps(str(backbone))}"]
-    elif recipe.model.checkpoint:  # of another model than DeiT
-        settings.append("model.checkpoint=''")
     if recipe.compile:  # takes minutes on a CPU; tests/model/test_compile.py does it
         settings.append("compile=false")
     return [word for setting in settings for word in ("--set", setting)]
