@@ -276,7 +276,7 @@ def test_views_count_as_one_video() -> None:
     class Model:
         num_groups = 1
 
-        def trace(self, clips: Tensor, decide: object = None) -> Output:
+        def trace(self, clips: Tensor, decide: object = None, keys: object = None) -> Output:
             assert clips.shape == (6, 3, 4, 8, 8)
             kept = torch.arange(6)[None, :, None] >= torch.arange(6)
             return Output(logits, kept.float(), kept, torch.arange(6))

@@ -7,6 +7,7 @@ number of processes. Transforms are timm's. Knows nothing of models.
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -195,7 +196,9 @@ class _Reading(Dataset[Batch]):
 
 def _load(reading: _Reading, workers: int) -> Iterator[Batch]:
     # a loader draws a seed for its workers: from a generator of its own, lest the run's would advance
-    loader = DataLoader(reading, batch_size=None, num_workers=workers, generator=torch.Generator())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This DataLoader will create")  # on a single core, too, reading must not wait
+        loader = iter(DataLoader(reading, batch_size=None, num_workers=workers, generator=torch.Generator()))
     read = 0
     for rows, batch in zip(reading.rows, loader, strict=True):
         read += len(batch.labels)
