@@ -18,7 +18,7 @@ from torch import Tensor
 import iared2
 from iared2 import InputError
 from iared2.cli import main
-from iared2.data.batches import eval_batches, model_transform, train_batches
+from iared2.data.batches import Batch, eval_batches, model_transform, train_batches
 from iared2.data.images import DataConfig
 from iared2.data.videos import ClipConfig, VideoSamples, open_videos, train_transform, views_transform
 from iared2.measure import measure, trace
@@ -269,7 +269,7 @@ def test_training_changes_all_frames_of_a_clip_alike() -> None:
 
 
 def test_views_count_as_one_video() -> None:
-    """Probabilities are averaged, multiply-adds added."""
+    """Probabilities are averaged, MACs added."""
     sure, torn = torch.tensor([8.0, 0, 0]), torch.tensor([0, 1.0, 0])
     logits = torch.stack([torn, torn, sure, torn, torn, torn])
 
@@ -287,8 +287,8 @@ def test_views_count_as_one_video() -> None:
     assert output.logits.exp().sum(1).tolist() == pytest.approx([1, 1])
     assert output.macs.tolist() == [3, 12]
     assert output.keep_ratio[0].tolist() == pytest.approx([6 / 18, 15 / 18])
-    batch = SimpleNamespace(images=clips, labels=torch.tensor([0, 0]), skipped=[])
-    result = measure(Model(), [batch], "cpu")  # type: ignore[arg-type, list-item]
+    batch = Batch(clips, torch.tensor([0, 0]), torch.arange(2), [])
+    result = measure(Model(), [batch], "cpu")  # type: ignore[arg-type]
     assert (result["top1"], result["images"]) == (50.0, 2)
 
 
