@@ -47,6 +47,16 @@ class Batch:
     """``(B, 4)`` float32 x0, y0, x1, y1 in pixels, where the labelled photo lies, if that is known; of clips
     ``(B, T, 4)``, where the object lies."""
 
+    @property
+    def views(self) -> int:
+        """V, the views of each video; 1 for images."""
+        return self.images.shape[1] if self.images.ndim == 6 else 1
+
+    @property
+    def inputs(self) -> Tensor:
+        """What the model takes: the images, or all views of all videos ``(B·V, 3, T, H, W)``."""
+        return self.images.flatten(0, 1) if self.images.ndim == 6 else self.images
+
 
 def steps_per_epoch(samples: Sized, batch_size: int, world_size: int = 1) -> int:
     """Whole batches of ``batch_size`` images for each of ``world_size`` processes in one pass.
