@@ -49,9 +49,9 @@ def test_a_file_of_8_bits_is_a_quarter_and_loads_as_a_model_or_a_backbone(model,
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("no tensor", "unexpected tensor odd.scale"),
+        ("no tensor", "unexpected the tensor odd.scale"),
         ("another length", "does not fit its 8-bit weights"),
-        ("not int8", "unexpected tensor .*fc1.weight.scale"),
+        ("not int8", "unexpected the tensor .*fc1.weight.scale"),
         ("integer", "does not fit its 8-bit weights"),
     ],
 )
