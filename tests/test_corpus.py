@@ -84,7 +84,7 @@ BAD = {
     "two lines": (RAW + "raise Raw('a\\nb')", "the last line on stderr"),
     "two errors": ("import sys; print('odd', file=sys.stderr); raise iared2.InputError('b')", "more than one line"),
     "no words": ("raise iared2.InputError('')", "says nothing"),
-    "too many words": ("raise iared2.InputError('x' * 5000)", "a message of"),
+    "too many words": (RAW + "raise Raw('x' * 5000)", "a message of"),
     "an escape": (RAW + "raise Raw('\\x1b[31m')", "control characters"),
     "another exception": ("raise ValueError('x')", "ValueError: x"),
     "a traceback": (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import sys
 import warnings
@@ -45,9 +46,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     logging.getLogger("timm").setLevel(logging.ERROR)
     try:
+        if any("\0" in word for word in argv):
+            raise InputError("an argument has a null character; leave it out")
         return arguments.run(arguments)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:  # wherever a name is looked up first
+        if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise
+        print(f"error: {InputError(f'{error.filename}: {error.strerror}; give another path')}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:
         print(stop if stop.args else "stopped", file=sys.stderr)

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+MAX_MESSAGE = 900
+
 
 def printable(text: str) -> str:
-    """Text from a file or its name, safe to print: control characters, which a terminal obeys, become escapes."""
+    """Text from a file or its name, safe to print: control characters, which a terminal obeys, become escapes.
+
+    Of more than ``MAX_MESSAGE`` characters the middle is left out.
+    """
+    if len(text) > MAX_MESSAGE:
+        text = f"{text[: MAX_MESSAGE // 2]} … {text[-MAX_MESSAGE // 3 :]}"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 

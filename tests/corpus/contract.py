@@ -11,9 +11,12 @@ from typing import Any
 from .case import Case
 from .worker import GB, Report
 
-MAX_GROWTH = GB
+MAX_GROWTH = 1.5 * GB  # of a photo of 81 megapixels
 MAX_MESSAGE = 1000
-BEFORE = re.compile(r"\s*$|warning: |.*Warning: |  |skipped |budgets |note: |\S+\.tiff?: |\w+( \d+)? +\d+/\d+ ")
+BEFORE = re.compile(
+    r"\s*$|warning: |.*Warning: |  |skipped |budgets |note: |\w+( \d+)? +\d+/\d+ "
+    r"|\S+\.tiff?: |LZWDecode: |More samples per pixel "
+)
 """What may stand on stderr before the last line: warnings (two blanks begin the source line of one of Python's), and of
 a run that had begun its progress; and what libtiff says by itself."""
 

@@ -245,7 +245,7 @@ def column_names(file: Path) -> list[str]:
 
 
 def _declared(features: Any, columns: list[str]) -> tuple[str, ...]:
-    return tuple(getattr(features.get(columns[1]), "names", None) or ())
+    return tuple(map(str, getattr(features.get(columns[1]), "names", None) or ()))
 
 
 def _open_table(

@@ -224,7 +224,10 @@ def _read_list(file: Path, root: Path) -> list[tuple[str, _Row]]:
             names = [row["path"]]
         else:
             key = row["youtube_id"]
-            times = [int(float(row[t])) for t in ("time_start", "time_end") if row.get(t)]
+            try:
+                times = [int(float(row[t])) for t in ("time_start", "time_end") if row.get(t)]
+            except (ValueError, OverflowError):
+                raise InputError(f"{file}, row {number}: a time is no number of seconds; correct the list") from None
             stems = ["_".join([key, *(f"{t:06d}" for t in times)]), key]
             folders = ["", split, label, label.replace(" ", "_"), f"{split}/{label}"]
             names = [f"{folder}/{stem}.mp4".strip("/") for folder in folders for stem in stems]

@@ -25,6 +25,7 @@ from ..pretrained.checkpoint import load
 from .accuracy import evaluate
 
 CALIBRATION_IMAGES = 512
+MAX_WORKERS, MAX_BATCH = 256, 1 << 16
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -103,6 +104,8 @@ def _check(arguments: argparse.Namespace, frames: int) -> None:
         raise InputError("--budget: give shares of the dense MACs, above 0 and up to 1")
     if min(arguments.batch_size, arguments.limit or 1, arguments.crops) < 1:
         raise InputError("--batch-size, --limit and --crops must be 1 or more")
+    if not 0 <= arguments.workers <= MAX_WORKERS or arguments.batch_size > MAX_BATCH:
+        raise InputError(f"give --workers from 0 to {MAX_WORKERS}, and --batch-size up to {MAX_BATCH:,}")
     if not frames and (arguments.clips, arguments.span, arguments.crops) != (1, 0, 1):
         raise InputError("--clips, --span and --crops are of videos, and this is a model of images")
 

@@ -54,7 +54,7 @@ PRETRAINED_CFG: dict[str, Any] = {
     "input_size": list[int] | None,
     "mean": list[float] | None,
     "std": list[float] | None,
-    "interpolation": Literal["bilinear", "bicubic", "nearest", "lanczos", "box", "hamming", "random"] | None,
+    "interpolation": Literal["bilinear", "bicubic", "nearest", "lanczos", "box", "hamming"] | None,
     "crop_pct": float | None,
     "holdout": float | None,  # share that training put aside: data/images.py finds it again
 }
@@ -195,7 +195,7 @@ def check(config: dict[str, Any]) -> dict[str, Any]:
 
     groups, names, num_classes = config["groups"], config["class_names"], args.get("num_classes")
     mean, std = (config["pretrained_cfg"].get(key) or [1.0] for key in ("mean", "std"))
-    if len(mean) != len(std) or min(std) <= 0:
+    if len(mean) != len(std) or min(std) <= 0 or (len(mean), args.get("in_chans", 3)) == (1, 3):
         raise InputError(f"pretrained_cfg.std is {std} for a mean of {len(mean)} numbers")
     if not 0 <= (config["pretrained_cfg"].get("holdout") or 0.0) < 1:
         raise InputError(f"pretrained_cfg.holdout is {config['pretrained_cfg']['holdout']}, not a share in [0, 1)")
@@ -236,6 +236,8 @@ def _is(value: Any, hint: Any) -> bool:
         return isinstance(value, (list, tuple)) and all(_is(one, inner[0]) for one in value)
     if kind is Literal:
         return value in inner
+    if isinstance(value, bool):
+        return hint is bool
     if hint in (int, bool, float):
         lowest, highest = -LARGEST if hint is float else 0, 1 if hint is bool else LARGEST
         return isinstance(value, (int, float) if hint is float else int) and lowest <= value <= highest

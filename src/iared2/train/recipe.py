@@ -201,7 +201,7 @@ def _section(defaults: Any, tree: Any, where: str) -> Any:
         if (new := RENAMED.get(key)) in hints:
             if new in tree:
                 raise InputError(f"recipe: {name} is the old name of {new}; give only {new}")
-            print(f"recipe: {name} is now called {new}", file=sys.stderr)
+            print(f"note: recipe: {name} is now called {new}", file=sys.stderr)
             key = new
         if key not in hints:
             close = difflib.get_close_matches(key, hints, 1)
@@ -264,6 +264,10 @@ def check(recipe: Recipe) -> None:
         mixes = stage.mixup or stage.cutmix
         rules += [
             (stage.grad_accum_steps > stage.batch_size, f"[{name}] grad_accum_steps must be in 1…batch_size"),
+            (
+                any(0 < a < 1e-3 for a in (stage.mixup, stage.cutmix)),
+                f"[{name}] mixup and cutmix are 0 or at least 0.001",
+            ),
             (bool(mixes and stage.batch_size % 2), f"[{name}] mixes pairs of images; give an even batch_size"),
         ]
     for broken, message in rules:
