@@ -92,5 +92,5 @@ def merging_gmacs(model: Any, r: int) -> float:
 
 
 def r_for(model: Any, gmacs: float) -> int:
-    """The r whose multiply-adds come nearest."""
+    """The r whose MACs are closest."""
     return min(range(model.backbone.patch_embed.num_patches), key=lambda r: abs(merging_gmacs(model, r) - gmacs))

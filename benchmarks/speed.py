@@ -1,4 +1,4 @@
-"""`iared2 bench` with one more rival, token merging at the same multiply-adds (merging.py). Takes the same arguments.
+"""`iared2 bench` with one more baseline, token merging at the same MACs (merging.py). Takes the same arguments.
 
 python benchmarks/speed.py --json docs/figures/speed-cpu-fp32.json
 """

@@ -269,7 +269,7 @@ def test_training_changes_all_frames_of_a_clip_alike() -> None:
 
 
 def test_views_count_as_one_video() -> None:
-    """Probabilities are averaged, multiply-adds added."""
+    """Probabilities are averaged, MACs added."""
     sure, torn = torch.tensor([8.0, 0, 0]), torch.tensor([0, 1.0, 0])
     logits = torch.stack([torn, torn, sure, torn, torn, torn])
 

@@ -269,7 +269,7 @@ def test_every_shipped_recipe_can_be_read():
         assert path.read_text().startswith("#"), "a recipe's header says cost, data and expected result"
 
 
-# ---- budgets, rivals, canvases: in this process, a few steps ---------------------------------------------------------
+# ---- budgets, baselines, canvases: in this process, a few steps ------------------------------------------------------
 
 BUDGET = """
 seed = 3
