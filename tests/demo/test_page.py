@@ -103,7 +103,7 @@ def test_controls_change_the_answer(predictor: Predictor) -> None:
     assert ["hierarchy" for other in others[:3] if not np.array_equal(other["hierarchy"], usual["hierarchy"])] == []
     everything = ask(predictor, None, threshold=0)
     assert "100 → 100 → 100 %" in everything["facts"]
-    assert "the same answer" in everything["facts"]
+    assert "the same prediction" in everything["facts"]
     assert "0 → 0 → 0 %" in ask(predictor, None, threshold=1)["facts"]
 
 

@@ -1,10 +1,10 @@
 """Memorability maps: the paper compares with MemNet, whose weights are no longer available; ResMem is its successor.
 
 ResMem (Needell & Bainbridge 2022; package `resmem`, 489 MB with its weights) is a separate network: it sees the photo,
-not the model that is explained. It predicts one number, how likely people are to recognise the photo. With MemNet, a map
-takes one prediction per region. Here, Grad-CAM computes all positions at once, in the last layer with positions of each
-of ResMem's two branches. This takes one forward and one backward pass; occluding one of 7 × 7 regions at a time would
-take fifty forward passes of 12 GMACs.
+not the model that is explained. It predicts one number, how likely people are to recognise the photo. With MemNet, a
+map takes one prediction per region. Here, Grad-CAM computes all positions at once, in the last layer with positions of
+each of ResMem's two branches. This takes one forward and one backward pass; occluding one of 7 × 7 regions at a time
+would take fifty forward passes of 12 GMACs.
 """
 
 from __future__ import annotations
