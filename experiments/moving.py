@@ -28,7 +28,7 @@ from iared2 import InputError, ReducedVisionTransformer, keyed
 from iared2.data.batches import Batch
 from iared2.data.device_dataset import ResidentImages
 from iared2.data.images import DataConfig, open_samples
-from iared2.explain.figures import blank, fit, grid
+from iared2.explain.figures import blank, fit, table
 from iared2.model.decide import Decide, keep_all
 from iared2.train.augment import AugmentConfig
 from iared2.train.curriculum import RunData, train
@@ -185,7 +185,7 @@ def picture(run: MovingRun) -> Image.Image:
         frames = [fit(to_pil_image(frame), PANEL, PANEL) for frame in clip.unbind(1)]
         rows.append([(frame, "") for frame in frames])
         rows += [[(blank(frame, k), "") for frame, k in zip(frames, group, strict=True)] for group in dropped]
-    return grid(rows)
+    return table(rows)
 
 
 def by_frame(kept: np.ndarray, truth: np.ndarray) -> str:

@@ -65,8 +65,7 @@ def counts(output: Output, labels: Tensor) -> Tensor:
 
 def view_keys(batch: Batch, seed: int = 0) -> Tensor:
     """``(B,)`` int64 keys of the draws for each image in evaluation; ``(B·V,)`` for several views of a video."""
-    views = batch.images.shape[1] if batch.images.ndim == 6 else 1
-    keys = [keyed.sample_keys(seed, RANDOM_EPOCH + view, batch.samples) for view in range(views)]
+    keys = [keyed.sample_keys(seed, RANDOM_EPOCH + view, batch.samples) for view in range(batch.views)]
     return torch.stack(keys, 1).flatten()
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 import iared2
 from iared2 import InputError
 from iared2.cli import main
-from iared2.data.batches import eval_batches, model_transform, train_batches
+from iared2.data.batches import Batch, eval_batches, model_transform, train_batches
 from iared2.data.images import DataConfig
 from iared2.data.videos import ClipConfig, VideoSamples, open_videos, train_transform, views_transform
 from iared2.measure import measure, trace
@@ -276,7 +276,7 @@ def test_views_count_as_one_video() -> None:
     class Model:
         num_groups = 1
 
-        def trace(self, clips: Tensor, decide: object = None) -> Output:
+        def trace(self, clips: Tensor, decide: object = None, keys: object = None) -> Output:
             assert clips.shape == (6, 3, 4, 8, 8)
             kept = torch.arange(6)[None, :, None] >= torch.arange(6)
             return Output(logits, kept.float(), kept, torch.arange(6))
@@ -287,8 +287,8 @@ def test_views_count_as_one_video() -> None:
     assert output.logits.exp().sum(1).tolist() == pytest.approx([1, 1])
     assert output.macs.tolist() == [3, 12]
     assert output.keep_ratio[0].tolist() == pytest.approx([6 / 18, 15 / 18])
-    batch = SimpleNamespace(images=clips, labels=torch.tensor([0, 0]), skipped=[])
-    result = measure(Model(), [batch], "cpu")  # type: ignore[arg-type, list-item]
+    batch = Batch(clips, torch.tensor([0, 0]), torch.arange(2), [])
+    result = measure(Model(), [batch], "cpu")  # type: ignore[arg-type]
     assert (result["top1"], result["images"]) == (50.0, 2)
 
 

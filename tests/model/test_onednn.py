@@ -229,3 +229,30 @@ def test_hooks_and_adapters_on_a_layer_are_honoured():
         want = logits(model, x)
     assert (before - want).abs().max() > 1e-4
     torch.testing.assert_close(logits(model, x), want, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("where", ["mlp.fc1", "mlp.fc2", "attn.qkv", "attn.proj"])
+def test_an_adapter_around_any_linear_layer(where):
+    """LoRA as peft wraps it, with neither ``weight`` nor ``out_features``: wrapped, the layer computes what it did."""
+
+    class Adapter(nn.Module):
+        def __init__(self, base_layer):
+            super().__init__()
+            self.base_layer = base_layer
+            self.down, self.up = nn.Linear(48, 2, bias=False), nn.Linear(2, 1, bias=False)
+            nn.init.zeros_(self.up.weight)
+
+        def forward(self, x):
+            return self.base_layer(x) + self.up(self.down(x[..., :48]))
+
+    model, x = tiny(), torch.randn(2, 3, 32, 32)
+    model.pack_weights()
+    before = logits(model, x)
+    for block in model.backbone.blocks:
+        name, _, leaf = where.rpartition(".")
+        parent = block.get_submodule(name)
+        setattr(parent, leaf, Adapter(getattr(parent, leaf)))
+    torch.testing.assert_close(logits(model, x), before, atol=1e-5, rtol=1e-4)
+    again = iared2.from_timm(model.backbone).eval()
+    torch.testing.assert_close(logits(again, x), before, atol=1e-5, rtol=1e-4)
+    assert model.trace(x).macs.min() > 0

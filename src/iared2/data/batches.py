@@ -7,6 +7,7 @@ number of processes. Transforms are timm's. Knows nothing of models.
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,6 +46,16 @@ class Batch:
     boxes: Tensor | None = None
     """``(B, 4)`` float32 x0, y0, x1, y1 in pixels, the position of the labelled photo, if known; for clips
     ``(B, T, 4)``, the position of the object."""
+
+    @property
+    def views(self) -> int:
+        """V, the number of views per video; 1 for images."""
+        return self.images.shape[1] if self.images.ndim == 6 else 1
+
+    @property
+    def inputs(self) -> Tensor:
+        """The input of the model: the images, or all views of all videos ``(B·V, 3, T, H, W)``."""
+        return self.images.flatten(0, 1) if self.images.ndim == 6 else self.images
 
 
 def steps_per_epoch(samples: Sized, batch_size: int, world_size: int = 1) -> int:
@@ -195,7 +206,9 @@ class _Reading(Dataset[Batch]):
 
 def _load(reading: _Reading, workers: int) -> Iterator[Batch]:
     # a loader draws a seed for its workers: from its own generator, so that the run's does not advance
-    loader = DataLoader(reading, batch_size=None, num_workers=workers, generator=torch.Generator())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This DataLoader will create")  # also read in parallel on a single core
+        loader = iter(DataLoader(reading, batch_size=None, num_workers=workers, generator=torch.Generator()))
     read = 0
     for rows, batch in zip(reading.rows, loader, strict=True):
         read += len(batch.labels)

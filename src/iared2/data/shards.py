@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..atomic import whole
 from ..errors import InputError
 from .photo import photo_suffixes
 
@@ -127,11 +128,5 @@ def _label(text: dict[str, bytes], field: str, where: str) -> int:
 
 def _store(cache: Path, members: np.ndarray) -> None:
     """Cache the index; whole or not at all, since other processes may do the same at the same time."""
-    part = cache.with_suffix(f".{os.getpid()}.npy")
-    with suppress(OSError):  # no home directory, or a full disk: the next start reads the headers again
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            np.save(part, members)
-            os.replace(part, cache)
-        finally:
-            part.unlink(missing_ok=True)
+    with suppress(InputError), whole(cache, parents=True) as file:  # no home: the next start reads the headers again
+        np.save(file, members)

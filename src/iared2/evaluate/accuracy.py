@@ -111,9 +111,7 @@ def evaluate(
         skipped += [file for file, _ in batch.skipped]
         if not len(batch.labels):
             continue
-        x, labels = batch.images.to(device), batch.labels.to(device)
-        views = x.shape[1] if x.ndim == 6 else 1
-        x = x.flatten(0, 1) if x.ndim == 6 else x
+        x, labels, views = batch.inputs.to(device), batch.labels.to(device), batch.views
         keys = view_keys(batch, seed).to(device)
         runs: list[tuple[Any, ...]] = [(DENSE, dense, x)]
         for name, thresholds in settings.items():

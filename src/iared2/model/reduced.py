@@ -191,6 +191,6 @@ class ReducedVisionTransformer(Facade):
         self.threshold = calibrate.thresholds_for(self, images, keep=keep, gmacs=gmacs, latency_ms=latency_ms)
         return self.thresholds or ()
 
-    def save(self, path: Path | str, half: bool = False) -> None:
+    def save(self, path: Path | str, half: bool = False, int8: bool = False) -> None:
         """Write weights and configuration to one file (`file.save`); ``iared2.load`` reads it."""
-        file.save(self, path, half)
+        file.save(self, path, half, int8)

@@ -115,8 +115,9 @@ def _as_image(photo: str | Path | Image.Image | np.ndarray) -> Image.Image:
         if is_video(photo):
             raise InputError(f"{photo}: a video, and this model takes photos; give a video model with -c")
         return read_photo(photo)
-    if isinstance(photo, Image.Image):
+    if isinstance(photo, Image.Image) and all(photo.size):
         return to_rgb(upright(photo))
-    if photo.dtype != np.uint8 or photo.ndim != 3 or photo.shape[2] != 3 or not photo.size:
-        raise InputError(f"a photo as an array is (H, W, 3) uint8 RGB, not {photo.shape} {photo.dtype}")
-    return Image.fromarray(photo)
+    if isinstance(photo, np.ndarray) and photo.dtype == np.uint8 and photo.shape[2:] == (3,) and photo.size:
+        return Image.fromarray(photo)
+    what = f"{photo.shape} {photo.dtype}" if isinstance(photo, np.ndarray) else f"{photo!r:.80}"
+    raise InputError(f"a photo is a path, a PIL image with pixels or an (H, W, 3) uint8 RGB array, not {what}")

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..model import file as saved
 from ..model.decide import Decision
+from ..model.quantize import dequantized
 from ..model.reduced import ReducedVisionTransformer
 from .build import from_timm
 
@@ -51,11 +52,12 @@ def load(path: Path | str | None = None) -> ReducedVisionTransformer:
 
 def _load_ours(path: Path) -> ReducedVisionTransformer:
     tensors, config = saved.read(path)
-    saved.check_values(tensors, path)
     try:
+        tensors = dequantized(tensors)
         arguments = saved.check(config)
     except InputError as error:
         raise InputError(f"{path} does not describe a model: {error}") from None
+    saved.check_values(tensors, path)
     model = filled(arguments, tensors, path)
     num_keep = config["num_keep"]
     model.decision = Decision(config["threshold"] if num_keep is None else None, num_keep, config["max_tokens"])
@@ -166,6 +168,7 @@ def read_foreign(path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path} cannot be used: it holds a {type(contents).__name__}, not tensors by their names")
     if sum(t.numel() for t in contents.values() if isinstance(t, Tensor)) > size:  # repeated by a stride of 0
         raise InputError(f"{path} cannot be used: it promises more numbers than it holds")
+    contents = dequantized(contents)
     saved.check_values(contents, path)
     return {name: tensor.detach() for name, tensor in clean_state_dict(contents).items()}
 

@@ -164,6 +164,8 @@ def read_recipe(path: Path | str, settings: Sequence[str] = ()) -> Recipe:
     Raises:
         InputError: no such file, not TOML, an unknown key (with close matches) or a value of the wrong type.
     """
+    if Path(path).exists() and not Path(path).is_file():  # a pipe, or a device, may never end
+        raise InputError(f"the recipe {path} is not a file")
     try:
         tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
