@@ -15,7 +15,7 @@ from iared2.evaluate.speed import command
 
 
 def more(model, workload):
-    """Token merging with the r that costs what ours costs."""
+    """Token merging with the r that matches our MACs."""
     r = r_for(model, workload.gmacs)
     return {f"merging, r = {r}": (lambda images: merging(model, images, r), merging_gmacs(model, r))}
 

@@ -1,7 +1,7 @@
 """Write the measured figures into the pages that show them: `python docs/figures.py`.
 
-A page has them between `<!-- figures NAME -->` and `<!-- /figures -->`; NAME is a file in docs/figures/, written by the
-command that stands in the page. `box` is evaluated on Tiny-ImageNet, as the model card says:
+Each block lies between `<!-- figures NAME -->` and `<!-- /figures -->`. NAME is a file in docs/figures/, written by the
+command in the page. `box` is evaluated on Tiny-ImageNet, as the model card says:
 
     OMP_NUM_THREADS=1 iared2 evaluate box DATA --json docs/figures/box.json
 """

@@ -122,13 +122,11 @@ def _open(arguments: argparse.Namespace, model: ReducedVisionTransformer) -> tup
         return open_for(frames, data, "eval", clips), train_samples
     except NoSplit:  # then the holdout of the training is new to the model
         if share and not arguments.all:
-            message = (
-                f"there is no split to evaluate on: taking the {share:.0%} that training put aside; --all takes all"
-            )
+            message = f"there is no split to evaluate on: using the {share:.0%} that training held out; --all uses all"
             print(message, file=sys.stderr)
             return open_for(frames, replace(data, holdout=share), "holdout", clips), train_samples
         if share:
-            print("warning: if this is what the model was trained on, it has seen most of it", file=sys.stderr)
+            print("warning: if the model was trained on this data, it has seen most of it", file=sys.stderr)
         return open_for(frames, data, "eval", clips, whole=True), train_samples
 
 

@@ -14,7 +14,7 @@ from ..errors import InputError
 
 SCALE = ".scale"
 SMALLEST = 4096
-"""Tensors with fewer values (biases, norms, tokens) are stored in float16: they take little space and are more sensitive."""
+"""Tensors with fewer values (biases, norms, tokens) are stored in float16: small, and more sensitive."""
 
 
 def quantized(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
