@@ -1,9 +1,9 @@
-"""Bipartite token merging in the manner of ToMe (Bolya et al., ICLR 2023), written from the paper for comparison.
+"""Bipartite token merging similar to ToMe (Bolya et al., ICLR 2023), implemented from the paper for comparison.
 
-In every block, between attention and MLP, tokens are dealt into two sets; each token of the first proposes a merge with
-the most similar one of the second, by the cosine of their keys (mean over heads); the ``r`` best proposals are carried
-out as means weighted by how many patches a token stands for. Attention adds the log of that size to its logits. The
-class token never proposes. Linear layers are the fast ones that our own blocks use.
+In every block, between attention and MLP, tokens are split into two sets. Each token of the first set proposes a merge
+with the most similar token of the second, by the cosine of their keys (mean over heads). The ``r`` best proposals are
+merged as means weighted by the number of patches per token. Attention adds the log of that size to its logits. The
+class token never proposes. The linear layers are the fast ones of our own blocks.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def merge(x: Tensor, size: Tensor, key: Tensor, r: int) -> tuple[Tensor, Tensor]
 
 
 def merging_gmacs(model: Any, r: int) -> float:
-    """Multiply-adds of an image in 10⁹, the similarities included."""
+    """10⁹ MACs per image, including the similarities."""
     backbone = model.backbone
     n, width = backbone.patch_embed.num_patches + backbone.num_prefix_tokens, backbone.embed_dim
     macs = backbone.patch_embed.num_patches * backbone.patch_embed.proj.weight.numel() + backbone.head.weight.numel()
@@ -92,5 +92,5 @@ def merging_gmacs(model: Any, r: int) -> float:
 
 
 def r_for(model: Any, gmacs: float) -> int:
-    """The r whose multiply-adds come nearest."""
+    """The r whose MACs are closest."""
     return min(range(model.backbone.patch_embed.num_patches), key=lambda r: abs(merging_gmacs(model, r) - gmacs))

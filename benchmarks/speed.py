@@ -1,4 +1,4 @@
-"""`iared2 bench` with one more rival, token merging at the same multiply-adds (merging.py). Takes the same arguments.
+"""`iared2 bench` with one more baseline, token merging at the same MACs (merging.py). Takes the same arguments.
 
 python benchmarks/speed.py --json docs/figures/speed-cpu-fp32.json
 """
@@ -15,7 +15,7 @@ from iared2.evaluate.speed import command
 
 
 def more(model, workload):
-    """Token merging with the r that costs what ours costs."""
+    """Token merging with the r that matches our MACs."""
     r = r_for(model, workload.gmacs)
     return {f"merging, r = {r}": (lambda images: merging(model, images, r), merging_gmacs(model, r))}
 

@@ -1,7 +1,7 @@
 """Write the measured figures into the pages that show them: `python docs/figures.py`.
 
-A page has them between `<!-- figures NAME -->` and `<!-- /figures -->`; NAME is a file in docs/figures/, written by the
-command that stands in the page. `box` is evaluated on Tiny-ImageNet, as the model card says:
+Each block lies between `<!-- figures NAME -->` and `<!-- /figures -->`. NAME is a file in docs/figures/, written by the
+command in the page. `box` is evaluated on Tiny-ImageNet, as the model card says:
 
     OMP_NUM_THREADS=1 iared2 evaluate box DATA --json docs/figures/box.json
 """
@@ -24,7 +24,7 @@ PAGES = (
     ROOT / "docs" / "results.md",
     ROOT / "docs" / "speed.md",
 )
-RIVALS = "masked", "padded to the longest", "merging"
+BASELINES = "masked", "padded to the longest", "merging"
 BLOCK = re.compile(r"(<!-- figures ([\w-]+) -->\n).*?(?=<!-- /figures -->)", re.DOTALL)
 
 
@@ -38,14 +38,14 @@ def table(name: str) -> str:
 
 
 def experiment(result: dict[str, Any]) -> str:
-    """A table of experiments/tables.py as it was written."""
+    """A table of experiments/tables.py, unchanged."""
     lines = [f"{result['title']} `{result['command']}`", "", f"| {' | '.join(result['columns'])} |"]
     lines += ["|---" * len(result["columns"]) + "|", *(f"| {' | '.join(row)} |" for row in result["rows"]), ""]
     return "\n".join([*lines, *(f"- {note}" for note in result["notes"]), ""])
 
 
 def evaluation(result: dict[str, Any]) -> str:
-    """A table, and where it comes from."""
+    """A table and its source."""
     reduced, dense, random = result["variants"]
     rows = [
         "| model | top-1 % | patches alive after each group | GMACs | images/s |",
@@ -58,7 +58,7 @@ def evaluation(result: dict[str, Any]) -> str:
         [
             f"The model in the box, its shipped weights, on the {result['images']:,} validation photos of its classes",
             "in Tiny-ImageNet: `OMP_NUM_THREADS=1 iared2 evaluate box DATA --json docs/figures/box.json`. Images/s:",
-            "forward passes alone in batches of 64, float32, the three taking turns on one CPU core.",
+            "forward passes alone in batches of 64, float32, the three models taking turns on one CPU core.",
             "",
             *rows,
             "",
@@ -67,17 +67,17 @@ def evaluation(result: dict[str, Any]) -> str:
 
 
 def explanations(result: dict[str, Any]) -> str:
-    """One table a kind of measure, the first method and those within its interval in bold."""
+    """One table per kind of measure; the best method and those within its interval in bold."""
     rows = [
         MethodResult(row["method"], row["milliseconds"], {n: Estimate(**e) for n, e in row["measures"].items()})
         for row in result["methods"]
     ]
     bench = Benchmark(**{**result, "methods": rows})
-    lines = [f"{headline(bench)}. Bold: the first, and who lies within its interval.", ""]
+    lines = [f"{headline(bench)}. Bold: the best method, and those within its interval.", ""]
     for kind in dict.fromkeys(measure.kind for measure in bench.columns):
         columns = [measure for measure in bench.columns if measure.kind == kind]
         with_time = kind == "localisation"
-        head = ["method", *(m.name + ARROWS[m.sign] for m in columns), *["ms an image"] * with_time]
+        head = ["method", *(m.name + ARROWS[m.sign] for m in columns), *["ms per image"] * with_time]
         lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
         for row in bench.methods:
             cells = [f"`{row.method}`"]
@@ -90,7 +90,7 @@ def explanations(result: dict[str, Any]) -> str:
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
     lines += [
-        f"One reduced forward pass takes {bench.forward_milliseconds:.2f} ms an image. Probability lost and agreement:",
+        f"One reduced forward pass takes {bench.forward_milliseconds:.2f} ms per image. Probability lost, agreement:",
         f"the dense prediction after all but {100 * bench.keep_ratio:.0f} % of the patches are blanked ({bench.fill}).",
         "",
     ]
@@ -98,7 +98,7 @@ def explanations(result: dict[str, Any]) -> str:
 
 
 def speed(result: dict[str, Any]) -> str:
-    """Ours beside each rival, one line a batch size."""
+    """Ours and each baseline, one row per batch size."""
     lines = [
         f"{result['title']}. `{bench_command(result)}`",
         "",
@@ -108,7 +108,7 @@ def speed(result: dict[str, Any]) -> str:
     ]
     for one in result["speed"]:
         rows = {row["name"].split(", r =")[0]: row for row in one["rows"]}
-        names = "dense, timm", "dense, timm, compiled", "ours", "ours, compiled", *RIVALS
+        names = "dense, timm", "dense, timm, compiled", "ours", "ours, compiled", *BASELINES
         ours, dense, compiled = rows["ours"], rows["dense, timm"], rows.get("ours, compiled")
         against = f"{compiled['efficiency'] * compiled_dense(rows):.2f}" if compiled else "–"
         cells = [f"{rows[name]['images_per_second']:.1f}" if name in rows else "–" for name in names]
@@ -120,12 +120,12 @@ def speed(result: dict[str, Any]) -> str:
 
 
 def compiled_dense(rows: dict[str, Any]) -> float:
-    """Efficiency is against the faster dense model: what turns it into one against the compiled model."""
+    """Efficiency is against the faster dense model; this factor converts it to the compiled model."""
     return 1 / rows["dense, timm, compiled"]["speed_up"]
 
 
 def bench_command(result: dict[str, Any]) -> str:
-    """The command that measured it, as far as it differs from the defaults."""
+    """The command that measured it, without the arguments that are defaults."""
     given = result["arguments"]
     merging = any(row["name"].startswith("merging") for one in result.get("speed", ()) for row in one["rows"])
     words = ["python benchmarks/speed.py" if merging else "iared2 bench"]
@@ -139,7 +139,7 @@ def bench_command(result: dict[str, Any]) -> str:
 
 
 def training(result: dict[str, Any]) -> str:
-    """A step of each stage."""
+    """One row per step of each stage."""
     lines = [
         f"{result['title'].split(';')[0]}, group 1. `{bench_command(result)}`",
         "",

@@ -1,7 +1,7 @@
-"""Point the links of the Markdown pages at the right lines of code: `python docs/fix_links.py`.
+"""Update the line numbers in links from the Markdown pages to the code: `python docs/fix_links.py`.
 
-A link to a line is written [`name`](../src/file.py#L1), whatever the number. A name, such as `reward` or `Output.macs`,
-is found where it is defined. Any other text, such as `x[rows] * 2`, is found on the one line of the file that has it.
+Write a link to a line as [`name`](../src/file.py#L1), with any number. A name, such as `reward` or `Output.macs`, links
+to its definition. Any other text, such as `x[rows] * 2`, links to the only line of the file that contains it.
 """
 
 from __future__ import annotations

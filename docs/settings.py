@@ -1,7 +1,7 @@
 """Write docs/recipes.md from the recipe's dataclasses: `python docs/settings.py`.
 
-Reads the source, runs none of it. A setting is a field of `Recipe` or of the dataclasses that it is made of; the string
-after a field is its meaning.
+Parses the source and runs none of it. A setting is a field of `Recipe` or of its nested dataclasses. The string after a
+field is its meaning.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ INTRODUCTION = """\
 <!-- Written by docs/settings.py from the docstrings of the dataclasses. Change those, not this page. -->
 # Recipes
 
-A recipe is a TOML file that says what a run does. Where the data lie and where the results go is said beside it:
+A recipe is a TOML file that describes a training run. The command line adds the data and the output folder:
 
 ```
 iared2 train RECIPE --data PATH -o RUN
 ```
 
-The files in [recipes/](../recipes) are complete runs; each says in its header what it costs and what it gives. Whatever
-a recipe leaves out has the default below. The default lengths of the stages are the published ones
-([method.md, section 3](method.md#3-schedule)), which begin from a trained backbone: set `model.pretrained` or
-`model.checkpoint`, or give `[backbone]` some epochs. Single settings can be changed on the command line:
+The files in [recipes/](../recipes) are complete runs. The header of each states its cost and its result. Settings that
+a recipe leaves out have the defaults below. By default, the stages have the published lengths
+([method.md, section 3](method.md#3-schedule)) and start from a trained backbone: set `model.pretrained` or
+`model.checkpoint`, or set `backbone.epochs`. `--set` changes single settings on the command line:
 
 ```
 iared2 train RECIPE --data PATH -o RUN --set finetune.epochs=2 --set model.groups=4
 ```
 
-An unknown setting, a value of the wrong type or out of its range is an error before anything runs. To go on with a run
-that was killed or stopped (Ctrl-C), give the same command again. The recipe must then be the same, but for
-`checkpoint_minutes`, `data.path` and `data.workers`. On several processes the same command runs under `torchrun
---nproc-per-node N -m iared2.cli train ...`; `batch_size` is then of each process. One GPU, eight, several machines, and
-the forms of data: [scale.md](scale.md).
+An unknown setting, or a value of the wrong type or out of its range, is an error before anything runs. To resume a run
+that was killed or stopped (Ctrl-C), give the same command again. The recipe must be the same, except for
+`checkpoint_minutes`, `data.path` and `data.workers`. For several processes, run the command as `torchrun
+--nproc-per-node N -m iared2.cli train ...`. `batch_size` is per process. [scale.md](scale.md) describes one GPU, eight
+GPUs, several machines, and the data formats.
 """
 
 Fields = list[tuple[str, str, ast.expr | None, str]]

@@ -1,6 +1,6 @@
 """What the experiments share: train a variant unless it is there, measure it image by image, compare, write a table.
 
-A *variant* is a recipe and settings. Its run is a folder; a finished one is not trained again, a killed one goes on.
+A *variant* is a recipe and settings. Its run is a folder; a finished one is not trained again, a killed one is resumed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from iared2.data.device_dataset import ResidentImages
 from iared2.data.images import DataConfig, open_samples
 from iared2.errors import InputError
 from iared2.measure import view_keys
-from iared2.model.baselines import KINDS as RIVALS
+from iared2.model.baselines import KINDS as BASELINES
 from iared2.model.calibrate import thresholds_for
 from iared2.model.decide import Decide, by_share
 from iared2.train.curriculum import build_model, train
@@ -82,11 +82,11 @@ class Measured:
 
     Attributes:
         correct: ``(n,)`` bool.
-        macs: ``(n,)`` multiply-adds.
+        macs: ``(n,)`` MACs.
         kept: ``(D, n, N)`` bool.
         scores: ``(D, n, N)``.
         dense_macs: of the backbone alone.
-        draws: the n rows are so many passes over the same images.
+        draws: number of passes over the same images that the n rows hold.
     """
 
     correct: np.ndarray
@@ -102,7 +102,7 @@ class Measured:
 
     @property
     def share(self) -> float:
-        """Multiply-adds as a share of the dense backbone's."""
+        """MACs as a share of the dense backbone's."""
         return float(self.macs.mean() / self.dense_macs)
 
     @property
@@ -143,25 +143,25 @@ class Trained:
 
     @property
     def by_count(self) -> bool:
-        """Whether every image keeps as many patches as the others."""
-        return self.recipe.policy.decisions in RIVALS or self.recipe.policy.equal_counts
+        """Whether every image keeps the same number of patches."""
+        return self.recipe.policy.decisions in BASELINES or self.recipe.policy.equal_counts
 
     def at(self, share: float) -> Decide:
-        """The learned decision at a share of the dense multiply-adds: thresholds chosen on the holdout, or counts."""
+        """The learned decision at a share of the dense MACs: thresholds chosen on the holdout, or counts."""
         if self.by_count:
             return by_share(self.shares_at(share))
         gmacs = share * self.model.dense_macs / 1e9
         return self.model.decision.at(thresholds_for(self.model, self.sample(self.model), gmacs=gmacs))
 
     def shares_at(self, share: float) -> list[float]:
-        """The recipe's shares to the one power with which they cost at most ``share`` of the dense multiply-adds."""
+        """The recipe's shares to the one power at which they cost at most ``share`` of the dense MACs."""
         patches = self.model.backbone.patch_embed.num_patches
         for alpha in np.arange(0, 8, 0.002):
             shares = [keep**alpha for keep in self.recipe.policy.keep]
             counts = torch.tensor([[round(patches * s)] for s in shares])
             if int(self.model.count_macs(counts)) <= share * self.model.dense_macs:
                 return shares
-        raise InputError(f"no counts cost less than {share:.0%} of the dense multiply-adds")
+        raise InputError(f"no counts cost less than {share:.0%} of the dense MACs")
 
     def measure(self, decide: Decide | None = None, part: Part = "eval") -> Measured:
         """One pass over the images of a split, in float32."""
@@ -185,7 +185,7 @@ class Trained:
 
 @cache
 def split(config: DataConfig, part: Part, size: int) -> ResidentImages | ClutteredImages:
-    """A split, decoded once a process."""
+    """A split, decoded once per process."""
     if config.clutter:
         found = open_cluttered(config, part, config.clutter)
         photos, copy = found.photos, torch.arange(CANVASES).repeat_interleave(len(found))
@@ -218,7 +218,7 @@ def shares(keep: list[float]) -> str:
 
 
 def row(name: str, m: Measured, *more: str) -> list[str]:
-    """What every table says of a model: name, top-1, patches alive, multiply-adds."""
+    """What every table says of a model: name, top-1, patches alive, MACs."""
     return [name, f"{m.top1:.1f}", shares(m.keep_ratio), f"{100 * m.share:.0f} %", *more]
 
 

@@ -1,4 +1,4 @@
-"""Where decisions look: how much of the score and of the kept patches lies on the object, and pictures of it."""
+"""Localisation of decisions: share of the score and of the kept patches on the object, and pictures."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 
 def maps(file: Path, runs: dict[str, Trained]) -> None:
-    """The example photos over the scores of the second group, one row a run, each map stretched over its own range."""
+    """The example photos over the scores of the second group, one row per run, each map scaled to its own range."""
     photos = [Image.open(path).convert("RGB") for path in sorted(EXAMPLES.glob("*.jpg"))]
     figure = Figure(figsize=(1.6 * len(photos), 1.6 * (1 + len(runs))), layout="constrained")
     axes = figure.subplots(1 + len(runs), len(photos))
@@ -38,7 +38,7 @@ def maps(file: Path, runs: dict[str, Trained]) -> None:
 
 
 def upside_down(keep: list[float]) -> Decide:
-    """Keep the lower scores, as many."""
+    """Keep the same number of patches, those with the lowest scores."""
 
     def decide(scores: torch.Tensor, alive: torch.Tensor, group: int) -> torch.Tensor:
         return top_k(-scores, alive, alive.new_full((1,), round(keep[group] * alive.shape[1]), dtype=torch.int64))
@@ -47,7 +47,7 @@ def upside_down(keep: list[float]) -> Decide:
 
 
 def score_share(scores: np.ndarray, inside: np.ndarray) -> float:
-    """Mean rank (0…1) of the patches in the box ÷ mean rank of all, over living patches; 1 is chance."""
+    """Mean rank (0…1) of the patches in the box ÷ mean rank of all, over the patches alive; 1 is chance."""
     ratios = []
     for s, box in zip(scores, inside, strict=True):
         alive = s > 0
@@ -59,7 +59,7 @@ def score_share(scores: np.ndarray, inside: np.ndarray) -> float:
 
 
 def centre_like(kept: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """As many patches of each image, those nearest to the middle: ``(B, N)`` bool."""
+    """The same number of patches per image, those nearest to the centre: ``(B, N)`` bool."""
     axes = [torch.linspace(-1, 1, size) for size in grid]
     scores = -torch.cartesian_prod(*axes).square().sum(1).expand(len(kept), -1)
     return top_k(scores, torch.ones_like(kept), kept.sum(1))

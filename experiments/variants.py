@@ -32,7 +32,7 @@ CLUTTER_BACKBONE = {
 }
 CLUTTER_OURS = ["policy.keep=[1.0, 0.2, 0.12, 0.08]"]
 MERGED = ["model.dropped='merged'", "policy.equal_counts=true"]
-GENTLE = [1.0, 0.7, 0.5, 0.4]  # at 65 % of the multiply-adds
+GENTLE = [1.0, 0.7, 0.5, 0.4]  # at 65 % of the MACs
 SIGMOID = [  # the paper's interpreter, from noise, and what suits it
     "model.interpreter='sigmoid'",
     "policy.temperature=0.2",

@@ -107,9 +107,9 @@ def test_moving_from_command_to_files(experiments: Any, data: Path, tmp_path: Pa
         "dense",
         "ours",
         "ours at 39 %",
-        "random, as many as ours",
+        "random, same count as ours",
         "paper",
-        "random, as many as paper",
+        "random, same count as paper",
     ]
     assert (tmp_path / "moving.png").stat().st_size > 10_000
 

@@ -15,17 +15,17 @@ from .errors import InputError
 
 @contextmanager
 def whole(path: Path | str, parents: bool = False, errors: type[Exception] = OSError) -> Iterator[Path]:
-    """A place to write a file at, which becomes ``path`` when the block ends, or is removed if the block raises.
+    """A temporary path to write a file to; it becomes ``path`` when the block ends, or is removed if the block raises.
 
     Other files that the block writes beside it move to the folder of ``path`` first, ``path`` itself last.
 
     Args:
-        path: of the file. What a link points to is replaced; a device, such as ``/dev/stdout``, is written to.
-        parents: make the folders that are missing.
+        path: the file. For a link, its target is replaced; a device, such as ``/dev/stdout``, is written to.
+        parents: create missing folders.
         errors: what the writer raises besides ``OSError``.
 
     Raises:
-        InputError: the file cannot be written. What was there before is still there.
+        InputError: the file cannot be written. An existing file is unchanged.
     """
     target = Path(os.path.realpath(path))
     try:

@@ -1,4 +1,4 @@
-"""The command line: it finds the command's module, and leaves the work to it."""
+"""The command line: finds the module of a command and runs it."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from importlib.metadata import version
 
 from .errors import InputError
 
-COMMANDS = {  # name -> a module with add_arguments() and run(), and what the command does
+COMMANDS = {  # name -> a module with add_arguments() and run(), and the help text
     "interpret": ("predict.command", "show which patches of a photo the model keeps"),
-    "figure": ("predict.figure", "the figures of the paper for your photos, for print"),
-    "train": ("train.command", "train a model by Algorithm 1; a killed run goes on where it was"),
-    "evaluate": ("evaluate.command", "top-1, patches kept, MACs and speed on labelled images or videos"),
-    "bench": ("evaluate.speed.command", "speed: reduced against dense, masked, padded and random, in one run"),
+    "figure": ("predict.figure", "draw the figures of the paper for your photos, for print"),
+    "train": ("train.command", "train a model with Algorithm 1, or resume a killed run"),
+    "evaluate": ("evaluate.command", "measure top-1, patches kept, MACs and speed on labelled images or videos"),
+    "bench": ("evaluate.speed.command", "compare the speed with dense, masked, padded and random baselines"),
     "export": ("export", "write a static model: ONNX or torch.export"),
-    "explain-bench": ("evaluate.explanations.command", "methods of explanation against measures, on boxes or masks"),
-    "demo": ("demo.command", "a page to play with, in the browser"),
+    "explain-bench": ("evaluate.explanations.command", "measure methods of explanation on boxes or masks"),
+    "demo": ("demo.command", "serve a demo page for the browser"),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; 0 if all went well. What a person got wrong is one line on stderr and status 1."""
+    """Run one command. Returns 0 on success; a user error prints one line on stderr and returns 1."""
     warnings.formatwarning = lambda message, *_, **__: f"note: {message}\n"  # without the line of code that warns
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
@@ -36,12 +36,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, (path, text) in COMMANDS.items():
         command = commands.add_parser(name, help=text)
-        if name in argv[:1]:  # the others' modules need not be imported
+        if name in argv[:1]:  # the modules of other commands need not be imported
             module = import_module(f".{path}", __package__)
             module.add_arguments(command)
             command.set_defaults(run=module.run)
     arguments = parser.parse_args(argv)
-    for stream in (sys.stdout, sys.stderr):  # a file name that the terminal cannot show must not end the work
+    for stream in (sys.stdout, sys.stderr):  # a file name that the terminal cannot show must not stop the command
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     logging.getLogger("timm").setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""The device a model runs on: whether it is there, its precision and memory, and time on it, which may run ahead."""
+"""The device a model runs on: availability, precision, memory, and timing of asynchronous work."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .errors import InputError
 
 
 def usable_device(name: str | torch.device) -> torch.device:
-    """The device, after a first number was computed on it.
+    """The device, checked by a first computation.
 
     Raises:
-        InputError: there is no such device here.
+        InputError: the device is not available.
     """
     try:
         device = torch.device(name)
@@ -30,7 +30,7 @@ def usable_device(name: str | torch.device) -> torch.device:
 
 
 def widest_float(device: torch.device | str) -> torch.dtype:
-    """For sums and shares: float64 on a CPU and on CUDA, float32 elsewhere, since MPS has no more."""
+    """For sums and shares: float64 on a CPU and on CUDA, float32 elsewhere, since MPS has no float64."""
     return torch.float64 if torch.device(device).type in ("cpu", "cuda") else torch.float32
 
 
@@ -44,7 +44,7 @@ def timed(device: torch.device | str, run: Callable[..., Any], *args: Any) -> tu
 
 
 def peak_memory(device: torch.device | str, run: Callable[..., Any], *args: Any) -> int | None:
-    """Bytes that ``run(*args)`` needed at once, beyond what was held before it; None where that cannot be told.
+    """Peak memory of ``run(*args)`` in bytes, beyond what was held before it; None where it cannot be measured.
 
     On CUDA those of torch's allocator. On a CPU the growth of the process' resident set, to a megabyte or two, buffers
     of libraries included: before the run, free memory is given back and the high-water mark reset, which Linux with
@@ -74,12 +74,12 @@ def _resident(field: str) -> int:
 
 
 def synchronize(device: torch.device | str) -> None:
-    """Wait until the device has done what it was asked to."""
-    if torch.device(device).type != "cpu":  # a CPU has always done what it was asked to
+    """Wait until the device has finished its work."""
+    if torch.device(device).type != "cpu":  # a CPU works synchronously
         torch.accelerator.synchronize(device)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """For what must be computed in float32 whatever the precision of the rest."""
+    """Disable autocast, for computations that must run in float32."""
     on = torch.is_autocast_enabled(device.type)
     return torch.autocast(device.type, enabled=False) if on else nullcontext()

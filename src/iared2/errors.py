@@ -1,4 +1,4 @@
-"""The exceptions that are meant for people."""
+"""The exceptions that users see."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ MAX_MESSAGE = 900
 
 
 def printable(text: str) -> str:
-    """Text from a file or its name, safe to print: control characters, which a terminal obeys, become escapes.
+    """Text from a file or its name, safe to print: control characters are escaped, since a terminal obeys them.
 
-    Of more than ``MAX_MESSAGE`` characters the middle is left out.
+    The middle of a text of more than ``MAX_MESSAGE`` characters is left out.
     """
     if len(text) > MAX_MESSAGE:
         text = f"{text[: MAX_MESSAGE // 2]} … {text[-MAX_MESSAGE // 3 :]}"
@@ -16,7 +16,7 @@ def printable(text: str) -> str:
 
 
 class InputError(Exception):
-    """Something that a person gave is wrong.
+    """The user's input is wrong.
 
     The message is one line that says what is wrong, where, and what to do about it, ``printable``. The command line
     prints it without a traceback and exits with status 1; library users may catch it.
@@ -27,16 +27,16 @@ class InputError(Exception):
 
 
 class NoSplit(InputError):
-    """The data set is there, but has no such split."""
+    """The data set exists, but has no such split."""
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal ended a training run; the same command goes on with it.
+    """A signal stopped a training run; the same command resumes it.
 
     Attributes:
         status: exit status of the process, 128 + the signal's number, as shells report it.
     """
 
-    def __init__(self, signal: int, message: str = "stopped; the same command goes on") -> None:
+    def __init__(self, signal: int, message: str = "stopped; the same command resumes the run") -> None:
         super().__init__(message)
         self.signal, self.status = signal, 128 + signal

@@ -16,19 +16,19 @@ _SITE_SEED, _SITE_ORDER = -1, -2  # callers' sites are not negative
 
 
 def sample_keys(seed: int, epoch: int, samples: Tensor) -> Tensor:
-    """One key an image: ``samples (B,)`` int64, positions in the data set -> ``(B,)`` int64."""
+    """One key per image: ``samples (B,)`` int64, positions in the data set -> ``(B,)`` int64."""
     key = _hash(torch.full_like(samples, seed))
     key = _hash(key + epoch)
     return _hash(key + samples)
 
 
 def uniform(keys: Tensor, site: int, n: int) -> Tensor:
-    """Uniform draws, one row an image.
+    """Uniform draws, one row per image.
 
     Args:
         keys: ``(B,)`` int64 of ``sample_keys``.
-        site: 0 or more, names the place of use; the same key draws other numbers at another site.
-        n: draws an image. The first ones are the same for any ``n``.
+        site: 0 or more, identifies the place of use; the same key draws different numbers at another site.
+        n: draws per image. The first ones are the same for any ``n``.
 
     Returns:
         ``(B, n)`` float32, multiples of 2^-24 in [0, 1).
@@ -44,7 +44,7 @@ def permutation(seed: int, epoch: int, n: int) -> Tensor:
 
 
 def python_seeds(keys: Tensor) -> list[int]:
-    """A seed in [0, 2^32) for each of ``keys (B,)``: what the generators of Python, numpy and torch all take."""
+    """A seed in [0, 2^32) for each of ``keys (B,)``, valid for the generators of Python, numpy and torch."""
     return _shift(_at(keys, _SITE_SEED), 32).tolist()
 
 

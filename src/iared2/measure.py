@@ -1,4 +1,4 @@
-"""The one pass that counts: top-1, patches kept and MACs of a reduced model on labelled batches."""
+"""Top-1, patches kept and MACs of a reduced model on labelled batches, in one pass."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .device import widest_float
 from .model.decide import Decide
 from .model.reduced import Output, ReducedVisionTransformer
 
-RANDOM_EPOCH = 1 << 30  # keys of what is drawn in evaluation, apart from those of training
+RANDOM_EPOCH = 1 << 30  # keys of draws in evaluation, distinct from those of training
 
 
 def measure(
@@ -30,8 +30,8 @@ def measure(
         model: in evaluation mode.
         batches: of ``data.eval_batches``.
         device: where the model is.
-        decide: the decision; by default the model's threshold.
-        reduce: sums over processes, such as ``Accelerator.reduce``.
+        decide: the decision; by default ``model.decision``.
+        reduce: a sum over processes, such as ``Accelerator.reduce``.
 
     Returns:
         ``top1`` in percent, ``keep_ratio`` a list of D shares after each group, ``gmacs`` mean 10⁹ MACs per image,
@@ -57,14 +57,14 @@ def measure(
 
 
 def counts(output: Output, labels: Tensor) -> Tensor:
-    """Sums over some images: right answers, MACs, and the share of patches kept after each group, ``(2 + D,)``."""
+    """Sums over images: correct predictions, MACs, and the share of patches kept after each group, ``(2 + D,)``."""
     right = (output.logits.argmax(1) == labels).sum()
     wide = widest_float(labels.device)
     return torch.stack([x.to(wide) for x in (right, output.macs.sum(), *output.keep_ratio.sum(1))])
 
 
 def view_keys(batch: Batch, seed: int = 0) -> Tensor:
-    """``(B,)`` int64 keys of what is drawn for each image in evaluation; of several views of a video ``(B·V,)``."""
+    """``(B,)`` int64 keys of the draws for each image in evaluation; ``(B·V,)`` for several views of a video."""
     keys = [keyed.sample_keys(seed, RANDOM_EPOCH + view, batch.samples) for view in range(batch.views)]
     return torch.stack(keys, 1).flatten()
 
@@ -72,9 +72,9 @@ def view_keys(batch: Batch, seed: int = 0) -> Tensor:
 def trace(
     model: ReducedVisionTransformer, images: Tensor, decide: Decide | None = None, keys: Tensor | None = None
 ) -> Output:
-    """``model.trace``, also of several views of a video, ``(B, V, 3, T, H, W)``.
+    """``model.trace``, also for several views of a video, ``(B, V, 3, T, H, W)``.
 
-    Their probabilities are averaged, their MACs added up, and their patches stand side by side: the logits
+    For several views, probabilities are averaged, MACs are summed, and patches are concatenated: the logits
     ``(B, K)`` are logarithms of the mean, scores and kept are ``(D, B, V·N)``.
     """
     if images.ndim < 6:
@@ -83,7 +83,7 @@ def trace(
 
 
 def by_video(output: Output, views: int) -> Output:
-    """What was found in ``B·V`` clips, as of B videos of V views each; see `trace`."""
+    """Combine the output of ``B·V`` clips into that of B videos with V views each; see `trace`."""
     return Output(
         logits=output.logits.float().softmax(-1).unflatten(0, (-1, views)).mean(1).log(),
         scores=output.scores.unflatten(1, (-1, views)).flatten(2),

@@ -1,4 +1,4 @@
-"""`iared2 evaluate` finds the images again that training put aside, and says which ones it takes."""
+"""`iared2 evaluate` finds the images again that training held out, and says which ones it uses."""
 
 from __future__ import annotations
 
@@ -59,11 +59,11 @@ def test_the_part_that_was_put_aside(run: Path, folder: Path, capsys: pytest.Cap
     assert held + trained == 40
     images, said = evaluated(capsys, run, folder, "--budget", "1")
     assert images == held
-    assert "taking the 40% that training put aside; --all takes all" in said
+    assert "using the 40% that training held out; --all uses all" in said
     assert f"calibrated on {trained} of training images" in said
     images, said = evaluated(capsys, run, folder, "--all", "--budget", "1")
     assert images == 40
-    assert "warning: if this is what the model was trained on, it has seen most of it" in said
+    assert "warning: if the model was trained on this data, it has seen most of it" in said
     assert f"calibrated on {trained} of training images" in said
 
 
@@ -73,7 +73,7 @@ def test_a_split_to_evaluate_on_is_taken_as_it_is(
     (tmp_path / "train").symlink_to(folder)
     images, said = evaluated(capsys, run, tmp_path)
     assert 0 < images < 40
-    assert "put aside" in said
+    assert "held out" in said
     write_folder(tmp_path / "val", each=3)
     images, said = evaluated(capsys, run, tmp_path)
     assert images == 6

@@ -145,7 +145,7 @@ def test_threshold(new_page: NewPage) -> None:
     page = new_page()
     heat, hierarchy = changes(page, "heat"), changes(page, "hierarchy")
     set_threshold(page, 0)
-    shows(page, ALL, "the same answer")
+    shows(page, ALL, "the same prediction")
     heat()
     hierarchy()
     hierarchy = changes(page, "hierarchy")

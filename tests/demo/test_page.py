@@ -103,7 +103,7 @@ def test_controls_change_the_answer(predictor: Predictor) -> None:
     assert ["hierarchy" for other in others[:3] if not np.array_equal(other["hierarchy"], usual["hierarchy"])] == []
     everything = ask(predictor, None, threshold=0)
     assert "100 → 100 → 100 %" in everything["facts"]
-    assert "the same answer" in everything["facts"]
+    assert "the same prediction" in everything["facts"]
     assert "0 → 0 → 0 %" in ask(predictor, None, threshold=1)["facts"]
 
 
@@ -174,9 +174,9 @@ def test_the_oldest_results_make_room(predictor: Predictor, tmp_path: Path) -> N
     del held[2]  # its visitor has left
     held.append(memory.hold(found))
     assert [len(one) for one in held] == [0, 0, 3, 3]
-    with pytest.raises(gr.Error, match="Change anything"):
+    with pytest.raises(gr.Error, match="Change any setting"):
         archive(str(tmp_path), held[0])
-    with pytest.raises(gr.Error, match="Change anything"):
+    with pytest.raises(gr.Error, match="Change any setting"):
         select(held[0], gr.SelectData(None, {"index": 0, "value": None}))
 
 

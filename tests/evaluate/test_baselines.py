@@ -1,4 +1,4 @@
-"""The rivals compute what ours computes: otherwise their times would mean nothing."""
+"""The baselines compute what ours computes: otherwise their times would mean nothing."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 
 import iared2
 from iared2.errors import InputError
-from iared2.evaluate.speed import baselines as rivals
+from iared2.evaluate.speed import baselines
 from iared2.evaluate.speed.workload import by_the_policy, drawn
 from iared2.model import onednn
 
@@ -19,12 +19,12 @@ def make(name="deit_tiny_patch16_224", **kwargs):
     ).eval()
 
 
-@pytest.mark.parametrize("rival", [rivals.masked, rivals.padded])
+@pytest.mark.parametrize("baseline", [baselines.masked, baselines.padded])
 @pytest.mark.parametrize(
     "name", ["deit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2", "vit_medium_patch16_gap_256"]
 )
 @pytest.mark.parametrize("fast", [True, False])
-def test_same_logits(rival, name, fast, monkeypatch):
+def test_same_logits(baseline, name, fast, monkeypatch):
     if not fast:
         monkeypatch.setattr(onednn, "can_run", lambda *_: False)
     model, images = make(name), torch.randn(5, 3, 64, 64)
@@ -32,7 +32,7 @@ def test_same_logits(rival, name, fast, monkeypatch):
     assert len(set(workload.num_keep[-1].tolist())) > 2
     with torch.inference_mode():
         want = model.trace(images, workload.decide).logits
-        torch.testing.assert_close(rival(model, images, workload.decide), want, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(baseline(model, images, workload.decide), want, atol=1e-5, rtol=1e-4)
 
 
 def test_drawn_counts_follow_the_stated_distribution():

@@ -193,8 +193,8 @@ def test_what_the_first_group_drops_is_never_looked_at() -> None:
         blank = faith.blanked(images, output.kept[0], model.grid_size)
         again = model.trace(blank, decide=lambda scores, alive, group: output.kept[group])
         assert torch.equal(again.logits, output.logits)
-        rival = faith.blanked(images, ~output.kept[0], model.grid_size)
-        changed = model.trace(rival, decide=lambda scores, alive, group: output.kept[group])
+        other_blank = faith.blanked(images, ~output.kept[0], model.grid_size)
+        changed = model.trace(other_blank, decide=lambda scores, alive, group: output.kept[group])
         assert not torch.equal(changed.logits, output.logits)
 
 

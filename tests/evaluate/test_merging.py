@@ -1,4 +1,4 @@
-"""The benchmark's rival, token merging."""
+"""The benchmark's additional baseline: token merging."""
 
 from __future__ import annotations
 

@@ -128,7 +128,7 @@ def test_training(checkpoint, capsys):
 
 
 def test_the_timed_stages_keep_the_stated_share(checkpoint):
-    """The ratio of multiply-adds that a step is held to is that of the step."""
+    """The ratio of MACs that a step is compared with is that of the step."""
     from iared2.train.finetune import FinetuneStage
     from iared2.train.policy_gradient import PolicyGradientStage
     from iared2.train.reward import RewardConfig

@@ -13,7 +13,7 @@ TINY = {"img_size": (48, 32), "patch_size": 8, "embed_dim": 48, "num_heads": 3, 
 KEYS = keyed.sample_keys(0, 0, torch.arange(5))
 
 
-def rival(kind, name="deit_tiny_patch16_224"):
+def baseline(kind, name="deit_tiny_patch16_224"):
     model = sharp_model((name, {**TINY, "depth": 6}))
     for group in range(model.num_groups):
         model.interpreters[group] = baseline_scores(kind, model, group)
@@ -22,7 +22,7 @@ def rival(kind, name="deit_tiny_patch16_224"):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_loop_keeps_exact_shares_by_them_and_none_of_their_weights(kind):
-    model = rival(kind)
+    model = baseline(kind)
     assert not any(name.startswith("interpreters") for name in model.state_dict())
     with torch.no_grad():
         out = model.trace(sharp_images(), by_share((0.75, 0.5, 0.3)))
@@ -35,7 +35,7 @@ def test_the_loop_keeps_exact_shares_by_them_and_none_of_their_weights(kind):
 
 
 def test_random_scores_are_a_function_of_the_keys():
-    model, images = rival("random"), sharp_images()
+    model, images = baseline("random"), sharp_images()
     order = torch.tensor([3, 0, 4, 1, 2])
     first, second = (model.score(model.embed(images, KEYS), group) for group in range(2))
     assert torch.equal(model.score(model.embed(images[order] + 1, KEYS[order]), 0), first[order])
@@ -48,7 +48,7 @@ def test_random_scores_are_a_function_of_the_keys():
 @pytest.mark.parametrize("grid", [(6, 4), (5, 5), (1, 3)])
 def test_centre_scores_are_symmetric_and_fall_outwards(grid):
     scores = CentreScores(grid)
-    packed = rival("centre").embed(sharp_images(2))
+    packed = baseline("centre").embed(sharp_images(2))
     if grid == (6, 4):
         found = scores(packed)
         assert torch.equal(found[0], found[1])
@@ -69,7 +69,7 @@ def test_centre_scores_are_symmetric_and_fall_outwards(grid):
     "name", ["deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "vit_base_patch16_siglip_224"]
 )
 def test_attention_scores_are_the_raw_attention_of_the_groups_first_block(name):
-    model, images = rival("attention", name), sharp_images()
+    model, images = baseline("attention", name), sharp_images()
     model.threshold = 0.0  # nothing is dropped
     with torch.no_grad():
         for group, blocks in enumerate(model.groups):

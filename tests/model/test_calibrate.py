@@ -60,7 +60,7 @@ def test_a_budget_holds_on_other_images_too(model, images):
 
 
 def test_latency_lies_between_the_extremes(model, images, monkeypatch):
-    """A clock that counts multiply-adds: the search is tested, not this machine."""
+    """A clock that counts MACs: the search is tested, not this machine."""
     from iared2.model import calibrate as budget
 
     def clock(device, run, image, decide):

@@ -269,7 +269,7 @@ def test_every_shipped_recipe_can_be_read():
         assert path.read_text().startswith("#"), "a recipe's header says cost, data and expected result"
 
 
-# ---- budgets, rivals, canvases: in this process, a few steps ---------------------------------------------------------
+# ---- budgets, baselines, canvases: in this process, a few steps ------------------------------------------------------
 
 BUDGET = """
 seed = 3
@@ -394,7 +394,7 @@ def test_what_is_calibrated_before_each_stage(tmp_path, folder, budget, monkeypa
 
 
 @pytest.mark.parametrize("decisions", ["random", "attention", "centre", "gumbel"])
-def test_rivals_run_the_same_stages(tmp_path, folder, budget, decisions):
+def test_baselines_run_the_same_stages(tmp_path, folder, budget, decisions):
     output = tmp_path / "run"
     more = settings(f"policy.decisions={decisions}", "reward.label='true'", "finetune.distill=0.0")
     assert main(command(budget, folder, output, *more)) == 0

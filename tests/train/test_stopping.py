@@ -115,7 +115,7 @@ def test_a_signal_anywhere_leaves_a_checkpoint_from_which_the_run_goes_on_exactl
         last = capsys.readouterr().err.splitlines()[-1]
         assert left[0] < 0, what
         assert last.startswith("stopped at "), (what, last)
-        assert last.endswith("the same command goes on there")
+        assert last.endswith("the same command resumes the run")
         step = int(last.split("step ")[1].split(";")[0])
         assert load_state(tmp_path / "broken" / "state.safetensors").position.step == step, what
         assert not (tmp_path / "broken" / "model.safetensors").exists()
@@ -129,7 +129,7 @@ def test_a_signal_anywhere_leaves_a_checkpoint_from_which_the_run_goes_on_exactl
 def test_a_signal_before_the_first_step_is_one_line(tmp_path, train, capsys, monkeypatch):
     monkeypatch.setattr("iared2.train.curriculum.open_data", lambda recipe: os.kill(os.getpid(), signal.SIGTERM))
     assert train("run") == 143
-    assert capsys.readouterr().err.splitlines() == ["stopped; the same command goes on"]
+    assert capsys.readouterr().err.splitlines() == ["stopped; the same command resumes the run"]
     assert not (tmp_path / "run").exists()
 
 

@@ -1,4 +1,4 @@
-"""Samples in batches that depend on nothing but their keys.
+"""Batches of samples that depend on nothing but their keys.
 
 The order and the augmentation of the samples are pure functions of seed, epoch and sample (keyed.py), whatever the
 number of processes. Transforms are timm's. Knows nothing of models.
@@ -28,7 +28,7 @@ from .images import Samples, Transform
 from .photo import reason
 
 MAX_UNREADABLE = 100
-"""So many unreadable images in a row end a run: it is the data set that is broken, not an image."""
+"""Number of unreadable images in a row that stops a run, since the data set must be broken."""
 
 
 @dataclass
@@ -40,29 +40,29 @@ class Batch:
     labels: Tensor
     """``(B,)`` int64."""
     samples: Tensor
-    """``(B,)`` int64, positions in the data set, which key the draws, even where another image had to step in."""
+    """``(B,)`` int64, positions in the data set, which key the draws, even if an unreadable image was replaced."""
     skipped: list[tuple[str, str]]
     """File name and reason of each image that could not be read."""
     boxes: Tensor | None = None
-    """``(B, 4)`` float32 x0, y0, x1, y1 in pixels, where the labelled photo lies, if that is known; of clips
-    ``(B, T, 4)``, where the object lies."""
+    """``(B, 4)`` float32 x0, y0, x1, y1 in pixels, the position of the labelled photo, if known; for clips
+    ``(B, T, 4)``, the position of the object."""
 
     @property
     def views(self) -> int:
-        """V, the views of each video; 1 for images."""
+        """V, the number of views per video; 1 for images."""
         return self.images.shape[1] if self.images.ndim == 6 else 1
 
     @property
     def inputs(self) -> Tensor:
-        """What the model takes: the images, or all views of all videos ``(B·V, 3, T, H, W)``."""
+        """The input of the model: the images, or all views of all videos ``(B·V, 3, T, H, W)``."""
         return self.images.flatten(0, 1) if self.images.ndim == 6 else self.images
 
 
 def steps_per_epoch(samples: Sized, batch_size: int, world_size: int = 1) -> int:
-    """Whole batches of ``batch_size`` images for each of ``world_size`` processes in one pass.
+    """Number of full batches of ``batch_size`` images for each of ``world_size`` processes in one pass.
 
     Raises:
-        InputError: not even one.
+        InputError: there is none.
     """
     steps = len(samples) // (batch_size * world_size)
     if steps == 0:
@@ -85,19 +85,19 @@ def train_batches(
     world_size: int = 1,
     workers: int = 0,
 ) -> Iterator[Batch]:
-    """One shuffled pass, the incomplete batch at its end left out.
+    """One shuffled pass without the incomplete batch at its end.
 
-    Batch k of all processes together is the same ``batch_size * world_size`` images however many they are and however
-    they are read. An image that cannot be read is replaced by the next one in the data set.
+    Batch k of all processes together consists of the same ``batch_size * world_size`` images for any number of
+    processes and readers. An image that cannot be read is replaced by the next one in the data set.
 
     Args:
         samples: the data set.
         transform: image -> ``(3, H, W)``; may draw from the global generators of Python, numpy and torch's CPU.
         seed, epoch: key of the order and, with the sample, of the transform's draws.
-        batch_size: images of a batch in this process.
-        start_step: begin with this batch, as if those before had been read.
-        rank, world_size: which process this is, of how many.
-        workers: reading processes; 0: this one reads.
+        batch_size: images per batch in this process.
+        start_step: start with this batch, as if the earlier ones had been read.
+        rank, world_size: rank of this process, and number of processes.
+        workers: reading processes; 0: this process reads.
 
     Raises:
         InputError: the data set is smaller than one batch, or has ``MAX_UNREADABLE`` unreadable images in a row.
@@ -113,7 +113,7 @@ def eval_batches(
 ) -> Iterator[Batch]:
     """One pass in order; process ``rank`` reads every ``world_size``-th batch.
 
-    Arguments as in ``train_batches``. An image that cannot be read is left out: a batch may be short, or empty.
+    Arguments as in ``train_batches``. An image that cannot be read is left out, so a batch may be short or empty.
 
     Raises:
         InputError: none of this process's images can be read.
@@ -125,11 +125,11 @@ def eval_batches(
 def eval_transform(
     input_size: Sequence[int], mean: Sequence[float], std: Sequence[float], interpolation: str = "bicubic"
 ) -> Transform:
-    """timm's transform for evaluation, of the *whole* image: a heat map must cover the photo.
+    """timm's transform for evaluation, on the *whole* image, since a heat map must cover the photo.
 
     Args:
         input_size: ends with H, W.
-        mean, std: per channel, of values in [0, 1]; one number makes grey images, ``(1, H, W)``.
+        mean, std: per channel, for values in [0, 1]; one number gives grey images, ``(1, H, W)``.
         interpolation: "bicubic", "bilinear" …
     """
     size = tuple(input_size[-2:])
@@ -139,7 +139,7 @@ def eval_transform(
 
 
 def clip_length(pretrained_cfg: dict[str, Any]) -> int:
-    """T of a model for clips, whose input size is ``(3, T, H, W)``; 0 of one for images."""
+    """T for a model of clips, whose input size is ``(3, T, H, W)``; 0 for a model of images."""
     size = pretrained_cfg["input_size"]
     return size[1] if len(size) == 4 else 0
 
@@ -147,8 +147,8 @@ def clip_length(pretrained_cfg: dict[str, Any]) -> int:
 def model_transform(pretrained_cfg: dict[str, Any]) -> Transform:
     """The evaluation transform for a model: the whole image, in the size and normalisation of its ``pretrained_cfg``.
 
-    Of a model for clips, whose input size is ``(3, T, H, W)``, it takes the frames of a clip, or of several, in a row.
-    What the dictionary leaves out is timm's default. Training, evaluation and the tool all look through this one.
+    For a model of clips, whose input size is ``(3, T, H, W)``, it takes the frames of one clip or of several in a row.
+    Missing entries have timm's defaults. Training, evaluation and the tool all use this transform.
     """
     cfg = resolve_data_config(pretrained_cfg=pretrained_cfg)
     frame = eval_transform(cfg["input_size"], cfg["mean"], cfg["std"], cfg["interpolation"])
@@ -160,14 +160,14 @@ def _transform_clip(frame: Transform, length: int, images: Iterable[Image.Image]
 
 
 def as_clips(frames: Tensor, length: int) -> Tensor:
-    """Frames ``(V·T, 3, H, W)`` of V clips, one after the other -> ``(V, 3, T, H, W)``; of one ``(3, T, H, W)``."""
+    """Frames ``(V·T, 3, H, W)`` of V consecutive clips -> ``(V, 3, T, H, W)``; ``(3, T, H, W)`` for one clip."""
     clips = frames.unflatten(0, (-1, length)).transpose(1, 2)
     return clips[0] if len(clips) == 1 else clips
 
 
 @dataclass(frozen=True)
 class _Reading(Dataset[Batch]):
-    """Batches by number, for a DataLoader without batching of its own."""
+    """Batches by number, for a DataLoader without automatic batching."""
 
     samples: Samples
     transform: Transform
@@ -205,9 +205,9 @@ class _Reading(Dataset[Batch]):
 
 
 def _load(reading: _Reading, workers: int) -> Iterator[Batch]:
-    # a loader draws a seed for its workers: from a generator of its own, lest the run's would advance
+    # a loader draws a seed for its workers: from its own generator, so that the run's does not advance
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "This DataLoader will create")  # on a single core, too, reading must not wait
+        warnings.filterwarnings("ignore", "This DataLoader will create")  # also read in parallel on a single core
         loader = iter(DataLoader(reading, batch_size=None, num_workers=workers, generator=torch.Generator()))
     read = 0
     for rows, batch in zip(reading.rows, loader, strict=True):
@@ -232,7 +232,7 @@ def _seed_generators(seed: int) -> None:
 
 @contextmanager
 def _own_generators() -> Iterator[None]:
-    """Whoever reads in the main process gets its generators back as they were."""
+    """Restore the generators of the main process after reading in it."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     try:
         yield

@@ -1,15 +1,15 @@
-"""Videos as files: what is in one, which frames to take, and those frames as Pillow images. Knows nothing of models.
+"""Videos as files: their frames and times, and frames as Pillow images. Does not depend on models.
 
     open_video(path)              -> Video     the times of all frames; decodes one
-    video.sample(frames, …)       -> indices   T frames by *time*, so that a variable rate does no harm
+    video.sample(frames, …)       -> indices   T frames by *time*, which handles variable frame rates
     video.frames(indices)         -> images    one at a time: upright, square pixels, 8-bit RGB
 
-PyAV reads them and not torchcodec: PyAV's wheel brings its own FFmpeg, and writes video too; torchcodec needs FFmpeg on
-the system and a build for the very torch that is installed. Both decode with the same library.
+The package is PyAV, not torchcodec: the wheel of PyAV contains FFmpeg, and PyAV also writes videos. torchcodec needs
+FFmpeg on the system and a build for the installed torch. Both decode with the same library.
 
-A film is never in memory. Times come from the packets, which are not decoded; a frame is decoded from the keyframe
-before it, or from where the decoder stands if no keyframe lies between. Where packets have no times (raw streams), one
-pass decodes and counts, and frames are read from the beginning.
+A video is never in memory as a whole. Times come from the packets, which are not decoded. A frame is decoded from the
+keyframe before it, or from the current position of the decoder if no keyframe lies in between. If packets have no times
+(raw streams), one pass decodes and counts, and frames are read from the beginning.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ SUFFIXES = {
     *(".3gp", ".asf", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg"),
     *(".mpg", ".mts", ".ogv", ".qt", ".ts", ".vob", ".webm", ".wmv"),
 }
-"""Files that are taken for videos before they are opened. GIFs are read as well, but may as well be photos."""
+"""Suffixes of files that count as videos before they are opened. GIFs are also read, but may be photos."""
 INDEXED = "mov", "matroska", "avi"
-"""Containers that know how long they are and where each keyframe lies. In others FFmpeg estimates the first, and after
-a jump also the times of the frames, so these are decoded from the beginning."""
+"""Containers that store their length and the position of each keyframe. In others, FFmpeg estimates the length, and
+after a seek also the times of the frames, so these are decoded from the beginning."""
 MISSING = 0.5
-"""Seconds (and 2 %) by which a file may be shorter than its header says before it counts as cut short."""
+"""Seconds (plus 2 %) by which a file may be shorter than its header says before it counts as truncated."""
 
 
 def pyav() -> Any:
@@ -52,7 +52,7 @@ def pyav() -> Any:
 
 
 def is_video(path: str | Path) -> bool:
-    """Whether the name says so."""
+    """Whether the name has the suffix of a video."""
     return Path(path).suffix.lower() in SUFFIXES
 
 
@@ -63,14 +63,14 @@ def find_videos(patterns: Sequence[str | Path]) -> list[Path]:
 
 @dataclass(frozen=True, eq=False)
 class Video:
-    """A file that can be read, by ``open_video``.
+    """A readable video file, from ``open_video``.
 
     Attributes:
         path: the file.
-        times: ``(n,)`` float64, when each frame appears, in seconds from the first one, increasing.
-        duration: seconds until the last frame goes; above 0.
+        times: ``(n,)`` float64, the time of each frame in seconds from the first one, increasing.
+        duration: seconds until the last frame ends; above 0.
         width, height: as shown: upright and with square pixels.
-        rotation: degrees counter-clockwise, a multiple of 90, by which frames lie in the file; ``frames`` turns them.
+        rotation: degrees counter-clockwise, a multiple of 90, of frames in the file; ``frames`` rotates them.
     """
 
     path: Path
@@ -80,9 +80,9 @@ class Video:
     height: int
     rotation: int
     _positions: np.ndarray
-    """``(n,)`` int64, the frames' times in the units of the file; 0…n−1 if they are found by counting."""
+    """``(n,)`` int64, the frames' times in the units of the file; 0…n−1 if frames are counted."""
     _keys: np.ndarray
-    """Indices of frames from which decoding can begin; 0 is one."""
+    """Indices of frames at which decoding can start; includes 0."""
     _by_count: bool
 
     def __len__(self) -> int:
@@ -91,13 +91,13 @@ class Video:
     def sample(
         self, frames: int, span: float | None = None, place: float = 0.5, offset: float | np.ndarray = 0.5
     ) -> np.ndarray:
-        """Which frames to take: those on the screen at T moments, one in each of T equal segments of a window.
+        """The frames on the screen at T moments, one in each of T equal segments of a window.
 
         Args:
             frames: T.
-            span: seconds of the window; None, or more than there are: all of the video.
-            place: of the window, from 0, at the beginning, to 1, at the end.
-            offset: of the moment in its segment, in [0, 1); one number, or ``(T,)``.
+            span: seconds of the window; None, or more than the duration: the whole video.
+            place: of the window, from 0 (beginning) to 1 (end).
+            offset: of the moment within its segment, in [0, 1); one number, or ``(T,)``.
 
         Returns:
             ``(T,)`` int64, not decreasing; a frame repeats where the video has too few.
@@ -107,10 +107,10 @@ class Video:
         return np.searchsorted(self.times, moments, side="right").clip(1) - 1
 
     def frames(self, indices: Iterable[int]) -> Iterator[Image.Image]:
-        """The frames of these indices, which must not decrease; each is decoded when it is asked for.
+        """The frames of these indices, which must not decrease; each is decoded on demand.
 
         Raises:
-            InputError: the video is damaged where a frame is wanted.
+            InputError: the video is damaged at a requested frame.
         """
         indices, done = list(indices), 0
         for seek in (True, False):  # where the container finds no way to a keyframe, from the beginning
@@ -125,7 +125,7 @@ class Video:
         raise InputError(f"{self.path}: frame {number} cannot be decoded; the video is damaged, copy it again")
 
     def read(self, indices: np.ndarray) -> list[Image.Image]:
-        """The frames of these indices, in any order; one that repeats is one image."""
+        """The frames of these indices, in any order; repeated indices share one image."""
         unique, inverse = np.unique(indices, return_inverse=True)
         images = list(self.frames(unique))
         return [images[i] for i in inverse]
@@ -133,7 +133,7 @@ class Video:
     def _frames(self, indices: list[int], seek: bool) -> Iterator[Image.Image]:
         with _opened(self.path) as (container, stream):
             decoded = self._decoded(container, stream)
-            now = ahead = None  # position and frame: what is on the screen, and what comes next if it is out already
+            now = ahead = None  # position and frame: the one on the screen, and the next one if it is decoded already
             for index in indices:
                 want = self._positions[index]
                 key = self._positions[self._keys[np.searchsorted(self._keys, index, side="right") - 1]]
@@ -166,14 +166,14 @@ _TURNS = {90: Image.Transpose.ROTATE_90, 180: Image.Transpose.ROTATE_180, 270: I
 
 
 class _NotFound(Exception):
-    """The frame that is wanted does not come, or comes damaged."""
+    """The requested frame is missing or damaged."""
 
 
 def open_video(path: str | Path) -> Video:
-    """Look into a video: reads all of the file, decodes its first frame.
+    """Open a video: reads the whole file, decodes its first frame.
 
     Raises:
-        InputError: no such file, empty, not a video, a photo, only sound, too large, cut short or damaged.
+        InputError: no such file, empty, not a video, a photo, only sound, too large, truncated or damaged.
     """
     path = Path(path)
     with _opened(path) as (container, stream):
@@ -222,7 +222,7 @@ def open_video(path: str | Path) -> Video:
 
 
 def _decoded_times(path: Path, unit: float, rate: float) -> np.ndarray:
-    """When each frame appears, in seconds, by decoding all of them, one at a time."""
+    """The time of each frame in seconds, by decoding all of them, one at a time."""
     with _opened(path) as (container, stream):
         times = np.array([np.nan if frame.pts is None else frame.pts * unit for frame in container.decode(stream)])
     return times - times[0] if (np.diff(times) > 0).all() else np.arange(len(times)) / rate
@@ -237,7 +237,7 @@ def _seek(container: Any, stream: Any, position: int) -> None:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
-    """The container and its first video stream; whatever FFmpeg finds wrong with the file is an ``InputError``."""
+    """The container and its first video stream; errors of FFmpeg become an ``InputError``."""
     av = pyav()
     check_file(path, "a video")
     is_open = False

@@ -1,4 +1,4 @@
-"""A set where the answer is known: labelled photos among pieces of other photos, and where they lie.
+"""A synthetic set with known informative patches: labelled photos among pieces of other photos, with positions.
 
     open_cluttered(config, split, canvas) -> ClutteredImages
     .train_batches(augment, …), .eval_batches(mean, std, …) -> Batch, with its boxes
@@ -6,10 +6,10 @@
 
 A canvas is a stack of layers, lowest first: cells that fill it all, loose pieces that overlap, and three or four whole
 squares that do not. One of the whole squares, any of them, is the labelled photo. All layers show a picture in the same
-way: side, crop, mirror image and colours are drawn alike, and each pixel is sampled once, from a source of the same
-size. So the photo differs from the other whole squares in what it shows, not in place, size, shape, seam or sharpness.
+way: side, crop, mirror image and colours have the same distribution, and each pixel is sampled once, from a source of
+the same size. So the photo differs from the other whole squares only in content, not in position, size or sharpness.
 
-Made on the fly on the photos' device; what is drawn is a pure function of the keys (keyed.py). Knows nothing of models.
+Computed on the fly on the photos' device. Draws are a pure function of the keys (keyed.py). Does not depend on models.
 Shape letters of this file: B canvases, L layers, V pixels along a canvas's side, S pixels along a source's side.
 """
 
@@ -50,14 +50,14 @@ MAX_FILLING = 4000
 
 
 class _Layers(NamedTuple):
-    """What lies on a batch of canvases; x and y in pixels."""
+    """The layers of a batch of canvases; x and y in pixels."""
 
     low: Tensor
-    """``(B, L, 2)`` upper left corner of what is shown."""
+    """``(B, L, 2)`` upper left corner of the visible part."""
     high: Tensor
     """``(B, L, 2)`` its lower right corner."""
     origin: Tensor
-    """``(B, L, 2)`` upper left corner of the whole picture, of which a piece is cut."""
+    """``(B, L, 2)`` upper left corner of the whole picture, from which the piece is cut."""
     side: Tensor
     """``(B, L, 1)`` side of the whole picture."""
     photo: Tensor
@@ -70,7 +70,7 @@ class ClutteredImages(MadeOfPhotos):
 
     Attributes:
         photos: the labelled photos, ``(n, 3, S, S)``.
-        filling: ``(m, 3, S, S)`` uint8 on the same device, to cut pieces from; put in the order of their labels.
+        filling: ``(m, 3, S, S)`` uint8 on the same device, from which pieces are cut; sorted by label.
         filling_labels: ``(m,)`` int64, their labels, −1 for a class outside the label set. No piece on a canvas has the
             label of its photo.
         canvas: side of a canvas in pixels.
@@ -113,17 +113,17 @@ class ClutteredImages(MadeOfPhotos):
 
         Args:
             rows: ``(B,)`` int64, places in ``photos``.
-            keys: ``(B,)`` int64, of which all draws are functions.
+            keys: ``(B,)`` int64, which determine all draws.
 
         Returns:
-            ``(B, 3, V, V)`` uint8, and ``(B, 4)`` float32 x0, y0, x1, y1 in pixels, where the photos lie.
+            ``(B, 3, V, V)`` uint8, and ``(B, 4)`` float32 x0, y0, x1, y1 in pixels, the positions of the photos.
         """
         pixels, boxes = self._render(rows, keys, None)
         return (pixels * 255).round().to(torch.uint8), boxes
 
     def train_batch(self, places: Tensor, keys: Tensor, augment: BatchAugment) -> Batch:
-        """Crop, mirror image and colours change each picture before it is cut and pasted, the photo like all others; a
-        box is erased from the canvas.
+        """Crop, mirror image and colours change each picture, including the photo, before it is cut and pasted. A box
+        is erased from the canvas.
         """
         pixels, boxes = self._render(places, keys, augment)
         images = normalise(pixels, augment.mean, augment.std)
@@ -131,7 +131,7 @@ class ClutteredImages(MadeOfPhotos):
         return Batch(images, self.photos.labels[places], self.rows[places], [], boxes)
 
     def eval_batch(self, places: Tensor, mean: Sequence[float], std: Sequence[float]) -> Batch:
-        """``(B, 3, V, V)`` canvases, always the same of a photo."""
+        """``(B, 3, V, V)`` canvases, always the same for a photo."""
         pixels, boxes = self.canvases(places, self.eval_keys(places))
         return Batch(
             normalise(pixels.float() / 255, mean, std), self.photos.labels[places], self.rows[places], [], boxes
@@ -180,14 +180,14 @@ class ClutteredImages(MadeOfPhotos):
         return pixels, torch.cat([layers.low, layers.high], 2)[each, layers.photo]
 
     def _draw_filling(self, labels: Tensor, keys: Tensor, number: int) -> Tensor:
-        """``number`` places in ``filling`` a canvas, all those of another label than the photo's alike: ``(B, L)``."""
+        """``number`` places in ``filling`` per canvas, uniform over labels other than the photo's: ``(B, L)``."""
         first = torch.searchsorted(self.filling_labels, labels)[:, None]
         own = torch.searchsorted(self.filling_labels, labels, right=True)[:, None] - first
         place = (keyed.uniform(keys, SITE_SOURCES, number) * (len(self.filling) - own)).long()
         return place + torch.where(place >= first, own, 0)
 
     def _layers(self, keys: Tensor) -> _Layers:
-        """Sides of all pictures are drawn alike; the kinds of layers differ in what they show of them."""
+        """The sides of all pictures have the same distribution; the kinds of layers differ in the part they show."""
         rows = math.ceil(self.canvas / (0.8 * self.min_side))
         number = rows * rows + LOOSE + WHOLE
         side = _between(keyed.uniform(keys, SITE_SIDES, number), self.min_side, self.max_side)[..., None]
@@ -198,7 +198,7 @@ class ClutteredImages(MadeOfPhotos):
         return _Layers(low, high, origin, side, number - WHOLE + chosen)
 
     def _whole(self, side: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Three or four squares side by side, anywhere within their share of the canvas, and which is the photo."""
+        """Three or four squares side by side, anywhere within their share of the canvas, and the index of the photo."""
         draws = keyed.uniform(keys, SITE_WHOLE, 8 + 2 * WHOLE)
         column, left, right, three, chosen, transpose = draws[:, :6].unbind(1)
         a, b, c, d = side[..., 0].unbind(1)  # upper left, lower left, upper right, lower right
@@ -275,16 +275,16 @@ def open_cluttered(
     device: torch.device | str = "cpu",
     max_filling: int = MAX_FILLING,
 ) -> ClutteredImages:
-    """Decode one part of a data set, and from the same part what to fill the canvases with.
+    """Decode one part of a data set, with the filling of the canvases from the same part.
 
     Args:
-        config: the data set; its ``classes`` are the label set. The filling is of all other classes, and where there
+        config: the data set; its ``classes`` are the label set. The filling consists of all other classes or, if there
             are none, of the labelled photos themselves.
         split: as for `data.open_samples`.
         canvas: side of a canvas in pixels; photos get 5/16 to 1/2 of it.
         photo_size: side to which all photos are resized first.
         device: where to keep them.
-        max_filling: so many photos to cut from, a random choice that is always the same.
+        max_filling: number of photos to cut from, a fixed random choice.
 
     Raises:
         InputError: as `data.open_samples`, none of the photos can be read, or they are all of one class.
@@ -306,5 +306,5 @@ def open_cluttered(
 
 
 def _between(draws: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
-    """Whole numbers from ``low`` to ``high``, both among them."""
+    """Integers from ``low`` to ``high``, both included."""
     return low + (draws * (high - low + 1)).floor()

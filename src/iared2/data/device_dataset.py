@@ -1,7 +1,7 @@
-"""A data set that is decoded once, stays on the device, and is changed there in whole batches.
+"""A data set that is decoded once, stays on the device, and is augmented there in whole batches.
 
-For images that are small and many, where decoding and changing them one by one would take longer than the training
-step. What is drawn is a pure function of (seed, epoch, sample), as everywhere (keyed.py). Knows nothing of models.
+For many small images, where decoding and augmenting them one by one would take longer than the training step. Draws are
+a pure function of (seed, epoch, sample), as everywhere (keyed.py). Does not depend on models.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from .images import Samples
 SITE_AUGMENT = 3 << 20  # a site of keyed draws, apart from those of model/decide.py
 CROP_DRAWS, COLOUR_DRAWS, ERASE_DRAWS = 5, 3, 5
 EVAL_SEED = -1
-"""No run's."""
+"""Not the seed of any run."""
 
 
 @dataclass(frozen=True)
 class BatchAugment:
-    """Random changes of a batch on its device. The fields are those of `train.augment.AugmentConfig`."""
+    """Random augmentation of a batch on its device. The fields are those of `train.augment.AugmentConfig`."""
 
     min_scale: float
     hflip: float
@@ -49,10 +49,10 @@ class BatchAugment:
         return self.erase(normalise(pixels, self.mean, self.std), erase)
 
     def crop(self, draws: Tensor) -> tuple[Tensor, Tensor]:
-        """Where to look: a crop of a random share of the area and aspect 3:4 to 4:3, half of them mirrored.
+        """A crop of a random share of the area and aspect 3:4 to 4:3, half of them mirrored.
 
-        ``(…, CROP_DRAWS)`` draws -> zoom and shift, ``(…, 2)`` each, x and y: what comes to lie at ``at``, from −1 to 1
-        across the picture, is taken from ``zoom * at + shift``.
+        ``(…, CROP_DRAWS)`` draws -> zoom and shift, ``(…, 2)`` each, x and y: the pixel at ``at``, from −1 to 1 across
+        the picture, is sampled at ``zoom * at + shift``.
         """
         area, aspect, flip, x, y = draws.unbind(-1)
         area = self.min_scale + (1 - self.min_scale) * area
@@ -67,7 +67,7 @@ class BatchAugment:
         return 1 + self.color_jitter * (2 * draws - 1)
 
     def erase(self, pixels: Tensor, draws: Tensor) -> Tensor:
-        """A box of 2 to 33 % of the area becomes the mean colour: ``(B, 3, H, W)``, ``(B, ERASE_DRAWS)`` draws."""
+        """Set a box of 2 to 33 % of the area to the mean colour: ``(B, 3, H, W)``, ``(B, ERASE_DRAWS)`` draws."""
         if not self.random_erasing:
             return pixels
         happens, area, aspect, x, y = draws.unbind(1)
@@ -85,10 +85,10 @@ class BatchAugment:
 
 
 class DeviceDataset(ABC):
-    """Images or clips in memory that come in whole batches. What makes them is the subclass's; the passes are here."""
+    """Images or clips in memory, in whole batches. Subclasses create the batches; this class has the passes."""
 
     rows: Tensor
-    """``(n,)`` int64, positions in the data set; their device is where the batches are."""
+    """``(n,)`` int64, positions in the data set; the batches are on the same device."""
 
     skipped: list[tuple[str, str]]
     """File name and reason of each image that could not be read."""
@@ -115,7 +115,7 @@ class DeviceDataset(ABC):
         rank: int = 0,
         world_size: int = 1,
     ) -> Iterator[Batch]:
-        """One shuffled pass, the incomplete batch at its end left out; arguments as in `batches.train_batches`."""
+        """One shuffled pass without the incomplete batch at its end; arguments as in `batches.train_batches`."""
         steps = steps_per_epoch(self, batch_size, world_size)
         order = keyed.permutation(seed, epoch, len(self))[: steps * world_size * batch_size].to(self.rows.device)
         for places in order.view(steps, world_size, batch_size)[start_step:, rank]:
@@ -136,7 +136,7 @@ class ResidentImages(DeviceDataset):
     Attributes:
         images: ``(n, 3, H, W)`` uint8.
         labels: ``(n,)`` int64.
-        rows: ``(n,)`` int64, positions in the data set: an image that could not be read is not among them.
+        rows: ``(n,)`` int64, positions in the data set, without images that could not be read.
         skipped: file name and reason of each image that could not be read.
     """
 
@@ -166,7 +166,7 @@ class ResidentImages(DeviceDataset):
         return cls(images, labels, rows, [file for batch in batches for file in batch.skipped])
 
     def train_batch(self, places: Tensor, keys: Tensor, augment: BatchAugment) -> Batch:
-        """``(B, 3, H, W)`` images, changed by ``augment``."""
+        """``(B, 3, H, W)`` images, augmented by ``augment``."""
         return Batch(augment(self.images[places], keys), self.labels[places], self.rows[places], [])
 
     def eval_batch(self, places: Tensor, mean: Sequence[float], std: Sequence[float]) -> Batch:
@@ -176,7 +176,7 @@ class ResidentImages(DeviceDataset):
 
 
 class MadeOfPhotos(DeviceDataset):
-    """Made on the fly of photos in memory, one sample a photo."""
+    """Computed on the fly from photos in memory, one sample per photo."""
 
     photos: ResidentImages
 
@@ -191,12 +191,12 @@ class MadeOfPhotos(DeviceDataset):
         return self.photos.skipped
 
     def eval_keys(self, places: Tensor) -> Tensor:
-        """``(B,)`` keys of what is evaluated on: not the run's, so all runs are evaluated on the same."""
+        """``(B,)`` keys for evaluation, independent of the run's seed, so all runs are evaluated on the same images."""
         return keyed.sample_keys(EVAL_SEED, 0, self.rows[places])
 
 
 def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """``(B, 3, H, W)`` in [0, 1] -> mean 0 and deviation 1 per channel, where these are the data's; of one: grey."""
+    """Normalise ``(B, 3, H, W)`` in [0, 1] by mean and standard deviation per channel; grey for a single channel."""
     pixels = grey(pixels) if len(mean) == 1 else pixels
     return (pixels - pixels.new_tensor(mean)[:, None, None]) / pixels.new_tensor(std)[:, None, None]
 
@@ -206,7 +206,7 @@ def recolour(pixels: Tensor, factors: Tensor, mean: Tensor | None = None) -> Ten
 
     Args:
         pixels: ``(B, 3, H, W)`` in [0, 1].
-        factors: ``(B, 3, H, W)``, or 1 for H and W; 1 leaves brightness, contrast or saturation as it is.
+        factors: ``(B, 3, H, W)``, or 1 for H and W; a factor of 1 keeps brightness, contrast or saturation.
         mean: ``(B, 1, H, W)`` grey level about which contrast changes, of ``pixels`` as given; None: each picture's.
     """
     brightness, contrast, saturation = factors.split(1, 1)

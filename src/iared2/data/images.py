@@ -1,6 +1,6 @@
-"""The part of a labelled data set that a run asks for, with class numbers that mean the same in every split.
+"""The part of a labelled data set that a run uses, with the same class numbers in every split.
 
-sources.py finds and opens what is there, batches.py reads it. Knows nothing of models.
+sources.py finds and opens the data, batches.py reads it. Does not depend on models.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from .photo import load_image, to_rgb, upright
 from .sources import ALL, EVAL_NAMES, TRAIN_NAMES, Source, Splits, find_splits
 
 Transform = Callable[[Any], Tensor]
-"""Of an image, or of the images of a clip."""
+"""Transform of an image, or of the images of a clip."""
 
 HOLDOUT_SEED = 0
-"""Not the run's seed: runs of different seeds are compared on the same holdout, and `evaluate` finds it again."""
+"""Not the seed of the run: runs with different seeds share the holdout, and `evaluate` finds it again."""
 
 
 @dataclass(frozen=True)
@@ -39,24 +39,24 @@ class DataConfig:
     train_split: str = "train"
     """Split to train on."""
     eval_split: str = "validation"
-    """Split to evaluate on. "validation" also stands for val, valid and test, whichever is there first."""
+    """Split to evaluate on. "validation" also stands for val, valid and test, whichever exists first."""
     image_column: str = "image"
     """Column of the images, in parquet files and Hugging Face data sets."""
     label_column: str = "label"
     """Column of the integer labels, in parquet files and Hugging Face data sets; the field in KEY.json of shards."""
     classes: tuple[str, ...] = ()
-    """Use only these classes, numbered in this order, given by name, WordNet id or synonym; empty: all."""
+    """Use only these classes, in this order, given by name, WordNet id or synonym; empty: all."""
     holdout: float = 0.0
-    """Share of the training split that is put aside to choose settings on, in [0, 1). Each image is drawn by its path
-    in the data set, or its row in a table, so that `iared2 evaluate` finds the same ones again."""
+    """Share of the training split that is held out to choose settings on, in [0, 1). Each image is drawn by its path in
+    the data set, or its row in a table, so that `iared2 evaluate` finds the same images again."""
     workers: int = 2
-    """Processes that read images; 0: the main process does."""
+    """Processes that read images; 0: the main process reads."""
     clutter: int = 0
-    """Put every image, small and whole, somewhere on a canvas of so many pixels a side that is filled with pieces of
-    others: a set where it is known which patches matter (cluttered.py). 0: do not."""
+    """Side of a canvas in pixels: every image is placed on one, small and whole, among pieces of other images, so it is
+    known which patches are informative (cluttered.py). 0: off."""
     resident: bool = False
-    """Training decodes every image once, keeps all on the device at the model's input size, and changes them there in
-    whole batches. For data sets of small images: 100,000 of 64×64 take 1.2 GB."""
+    """Decode every training image once, keep all on the device at the model's input size, and augment them there in
+    whole batches. For data sets of small images: 100,000 images of 64×64 take 1.2 GB."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,11 +64,11 @@ class Samples(Dataset[tuple[Any, int]]):
     """An open data set. ``samples[i]`` is image i, upright 8-bit RGB, and its label; raises whatever decoders raise."""
 
     reader: Any
-    """Of a ``Source``."""
+    """The rows of a ``Source``."""
     rows: np.ndarray
     """``(n,)`` int64, the samples' positions in the reader."""
     labels: np.ndarray
-    """``(n,)`` int64 in 0…K−1; looking at them decodes no image."""
+    """``(n,)`` int64 in 0…K−1; reading them decodes no image."""
     class_names: tuple[str, ...]
     """K names."""
 
@@ -90,11 +90,11 @@ def open_samples(config: DataConfig, split: Literal["train", "holdout", "eval"],
     Args:
         config: the data set.
         split: "train" (without the holdout), "holdout" or "eval" (the holdout, if there is no split to evaluate on).
-        whole: for "eval", take a folder or file without splits as a whole. Training must not: it has trained on it.
+        whole: for "eval", use all of a folder or file without splits. Not for training, which has trained on it.
 
     Raises:
-        InputError: nothing there, not a data set, no such split, fewer than two classes, labels that are missing, out
-            of range or unknown in training, an unknown or ambiguous class, or no holdout.
+        InputError: the path does not exist, is no data set, or has no such split; fewer than two classes; labels that
+            are missing, out of range or unknown in training; an unknown or ambiguous class; or no holdout.
     """
     wanted = config.train_split, config.eval_split
     return choose(config, find_splits(config.path, config.image_column, config.label_column, wanted), split, whole)
@@ -143,7 +143,7 @@ def _pick(splits: Splits, names: Sequence[str]) -> Callable[[], Source] | None:
 
 
 def _renumbered(source: Source, names: tuple[str, ...], where: str) -> Source:
-    """With the class numbers of the training split."""
+    """Use the class numbers of the training split."""
     number = {name: i for i, name in enumerate(names)}
     for name in (source.names[label] for label in np.unique(source.labels)):
         if name not in number:
@@ -170,7 +170,7 @@ def _close(name: str, names: Iterable[str]) -> str:
 
 
 def _held_out(source: Source, share: float) -> np.ndarray:
-    """``(n,)`` bool: drawn for each sample by itself, so that others may come and go."""
+    """``(n,)`` bool: drawn per sample, so that other samples may be added or removed."""
     if not isinstance(share, (int, float)) or not 0 <= share < 1:
         raise InputError(f"data.holdout = {share} must be in [0, 1)")
     if not share:

@@ -1,8 +1,8 @@
-"""Photos as files: find them, read them, and bring any of them to 8-bit RGB. Knows nothing of models.
+"""Photos as files: find them, read them, and convert them to 8-bit RGB. Does not depend on models.
 
-What a camera, a scanner or a drawing program calls an image is read the way a viewer would show it: turned as its EXIF
-says, transparency over white, 16-bit grey scaled and not clipped. Colour profiles (ICC) are ignored, as they were when
-the backbones were trained. Of an animation the first frame is taken.
+Images of cameras, scanners and drawing programs are read as a viewer shows them: rotated according to EXIF, with
+transparency over white, and 16-bit grey scaled instead of clipped. Colour profiles (ICC) are ignored, as they were when
+the backbones were trained. The first frame of an animation is used.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ FORMATS = (
     *("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF", "JPEG2000", "JXL", "PPM", "PSD", "QOI", "DIB"),
     *("ICO", "ICNS", "PCX", "SGI", "XBM", "XPM", "TGA"),
 )
-"""Still images by Pillow's names, whatever the file is called. Of the others, some start programs (EPS), or are no
-photos. HEIF and JXL need a plug-in that is registered."""
+"""Formats of still images by Pillow's names; file names do not matter. Some others start programs (EPS) or are no
+photos. HEIF and JXL need a registered plug-in."""
 MAX_PIXELS, MAX_SIDE = 89_478_485, 65_535
-"""Larger photos are refused before they are decoded. Pillow suspects a bomb from there on; no JPEG is longer."""
+"""Larger photos are refused before decoding. Pillow suspects a bomb beyond this size; no JPEG is longer."""
 TOO_LARGE = f"too large, the limits are {MAX_PIXELS:,} pixels and {MAX_SIDE:,} a side; make it smaller first"
 _TURNS = dict(zip(range(2, 9), map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), strict=True))
-"""By EXIF orientation."""
+"""Transpositions by EXIF orientation."""
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any Pillow image as 8-bit RGB, transparent parts over white.
 
-    More than 8 bits of grey are scaled, where Pillow's own `convert` would clip: modes `I;16*` and `I` from the 16-bit
-    range, `F` from [0, 1] or [0, 255], and values outside these ranges from the smallest to the largest.
+    More than 8 bits of grey are scaled, where Pillow's `convert` would clip: modes `I;16*` and `I` from the 16-bit
+    range, `F` from [0, 1] or [0, 255], and values outside these ranges from minimum to maximum.
     """
     if image.mode == "F" or image.mode.startswith("I"):
         return _eight_bit(np.asarray(image)).convert("RGB")
@@ -54,7 +54,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bit(grey: np.ndarray) -> Image.Image:
-    """Grey levels of a wider type, (H, W), as an 8-bit image. What is not a number is black."""
+    """Grey levels of a wider type, (H, W), as an 8-bit image. NaN is black."""
     values = np.nan_to_num(grey.astype(np.float32), posinf=0, neginf=0)
     low, high = 0.0, 65535.0
     if grey.dtype.kind == "f":
@@ -70,10 +70,10 @@ def is_too_large(width: int, height: int) -> bool:
 
 
 def load_image(file: BinaryIO) -> Image.Image:
-    """A still image of one of ``FORMATS``, decoded; mode and direction are those of the file.
+    """A decoded still image in one of ``FORMATS``, with the mode and orientation of the file.
 
-    Text, colour profile and EXIF may be damaged. Raises `Image.DecompressionBombError` if it ``is_too_large`` (the
-    header tells, before decoding), and whatever else decoders raise.
+    Text, colour profile and EXIF may be damaged. Raises `Image.DecompressionBombError` if it ``is_too_large`` (from the
+    header, before decoding), and any exception of the decoders.
     """
     try:
         return _load(file)
@@ -100,7 +100,7 @@ def _load(file: BinaryIO) -> Image.Image:
 
 
 def _without_metadata(data: bytes) -> bytes:
-    """A PNG or JPEG with the blocks alone that make its pixels and their direction; empty if it is neither."""
+    """A PNG or JPEG reduced to the blocks of its pixels and orientation; empty if it is neither."""
     kept, at = [], 8
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         while at < len(data):
@@ -123,7 +123,7 @@ def _without_metadata(data: bytes) -> bytes:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """Turned as its EXIF says, if that can be read. Pillow's own function writes the EXIF anew: odd ones fail there."""
+    """Rotate according to EXIF, if readable. Pillow's own function rewrites the EXIF, which fails for odd ones."""
     try:
         turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # it raises anything
@@ -135,7 +135,7 @@ def read_photo(path: str | Path) -> Image.Image:
     """The photo in a file, decoded, upright, 8-bit RGB.
 
     Raises `InputError` with one line that names the file if it is missing, not a file, not readable, empty, not a still
-    image, cut short or damaged, or of more than `MAX_PIXELS` pixels or `MAX_SIDE` a side.
+    image, truncated or damaged, or has more than `MAX_PIXELS` pixels or `MAX_SIDE` per side.
     """
     path = Path(path)
     check_file(path, "an image")
@@ -151,12 +151,12 @@ def read_photo(path: str | Path) -> Image.Image:
 
 
 def reason(error: Exception) -> str:
-    """What an exception says, in one line."""
+    """The message of an exception, in one line."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def check_file(path: Path, what: str) -> None:
-    """Refuse what need not be opened: no such file, not a file, not readable, empty. ``what`` was to be in it.
+    """Refuse a path without opening it: no such file, not a file, not readable, empty. ``what`` was expected.
 
     Raises:
         InputError: it is one of these.
@@ -173,7 +173,7 @@ def check_file(path: Path, what: str) -> None:
 
 
 def find_photos(patterns: Sequence[str | Path]) -> list[Path]:
-    """The images that files, folders and globs stand for, see ``find_files``; `read_photo` says what is wrong with one.
+    """The images of files, folders and globs, see ``find_files``; `read_photo` reports a bad one.
 
     Raises `InputError` if a folder cannot be read, or if a folder or a glob has no photo.
     """
@@ -181,11 +181,11 @@ def find_photos(patterns: Sequence[str | Path]) -> list[Path]:
 
 
 def find_files(patterns: Sequence[str | Path], suffixes: Collection[str], what: str) -> list[Path]:
-    """The files that files, folders and globs stand for, in the order given and each once.
+    """The files of files, folders and globs, in the order given and each once.
 
-    A folder stands for the files of these suffixes directly in it, by name; hidden files are left out. Go deeper with a
-    glob (`photos/**/*.jpg`). A plain path is taken as it is, whether there is such a file or not.
-    Raises `InputError` if a folder cannot be read, or if a folder or a glob has none; ``what`` says what was sought.
+    A folder stands for the files with these suffixes directly in it, sorted by name, without hidden files. For
+    subfolders, use a glob (`photos/**/*.jpg`). A plain path is returned unchanged, whether the file exists or not.
+    Raises `InputError` if a folder cannot be read, or if a folder or a glob has none; ``what`` names what was expected.
     """
     found_in_all: list[Path] = []
     for pattern in map(str, patterns):
@@ -203,7 +203,7 @@ def find_files(patterns: Sequence[str | Path], suffixes: Collection[str], what: 
 
 
 def _glob(pattern: str) -> set[Path]:
-    """The regular files of a glob. Python's own `**` goes round and round where links lead upwards."""
+    """The regular files of a glob. Python's own `**` loops if links lead upwards."""
     deep = re.search(r"(^|(?<=/))\*\*(/|$)", pattern)
     if not deep:
         return {path for path in map(Path, glob.glob(pattern)) if path.is_file()}
@@ -217,7 +217,7 @@ def _glob(pattern: str) -> set[Path]:
 
 
 def files_in(folder: Path, suffixes: Collection[str]) -> list[Path]:
-    """The regular files of these suffixes directly in a folder, by name, without hidden ones; a missing one has none.
+    """The regular files with these suffixes directly in a folder, sorted, without hidden ones; none if it is missing.
 
     Raises:
         InputError: the folder cannot be read.
@@ -228,9 +228,9 @@ def files_in(folder: Path, suffixes: Collection[str]) -> list[Path]:
 
 
 def walk(folder: Path, seen: set[str]) -> Iterator[Path]:
-    """The regular files below a folder, without what is hidden. Each real folder is entered once, those above it never.
+    """The regular files below a folder, without hidden ones. Each real folder is entered once, and its parents never.
 
-    ``seen`` are real folders not to enter; it gets those that were. Raises OSError.
+    ``seen`` contains real folders not to enter; entered folders are added. Raises OSError.
     """
     seen.update(map(str, [folder.resolve(), *folder.resolve().parents]))
     folders = [str(folder)]
@@ -249,7 +249,7 @@ def walk(folder: Path, seen: set[str]) -> Iterator[Path]:
 
 @contextmanager
 def readable() -> Iterator[None]:
-    """What the system says when a file or folder is closed to us, as an ``InputError``."""
+    """An ``InputError`` with the system's message for a file or folder that cannot be accessed."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Photos with the region that an explanation should find: boxes or masks. Knows nothing of models and heat maps.
+"""Photos with the region that an explanation should find: boxes or masks. Does not depend on models or heat maps.
 
     open_regions(path)          -> Regions       names and labels; no photo is decoded yet
     Regions[i]                  -> photo, mask   Pillow RGB, (height, width) bool in the photo's own frame
@@ -26,29 +26,29 @@ from .photo import files_in, find_photos, load_image, read_photo, reason, to_rgb
 from .sources import ALL, EVAL_NAMES, Table, column_names, find_splits
 
 BOX, MASK = "bbox", "mask"
-"""Columns of regions in a table; the second one is taken if both are there."""
+"""Columns of regions in a table; the second one is used if both exist."""
 LABELS = "label", "class_id"
 NO_REGION = "no region"
-"""Why a photo was skipped that has none: an empty mask, a degenerate box, or one smaller than a pixel of the model."""
+"""Reason to skip a photo: an empty mask, a degenerate box, or a region smaller than a pixel of the model."""
 
 
 @dataclass(frozen=True, eq=False)
 class Regions:
-    """A data set of photos with a region each. ``regions[i]`` raises whatever decoders raise, or InputError."""
+    """A data set of photos with one region each. ``regions[i]`` raises any exception of decoders, or InputError."""
 
     photo: Callable[[int], Image.Image]
     """Photo i, upright, 8-bit RGB."""
     mask: Callable[[int, tuple[int, int]], np.ndarray]
     """Its region, given the photo's height and width: ``(height, width)`` bool."""
     name: Callable[[int], str]
-    """Its file name, or what comes nearest."""
+    """Its file name, or a similar name."""
     size: int
     is_box: bool
-    """The regions are boxes."""
+    """Whether the regions are boxes."""
     labels: np.ndarray | None = None
     """``(size,)`` int64, or None if the data has no labels."""
     class_names: tuple[str, ...] = ()
-    """What the labels stand for."""
+    """The names of the labels."""
 
     def __len__(self) -> int:
         return self.size
@@ -86,14 +86,14 @@ def open_regions(
             x0, y0, x1, y1, inclusive, in the photo's pixels; and a column of integer labels;
             a folder with the photos in `images/` and their masks, of the same stem, in `masks/`;
             `gtsegs_ijcv.mat`, the ImageNet-Segmentation of Guillaumin et al. (IJCV 2014), which needs h5py.
-            Inside a mask is what is not 0.
+            Pixels of a mask that are not 0 are inside.
         split: of a folder of parquet files; "validation" also stands for val, valid and test.
         region: column of the regions; `mask` if there is one, else `bbox`.
         label: column of the labels; `label` if there is one, else `class_id`.
-        only: a column of booleans; take the rows where it is true.
+        only: a column of booleans; use only the rows where it is true.
 
     Raises:
-        InputError: nothing there, not of this form, no such split or column, or h5py is missing.
+        InputError: the path does not exist or has another form, no such split or column, or h5py is missing.
     """
     root = Path(path)
     if not root.exists():
@@ -119,13 +119,13 @@ def region_batches(
     Args:
         regions: the data set.
         transform: photo -> ``(3, H, W)``; must resize the whole photo, as ``batches.model_transform`` does.
-        batch_size: images of a batch; only the last may have fewer.
-        order: ``(n,)`` int64, which photos to read.
-        limit: stop after so many good ones.
-        skipped: gets the file name and the reason, such as ``NO_REGION``, of each photo that is left out.
+        batch_size: images per batch; only the last may have fewer.
+        order: ``(n,)`` int64, the photos to read.
+        limit: maximum number of valid photos.
+        skipped: receives the file name and the reason, such as ``NO_REGION``, of each photo that is left out.
 
     Raises:
-        InputError: there was no good one.
+        InputError: there is no valid photo.
     """
     good: list[tuple[Tensor, Tensor, int]] = []
     read = 0
@@ -194,7 +194,7 @@ def _open_table(root: Path, split: str, region: str | None, label: str | None, o
 
 
 def _box(box: Sequence[int], frame: tuple[int, int]) -> np.ndarray:
-    """Inclusive corners; without width or height it is degenerate, and no region."""
+    """Inclusive corners; without width or height the box is degenerate, and not a region."""
     left, top, right, bottom = box
     mask = np.zeros(frame, dtype=bool)
     if right > left and bottom > top:
@@ -203,7 +203,7 @@ def _box(box: Sequence[int], frame: tuple[int, int]) -> np.ndarray:
 
 
 def _inside(image: Image.Image) -> np.ndarray:
-    """``(height, width)`` bool, where an image is not 0: grey level, palette index or colour, whatever its opacity."""
+    """``(height, width)`` bool, where an image is not 0: grey level, palette index or colour, ignoring opacity."""
     if image.mode not in ("1", "L", "P", "I", "I;16"):
         image = image.convert("RGB")
     pixels = np.asarray(image)
@@ -226,7 +226,7 @@ def _open_folders(root: Path) -> Regions:
 
 
 def _open_mat(file: Path) -> Regions:
-    """MATLAB 7.3 is HDF5, and arrays lie there with their axes reversed; cells are references."""
+    """MATLAB 7.3 files are HDF5: arrays have reversed axes, and cells are references."""
     try:
         import h5py
     except ImportError:

@@ -1,9 +1,9 @@
-"""WebDataset shards, read at random access: where each image of some tar files lies, and its class number.
+"""WebDataset shards, read at random access: the position of each image in tar files, and its class number.
 
 A sample is the files of one tar that share their name up to its first dot: ``KEY.jpg`` with ``KEY.cls``, its class
-number as text, or with ``KEY.json``. Training reads in an order of its own (keyed.py), so shards are not streamed: all
-headers are read once, and what they say is kept in the user's cache, since one start would otherwise read a header for
-every file of ImageNet. Knows nothing of splits and of the names of classes.
+number as text, or with ``KEY.json``. Training reads in its own order (keyed.py), so shards are not streamed. Headers
+are read once and stored in the user's cache, since every start would otherwise read one for each file of ImageNet.
+Does not depend on splits or the names of classes.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from ..errors import InputError
 from .photo import photo_suffixes
 
 VERSION = 2
-"""Of the cached index; another one is made anew."""
+"""Version of the cached index; other versions are rebuilt."""
 MAX_TEXT = 1 << 20
-"""Bytes that are read of a label's file."""
+"""Maximum bytes to read from the file of a label."""
 
 
 @dataclass(frozen=True, eq=False)
 class ShardReader:
     """``reader[i]`` is image i as an open file.
 
-    A shard is opened for each image: that takes microseconds, and a process that is forked or sent this has no file
-    position to share with its parent.
+    A shard is opened for each image. This takes microseconds, and forked processes do not share a file position with
+    their parent.
     """
 
     files: tuple[Path, ...]
@@ -60,10 +60,10 @@ class ShardReader:
 
 
 def read_shards(files: Sequence[Path], label_field: str) -> ShardReader:
-    """Find the images of some shards. ``label_field`` holds the label in a ``KEY.json`` that has no ``KEY.cls``.
+    """Find the images of shards. ``label_field`` is the label's field in ``KEY.json``, if there is no ``KEY.cls``.
 
     Raises:
-        InputError: a file is no tar file or damaged, has no images, or has one without a class number.
+        InputError: a file is not a tar file, is damaged, has no images, or has one without a class number.
     """
     members, cache = None, None
     try:
@@ -127,6 +127,6 @@ def _label(text: dict[str, bytes], field: str, where: str) -> int:
 
 
 def _store(cache: Path, members: np.ndarray) -> None:
-    """Keep the index; whole or not at all, since other processes may do the same at the same time."""
+    """Cache the index; whole or not at all, since other processes may do the same at the same time."""
     with suppress(InputError), whole(cache, parents=True) as file:  # no home: the next start reads the headers again
         np.save(file, members)

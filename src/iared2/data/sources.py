@@ -1,8 +1,7 @@
-"""Where labelled images lie: folders of classes, parquet files, WebDataset shards, Hugging Face data sets.
+"""Sources of labelled images: folders of classes, parquet files, WebDataset shards, Hugging Face data sets.
 
-Hugging Face `datasets` reads tables. What is ours: the search for splits, files of any depth in a class folder, shards
-at random access (shards.py), the names of the classes, and errors that say what is wrong before training begins. No
-image is decoded here.
+Hugging Face `datasets` reads tables. This module finds splits, files at any depth in a class folder, shards at random
+access (shards.py) and the names of the classes, and reports errors before training starts. No image is decoded here.
 """
 
 from __future__ import annotations
@@ -27,13 +26,13 @@ from .photo import files_in, photo_suffixes, readable, walk
 from .shards import read_shards
 
 ALL = "all"
-"""The split of a folder or file that has no splits."""
+"""The name of the split of a folder or file without splits."""
 TRAIN_NAMES = ("train", "training", ALL)
 EVAL_NAMES = ("validation", "val", "valid", "test")
 MAX_IN_MEMORY = 1 << 30
-"""Parquet files of up to so many bytes are held in memory; larger ones are mapped from `datasets`' cache on disk."""
+"""Parquet files up to this size in bytes are held in memory; larger ones are mapped from the cache of `datasets`."""
 MAX_CLASSES = 1 << 16
-"""Where no names are declared, a larger label than this is a mistake, unless there are as many samples."""
+"""Without declared names, a larger label is an error, unless there are as many samples."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +52,9 @@ class Files:
 
 
 class Table:
-    """Encoded images, in a column of a data set of `datasets`: bytes, and on the hub also paths that `datasets` made.
+    """Encoded images in a column of a data set of `datasets`: bytes, and on the hub also paths from `datasets`.
 
-    Raises whatever pyarrow raises if the column has neither.
+    Raises any exception of pyarrow if the column has neither.
     """
 
     def __init__(self, dataset: Any, column: str, may_open: bool = False) -> None:
@@ -75,19 +74,19 @@ class Table:
 
 
 class Source(NamedTuple):
-    """One split as it lies there."""
+    """One split, unchanged."""
 
     reader: Any
-    """``reader[row]`` is an open file. ``reader.filename(row)`` says where it lies in the data set, wherever that lies;
-    ``reader.filename(row, absolute=True)`` is for people."""
+    """``reader[row]`` is an open file. ``reader.filename(row)`` is its path relative to the data set;
+    ``reader.filename(row, absolute=True)`` is the path for messages."""
     labels: np.ndarray
     """``(n,)`` int64."""
     names: tuple[str, ...]
-    """The classes' names."""
+    """The names of the classes."""
     aliases: tuple[set[str], ...] = ()
     """Other names of each class."""
     complete: bool = False
-    """The names were declared, and are in the same order in all splits; else they are those that occur in this one."""
+    """Whether the names are declared, with one order for all splits; else they are those that occur in this split."""
 
 
 Splits = dict[str, Callable[[], Source]]
@@ -101,7 +100,7 @@ def find_splits(
     ``names`` are more names of split folders, ``more`` are columns that a table's reader keeps in its ``dataset``.
 
     Raises:
-        InputError: there is no data set, or (when one is opened) it is empty or wrongly labelled.
+        InputError: there is no data set, or (when one is opened) it is empty or has invalid labels.
     """
     if not path:
         raise InputError("no data set; give --data PATH or --data hf:NAME")
@@ -121,7 +120,7 @@ def find_splits(
             (".tar", _open_shards, r"[-_.]?\d+(-of-\d+)?$"),  # train-000000.tar, imagenet1k-train-0000.tar, 0000.tar
         ):
             if suffix == ".tar" and not {folder.name for folder in _folders(root)} <= {"data"}:
-                continue  # beside folders of classes lies the archive that they came from, at times
+                continue  # the archive of the class folders may lie beside them
             splits: dict[str, list[Path]] = {}
             for file in files_in(root, [suffix]) or files_in(root / "data", [suffix]):
                 stem = re.sub(number, "", file.stem)
@@ -135,7 +134,7 @@ def find_splits(
 
 
 def folder_splits(root: Path, opener: Callable[[Path], Source], names: Sequence[str] = ()) -> Splits:
-    """The splits of a folder: itself, with a folder a class, or its folders train, val …, each with a folder a class.
+    """The splits of a folder: itself, with one folder per class, or its folders train, val …, with class folders.
 
     ``opener`` opens a folder of class folders; ``names`` are more names of splits. Raises OSError.
     """
@@ -153,12 +152,12 @@ def _folders(root: Path) -> list[Path]:
 
 
 def _natural(path: Path) -> list[str | int]:
-    """For sorting: `10.jpg` comes after `9.jpg`."""
+    """Sort key: `10.jpg` comes after `9.jpg`."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(path).lower())]
 
 
 def open_folder(root: Path, suffixes: Collection[str] = (), what: str = "image") -> Source:
-    """The files of these suffixes (none: images) in a folder of class folders, however deep; ``what`` they are.
+    """The files with these suffixes (none: images) in a folder of class folders, at any depth; ``what`` names them.
 
     Warns of other files. Raises InputError if there are none of these, some outside of the class folders, or an empty
     class folder.
@@ -216,7 +215,7 @@ def _hub_splits(path: str, columns: list[str]) -> Splits:
 
 
 def _open_parquet(files: list[Path], columns: list[str], order: Path) -> Source:
-    """``order`` is the file whose order of the classes counts: other splits may declare them in another one."""
+    """``order`` is the file whose order of classes is used; other splits may declare another order."""
     datasets, where = _datasets(), str(files[0])
     import pyarrow.parquet as pq
 
@@ -277,7 +276,7 @@ def _named(reader: Any, labels: np.ndarray, declared: tuple[str, ...], folder: P
 
 
 def check_labels(labels: np.ndarray, number: int, where: Callable[[int], str]) -> None:
-    """Refuse what cannot be the number of a class, before anything of that size is made.
+    """Refuse invalid class numbers before anything of that size is allocated.
 
     ``number`` of classes is 0 if it is unknown; the message begins with ``where(row)``. Raises InputError.
     """
@@ -297,8 +296,8 @@ def _check_columns(found: Sequence[str], where: str, columns: list[str]) -> None
 def _class_names(declared: tuple[str, ...], file: Path) -> tuple[tuple[str, ...], tuple[set[str], ...]]:
     """Names and other names, from classes.json and the column's own list; empty if there is neither.
 
-    The file wins: where there are both, it has the names for people, and the list has identifiers. Where the list has
-    the file's names or WordNet ids, these tell which entry is which, and not the place in the file.
+    The file has precedence: if both exist, it has readable names, and the list has identifiers. If the list contains
+    names or WordNet ids of the file, entries are matched by these and not by position.
     """
     if not file.is_file():
         return declared, ()
@@ -325,7 +324,7 @@ def _class_names(declared: tuple[str, ...], file: Path) -> tuple[tuple[str, ...]
 
 @contextmanager
 def _input_errors(where: str) -> Iterator[None]:
-    """pyarrow, datasets and the hub's client raise anything; the first line says it best."""
+    """pyarrow, datasets and the client of the hub raise anything; the first line of the message is used."""
     try:
         yield
     except InputError:

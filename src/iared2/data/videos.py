@@ -1,4 +1,4 @@
-"""Labelled videos as clips: folders of classes or lists, which frames are taken, and how they become tensors.
+"""Labelled videos as clips: folders of classes or lists, the choice of frames, and their conversion to tensors.
 
     open_videos(config, …)   -> VideoSamples    names and labels; no video is opened yet
     VideoSamples[i]          -> frames, label   T Pillow images of one clip, V·T of V clips
@@ -7,10 +7,10 @@
 Splits, classes and the holdout are those of images (images.py). Deviations from TimeSformer's loader, for clips of its
 length (8 frames at a sampling rate of 32 of 30 a second are 8.53 seconds):
 
-1. Frames are taken by their time, the centres of equal segments, and not by their number from the first to the last.
-2. The test clips stand at the centres of equal parts, one clip in the middle of the video, as the paper says; the code
-   puts it at the beginning.
-3. Training crops a random share of the area, as for images, and not a fixed square of a randomly scaled frame.
+1. Frames are chosen by time, at the centres of equal segments, and not by index from the first to the last.
+2. The test clips lie at the centres of equal parts, a single clip in the middle of the video, as in the paper; its code
+   puts a single clip at the start.
+3. Training crops a random share of the area, as for images, instead of a fixed square of a randomly scaled frame.
 """
 
 from __future__ import annotations
@@ -44,27 +44,27 @@ class ClipConfig:
     """Which clips of a video to take."""
 
     span: float = 0.0
-    """Seconds of a clip; 0: all of the video. TimeSformer's on Kinetics are 8.53."""
+    """Seconds per clip; 0: the whole video. TimeSformer uses 8.53 on Kinetics."""
     test_clips: int = 1
-    """Clips a video at test, spread over it."""
+    """Test clips per video, spread over it."""
     root: str = ""
-    """Folder that the paths of a list are relative to; empty: the list's own folder."""
+    """Folder to which the paths of a list are relative; empty: the folder of the list."""
 
 
 @dataclass(frozen=True, eq=False)
 class VideoSamples(Samples):
     """An open data set. ``samples[i]`` is the frames of video i and its label.
 
-    Frames are Pillow images, upright 8-bit RGB, all of one size; T of them, or at test those of all clips in a row. A
+    Frames are upright 8-bit RGB Pillow images of one size: T frames, or for testing those of all clips in a row. A
     video that cannot be read raises InputError. Random clips draw from torch's generator, which ``train_batches`` seeds
-    with the sample's key.
+    with the key of the sample.
     """
 
     frames: int
-    """T, of a clip."""
+    """T, the frames of a clip."""
     clips: ClipConfig
     is_random: bool
-    """One clip at random: its place, or the moment within each of T segments if the clip is the whole video."""
+    """A random clip: at a random position, or with random times in the T segments if it is the whole video."""
 
     def __getitem__(self, index: int) -> tuple[list[Image.Image], int]:
         video = open_video(self.name(index))
@@ -85,7 +85,7 @@ def open_for(
     clips: ClipConfig | None = None,
     whole: bool = False,
 ) -> Samples:
-    """Images, or videos for a model that takes clips of ``frames`` (``batches.clip_length``); see the two functions."""
+    """Open images, or videos for a model of clips of ``frames`` (``batches.clip_length``); see the two functions."""
     return open_videos(config, split, frames, clips, whole) if frames else open_samples(config, split, whole)
 
 
@@ -96,7 +96,7 @@ def open_videos(
     clips: ClipConfig | None = None,
     whole: bool = False,
 ) -> VideoSamples:
-    """Open one part of a data set of videos, as ``data.open_samples`` does of images. Opens no video.
+    """Open one part of a data set of videos, like ``open_samples`` for images. Opens no video.
 
     Args:
         config: its path is a folder of videos per class (directly, or in train/ and val/); a list, or a folder of
@@ -104,12 +104,12 @@ def open_videos(
             ``label,youtube_id,time_start,time_end,split`` with files ``ID_000012_000022.mp4`` (or ``ID.mp4``), directly
             or in a folder of their split or label. A column `split` makes the splits.
         split, whole: see ``data.open_samples``. Only "train" takes clips at random.
-        frames: T, of a clip.
-        clips: which clips.
+        frames: T, the frames of a clip.
+        clips: the choice of clips.
 
     Raises:
-        InputError: see ``data.open_samples``; a list without such columns, or a file of it that is not there. Of
-            Kinetics' lists the files that are not there are left out, with a warning, since many are gone for ever.
+        InputError: see ``open_samples``; a list without such columns, or with a missing file. For lists of Kinetics,
+            missing files are left out with a warning, since many are no longer available.
     """
     clips = clips or ClipConfig()
     if clips.span < 0 or clips.test_clips < 1 or frames < 1:
@@ -133,12 +133,12 @@ def open_videos(
 
 
 def train_transform(pretrained_cfg: dict[str, Any], min_scale: float, hflip: float, color_jitter: float) -> Transform:
-    """Frames -> ``(3, T, H, W)``, changed at random, all frames of a clip alike.
+    """Frames -> ``(3, T, H, W)`` with random augmentation, the same for all frames of a clip.
 
     Args:
-        pretrained_cfg: of a model for clips.
-        min_scale: smallest share of the area that a crop shows.
-        hflip: probability of a flip. Where left and right make classes, 0.
+        pretrained_cfg: of a model of clips.
+        min_scale: smallest share of the area in a crop.
+        hflip: probability of a flip. Use 0 if left and right distinguish classes.
         color_jitter: strength of brightness, contrast and saturation changes; 0: none.
     """
     cfg = resolve_data_config(pretrained_cfg=pretrained_cfg)
@@ -154,10 +154,10 @@ def train_transform(pretrained_cfg: dict[str, Any], min_scale: float, hflip: flo
 
 
 def views_transform(pretrained_cfg: dict[str, Any], crops: int) -> Transform:
-    """Frames of V clips -> ``(V·crops, 3, T, H, W)``, or ``(3, T, H, W)`` of one view: short side to size, then crops.
+    """Frames of V clips -> ``(V·crops, 3, T, H, W)``, or ``(3, T, H, W)`` for one: resize the short side, then crop.
 
     Args:
-        pretrained_cfg: of a model for clips. ``batches.model_transform`` shows the whole frame instead.
+        pretrained_cfg: of a model of clips. ``batches.model_transform`` shows the whole frame instead.
         crops: spread over the longer side, from end to end; 1: in the middle.
     """
     cfg = resolve_data_config(pretrained_cfg=pretrained_cfg)
@@ -189,7 +189,7 @@ class _Row(NamedTuple):
     where: str
     root: Path
     names: list[str]
-    """Where the video may lie below it."""
+    """The possible paths of a video below the root."""
     label: str
     may_be_gone: bool
 

@@ -1,1 +1,1 @@
-"""The page: `iared2 demo`."""
+"""The web page: `iared2 demo`."""

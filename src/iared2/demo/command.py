@@ -14,12 +14,12 @@ from ..pretrained.checkpoint import load
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """The arguments of ``iared2 demo``."""
-    command.add_argument("-c", "--checkpoint", help="a model of your own; else the one in the box")
-    command.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in (default: %(default)s)")
+    command.add_argument("-c", "--checkpoint", help="your own model (default: the model in the box)")
+    command.add_argument("--host", default="127.0.0.1", help="0.0.0.0 allows other machines (default: %(default)s)")
     command.add_argument("--port", type=int, default=7860, help="(default: %(default)s)")
-    command.add_argument("--root-path", help="where a reverse proxy shows the page, e.g. /iared2")
+    command.add_argument("--root-path", help="path of the page behind a reverse proxy, e.g. /iared2")
     command.add_argument(
-        "--max-file-size", type=int, default=20, metavar="MB", help="of an upload (default: %(default)s)"
+        "--max-file-size", type=int, default=20, metavar="MB", help="maximum size of an upload (default: %(default)s)"
     )
     command.add_argument("--device", default="cpu")
 

@@ -1,6 +1,6 @@
 """Photos with every patch kept and with some dropped, side by side, under any method of explanation.
 
-What the page shows, without the page. It changes nothing that two callers share: thresholds travel with each call.
+The content of the page, without the page. It changes no shared state: thresholds are arguments of each call.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ from ..predict.output import folder_names
 from ..predict.photo import Interpretation, Predictor
 
 MAX_SIDE = 1024
-"""Longer photos are made smaller when they are read: a camera's photo is then as quick to play with as a small one."""
+"""Larger photos are reduced when they are read, so that a camera's photo is as fast as a small one."""
 PASSES = 3
-"""Of each photo and threshold; the fastest counts, since a server does other things beside."""
+"""Forward passes per photo and threshold; the fastest counts, since a server runs other work."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What a visitor chose.
+    """The settings of a visitor.
 
     Attributes:
         method: one of `explain.methods.METHODS`.
-        group: whose scores make the map of the method `interpreter`, from 0, or "all"; None: the second's.
-        rule: what is dropped: by `threshold`, by a budget of MACs (`macs`) or of `patches`; `own`: by the
+        group: the group whose scores make the map of the method `interpreter`, from 0, or "all"; None: the second.
+        rule: how patches are dropped: by `threshold`, by a budget of MACs (`macs`) or of `patches`; `own`: by the
             model's own thresholds or counts.
         threshold: for every group, in [0, 1].
-        budget: share of the dense MACs, or of the patches, in (0, 1]; the photos meet it together.
+        budget: share of the dense MACs, or of the patches, in (0, 1]; met on average over the photos.
     """
 
     method: str = "interpreter"
@@ -61,9 +61,9 @@ class Comparison:
     Attributes:
         name: of the photo's file.
         before: every patch kept.
-        after: under the thresholds that were asked for.
-        heat: ``(H, W)`` float32 in [0, 1], by the method that was asked for, of the reduced model.
-        method: its name.
+        after: with the requested thresholds.
+        heat: ``(H, W)`` float32 in [0, 1], by the requested method, for the reduced model.
+        method: the name of the method.
     """
 
     name: str
@@ -74,12 +74,12 @@ class Comparison:
 
     @property
     def saved(self) -> float:
-        """Share of the dense MACs not spent; negative if the interpreters cost more than was saved."""
+        """Share of the dense MACs that is saved; negative if the interpreters cost more than dropping saves."""
         return 1 - self.after.macs / self.after.dense_macs
 
     @property
     def nbytes(self) -> int:
-        """Memory that it holds: Pillow has four bytes per pixel, the heat map four more."""
+        """Memory in bytes: four per pixel for Pillow, four more for the heat map."""
         return 4 * self.after.photo.width * self.after.photo.height + self.heat.nbytes
 
     def overlay(self) -> Image.Image:
@@ -90,17 +90,17 @@ class Comparison:
 def compare(
     predictor: Predictor, files: Sequence[str | Path], choice: Choice
 ) -> tuple[list[Comparison], list[InputError]]:
-    """Compare some photos; those that cannot be read are left out, and why is returned beside the rest.
+    """Compare photos; those that cannot be read are left out, and the reasons are returned as well.
 
     Raises:
-        InputError: the budget cannot be met, or the method cannot be had here.
+        InputError: the budget cannot be met, or the method is not available.
     """
     photos: dict[Path, Image.Image] = {}
     complaints = []
     for file in map(Path, files):
         try:
             photos[file] = _read(file)
-        except InputError as error:  # a visitor knows the photo's name, not where the server has put it
+        except InputError as error:  # a visitor knows the name of the photo, not its path on the server
             complaints.append(InputError(str(error).replace(printable(str(file)), file.name)))
     if not photos:
         return [], complaints
@@ -109,7 +109,7 @@ def compare(
 
 
 def write_archive(comparisons: Sequence[Comparison], path: str | Path) -> None:
-    """A ZIP file with a folder for each photo: `heatmap.png`, `hierarchy.png`, `result.json`."""
+    """A ZIP file with one folder per photo: `heatmap.png`, `hierarchy.png`, `result.json`."""
     folders = folder_names([Path(comparison.name) for comparison in comparisons])
     with whole(path) as place, zipfile.ZipFile(place, "w") as archive:
         for folder, comparison in zip(folders, comparisons, strict=True):
@@ -124,7 +124,7 @@ def write_archive(comparisons: Sequence[Comparison], path: str | Path) -> None:
 
 @lru_cache(maxsize=32)
 def _read(file: Path) -> Image.Image:
-    """A slider asks for the same photos again and again. Uploads lie at paths that are made from their contents."""
+    """Cached, since a slider requests the same photos repeatedly. Paths of uploads are hashes of their contents."""
     photo = read_photo(file)
     photo.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
     return photo
@@ -139,7 +139,7 @@ def _compare(
     if choice.method == "interpreter" and choice.group != "all":
         heat = after.heatmap(choice.group)
     else:
-        model = copy.copy(predictor.model)  # shares the weights, and has thresholds of its own
+        model = copy.copy(predictor.model)  # shares the weights, but has its own thresholds
         if thresholds is not None:
             model.threshold = thresholds
         maps = heatmap(model, predictor.prepare(photo), choice.method, group=choice.group)
@@ -149,7 +149,7 @@ def _compare(
 
 
 def _thresholds(predictor: Predictor, photos: Sequence[Image.Image], choice: Choice) -> list[float] | None:
-    """None: what the model itself decides."""
+    """None: the model's own decision."""
     model = predictor.model
     if choice.rule in ("own", "threshold"):
         return None if choice.rule == "own" else [choice.threshold] * model.num_groups

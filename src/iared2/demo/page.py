@@ -1,7 +1,7 @@
-"""`iared2 demo`: the page to play with. What it owns: the layout, what follows what, and how it is served.
+"""`iared2 demo`: the web page. Owns the layout, the events, and how it is served.
 
-A thin client of `compare`. One queue runs one request at a time, so the milliseconds are of an undisturbed pass, and
-hooks that a method puts into the model meet no other visitor. Groups are counted from 1 here, as in the paper.
+A thin client of `compare`. One queue runs one request at a time, so the times are of an undisturbed pass, and hooks
+that a method adds to the model do not affect other visitors. Groups are counted from 1 here, as in the paper.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ MAX_WAITING = 32
 """Requests in the queue; a further one is refused with a message."""
 MAX_SESSIONS = 64
 MAX_BYTES = 512 << 20
-"""Visitors, and memory of all of them together, whose last comparison is kept for their gallery and their download; the
-oldest is forgotten first."""
-FORGOTTEN = "These results made room for those of others. Change anything to have them again"
+"""Limits for visitors and for their total memory. The last comparison of each is kept for gallery and download; the
+oldest is deleted first."""
+FORGOTTEN = "These results were deleted to free memory. Change any setting to compute them again"
 KEEP_SECONDS = 3600
-"""After it, uploads and pictures are deleted from the disk."""
+"""Time after which uploads and pictures are deleted from the disk."""
 
 NEEDS = {"gradcam": "pytorch_grad_cam", "integrated-gradients": "captum", "memorability": "resmem"}
 """Packages without which a method is not offered."""
@@ -66,9 +66,9 @@ def explain(
     threshold: float,
     budget: float,
 ) -> list[Any]:
-    """The page's answer to any change: the comparisons, the gallery, and the selected photo in detail.
+    """The output for any change: the comparisons, the gallery, and the selected photo in detail.
 
-    Without files, an example is shown. What a visitor got wrong is a message on the page, beside what could be done.
+    Without files, an example is shown. User errors are shown as a message on the page, next to the other results.
     """
     files = files or examples()[:1]
     choice = Choice(method, group, rule, threshold, budget / 100)
@@ -89,18 +89,18 @@ def explain(
 
 
 class Held(list[Comparison]):
-    """The comparisons of one visitor. They are gone with the session, or when a ``Memory`` forgets them."""
+    """The comparisons of one visitor, deleted with the session or by ``Memory``."""
 
 
 class Memory:
-    """What all visitors' sessions hold, in at most so many bytes: the oldest comparisons are forgotten first."""
+    """The comparisons of all sessions, up to a number of bytes; the oldest are deleted first."""
 
     def __init__(self, max_bytes: int = MAX_BYTES) -> None:
         self.max_bytes = max_bytes
         self.held: list[weakref.ref[Held]] = []
 
     def hold(self, comparisons: Sequence[Comparison]) -> Held:
-        """The comparisons, for a session to keep."""
+        """Store comparisons and return them for the session."""
         newest = Held(comparisons)
         alive = [held for ref in self.held if (held := ref())]
         while alive and sum(one.nbytes for held in (*alive, newest) for one in held) > self.max_bytes:
@@ -110,10 +110,10 @@ class Memory:
 
 
 class Page(gr.Blocks):
-    """A page that fetches nothing: a URL in place of an upload is refused before its host is looked up."""
+    """A page that fetches nothing: a URL instead of an upload is refused before its host is looked up."""
 
     async def preprocess_data(self, block_fn: Any, inputs: list[Any], *args: Any, **kwargs: Any) -> list[Any]:
-        """As of `gr.Blocks`, whose own refusal of a URL into this network begins with a question to a name server."""
+        """Like `gr.Blocks`, which refuses local URLs only after a DNS query."""
 
         def refuse(file: dict[str, Any]) -> None:
             if any(is_http_url_like(file.get(key)) for key in ("path", "url")):
@@ -124,7 +124,7 @@ class Page(gr.Blocks):
 
 
 def detail(found: Sequence[Comparison], selected: int) -> list[Any]:
-    """One of the comparisons: figures as HTML, heat map, hierarchy, top-5 before and after. Empty if there is none."""
+    """One comparison: numbers as HTML, heat map, hierarchy, top-5 before and after. Empty if there is none."""
     if not found:
         return ["<h3>Drop a photo, or take an example.</h3>", None, None, None, None]
     one = found[min(selected, len(found) - 1)]
@@ -133,7 +133,7 @@ def detail(found: Sequence[Comparison], selected: int) -> list[Any]:
 
 
 def select(found: Sequence[Comparison], event: gr.SelectData) -> list[Any]:
-    """A photo of the gallery was clicked: which one, and its details."""
+    """Handle a click on a photo in the gallery: its index and details."""
     found = _remembered(found)
     return [event.index, *detail(found, event.index)]
 
@@ -191,18 +191,18 @@ def build(predictor: Predictor) -> gr.Blocks:
                     elem_id="samples",
                 )
                 choices = [(LABELS[m], m) for m in methods()]
-                info = "Which method says where it matters."
+                info = "The method that computes the heat map."
                 method = gr.Dropdown(choices, value="interpreter", label="Heat map", info=info, elem_id="method")
-                info = "Whose scores are shown. The deeper, the more it has seen."
+                info = "The group whose scores are shown. Deeper groups have seen more."
                 default = min(1, model.num_groups - 1)
                 group = gr.Radio(groups, value=default, label="Group", info=info, elem_id="group")
-                by, info = rules[0][1], "A score to exceed, or a cost to keep to."
+                by, info = rules[0][1], "By a minimum score, or by a maximum cost."
                 usual = thresholds[0] if by == "threshold" else round(max(thresholds), 2)  # a first group may keep all
                 rule = gr.Radio(rules, value=by, label="Drop patches by", info=info, elem_id="rule")
-                info, shown = "Patches that score above it stay. 0 keeps all.", by == "threshold"
+                info, shown = "Keep patches that score above this. 0 keeps all.", by == "threshold"
                 options = {"step": 0.01, "label": "Threshold", "info": info, "visible": shown, "elem_id": "threshold"}
                 threshold = gr.Slider(0, 1, usual, **options)
-                info = "At most this share of what the plain transformer spends."
+                info = "At most this share of the cost of the dense transformer."
                 options |= {"step": 1, "label": "Budget in %", "info": info, "visible": False, "elem_id": "budget"}
                 budget = gr.Slider(least, 100, 50, **options)
             with gr.Column(scale=5, min_width=320):
@@ -219,8 +219,8 @@ def build(predictor: Predictor) -> gr.Blocks:
                         gr.Markdown("### Top 5")
                         before = top5(label="Before: every patch kept", elem_id="before")
                         after = top5(label="After dropping", elem_id="after")
-                gr.Markdown("### The photo, then what each group kept of it")
-                hierarchy = picture(alt_text="the photo, then the patches that each group kept", elem_id="hierarchy")
+                gr.Markdown("### The photo, then the patches kept by each group")
+                hierarchy = picture(alt_text="the photo, then the patches kept by each group", elem_id="hierarchy")
                 prepare = gr.Button("Download pictures and figures (ZIP)", elem_id="prepare")
                 download = gr.DownloadButton(visible="hidden", elem_id="download")
         with gr.Accordion("How to read this", open=False):
@@ -246,7 +246,7 @@ def build(predictor: Predictor) -> gr.Blocks:
             lambda by: [gr.Slider(visible=by in shown) for shown in sliders], rule, [threshold, budget], **at_once
         )
         gallery.select(select, found, [selected, *details], **at_once)
-        # made only when it is asked for: pictures without loss take longer than the model
+        # created on demand: lossless pictures take longer than the model
         prepare.click(partial(archive, download.GRADIO_CACHE), found, download, api_visibility="private").then(
             None, js="() => setTimeout(() => document.querySelector('#download').click(), 100)"
         )
@@ -261,16 +261,16 @@ def serve(
     root_path: str | None = None,
     max_file_size: int = 20,
 ) -> None:
-    """Serve the page until it is interrupted (Ctrl-C), then delete what visitors brought.
+    """Serve the page until it is interrupted (Ctrl-C), then delete the uploads.
 
     Args:
-        page: of `build`.
+        page: from `build`.
         host, port: where to listen. None: what gradio's environment variables say, as on a Hugging Face Space.
-        root_path: the path under which a reverse proxy shows the page, such as ``/iared2``.
-        max_file_size: of an upload, in megabytes.
+        root_path: the path of the page behind a reverse proxy, such as ``/iared2``.
+        max_file_size: maximum size of an upload in megabytes.
 
     Raises:
-        InputError: the port is taken, the address is not of this machine, or a number makes no sense.
+        InputError: the port is in use, the address is not of this machine, or a number is out of range.
     """
     if max_file_size < 1 or (port is not None and not 0 < port < 65536):
         raise InputError(f"port {port}, uploads of {max_file_size} MB: give a port from 1 to 65535, and 1 MB or more")
@@ -311,7 +311,7 @@ def serve(
 
 
 def _theme() -> gr.themes.Default:
-    """Fonts of the visitor's own machine, so that none is fetched; small print dark enough to be read."""
+    """A theme with local fonts, so that none is fetched, and legible small print."""
     fonts = ["system-ui", "sans-serif"]
     grey = "*neutral_600"
     return gr.themes.Default(primary_hue="blue", font=fonts, font_mono=fonts).set(

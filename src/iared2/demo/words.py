@@ -1,4 +1,4 @@
-"""What the page says: its words, its style, and a comparison's figures as HTML. Knows nothing of gradio."""
+"""The texts and the style of the page, and the numbers of a comparison as HTML. Does not depend on gradio."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ LABELS = {
     "gradcam": "Grad-CAM",
     "integrated-gradients": "Integrated gradients",
     "memorability": "Memorability (ResMem)",
-    "random": "Random numbers (a control)",
-    "center": "Centre of the photo (a control)",
+    "random": "Random (baseline)",
+    "center": "Centre of the photo (baseline)",
 }
 FATE = {
     "gone": "later layers never see them",
-    "merged": "later layers see them only as a part of the patch that each is most like",
+    "merged": "later layers see them only merged into the most similar kept patch",
 }
 INTRO = """
-# What does a vision transformer look at, and what can it do without?
+# Which patches does a vision transformer need?
 
-The model cuts a photo into patches. At the entrance of each of its {groups} groups of layers a small *interpreter*
-scores every patch, and the patches below the threshold **leave**: {fate}. What stays is the
-explanation, what left is the saving. Drop a photo, then try other thresholds and budgets. The method is
+The model splits a photo into patches. At the entrance of each of its {groups} groups of layers, a small *interpreter*
+scores every patch, and patches below the threshold are **dropped**: {fate}. The kept patches explain the
+prediction, and the dropped patches save compute. Drop a photo, then try other thresholds and budgets. The method is
 [IA-RED²](https://arxiv.org/abs/2106.12620). {classes}
 """
 HELP = """
-- **Heat map**: red is high, blue is low. With *IA-RED²* it shows the scores by which a group decides. The first group
-  decides before the class token has seen any patch, so it is nearly blind; the second is the paper's choice. The other
-  methods explain the same model, with the same patches dropped, from outside.
-- **What each group kept**: the number in the corner is the share of patches still there.
-- **Threshold**: patches that score above it stay. At 0 all stay and the answer is the plain transformer's; at 1 none
-  stays.
-- **Budget**: your photos together cost at most this share. Rich photos may keep more than plain ones.
-- **MACs** (multiply-adds) are counted from the patches that stayed and include the interpreters; *saved* is against the
-  plain transformer. **Milliseconds** are of the forward pass with one photo, the fastest of three; small models gain
+- **Heat map**: red is high, blue is low. *IA-RED²* shows the scores by which a group decides. The first group decides
+  before the class token has attended to any patch, so it is nearly blind. The paper uses the second group. The other
+  methods explain the same model, with the same patches dropped.
+- **Patches kept by each group**: the number in the corner is the share of patches that are left.
+- **Threshold**: patches that score above it are kept. At 0, all patches are kept, and the prediction is that of the
+  dense transformer. At 1, none is kept.
+- **Budget**: your photos together cost at most this share. Detailed photos may keep more patches than plain ones.
+- **MACs** (multiply-adds) are counted from the kept patches and include the interpreters. *Saved* compares with the
+  dense transformer. **Milliseconds** measure the forward pass of one photo, the fastest of three. Small models gain
   little.
-- The model sees the whole photo, squeezed to {height} × {width} pixels (height × width). Photos are shown at up to 1024
+- The model sees the whole photo, resized to {height} × {width} pixels (height × width). Photos are shown at up to 1024
   pixels. Uploads are deleted after about an hour.
 """
 CSS = """
@@ -65,12 +65,12 @@ CSS = """
 
 
 def caption(one: Comparison) -> str:
-    """What stands below a photo in the gallery."""
+    """The caption of a photo in the gallery."""
     return f"{one.name}: {one.after.top5[0][0] if one.after.top5 else 'no classes'}, {one.saved:.0%} saved"
 
 
 def facts(one: Comparison) -> str:
-    """What dropping changed, as HTML."""
+    """The effect of dropping, as HTML."""
     before, after = one.before, one.after
     ratios = " → ".join(f"{100 * ratio:.0f}" for ratio in after.keep_ratio) + " %"
     thresholds = " · ".join(dict.fromkeys(f"{t:.3g}" for t in after.thresholds))
@@ -85,8 +85,8 @@ def facts(one: Comparison) -> str:
     ]
     if after.top5:
         (now, sure), (then, _) = after.top5[0], before.top5[0]
-        same = "the same answer" if now == then else f"it was {then}"
-        cells.append(("Answer", now, f"{sure:.0%} sure; {same} with every patch"))
+        same = "the same prediction" if now == then else f"it was {then}"
+        cells.append(("Prediction", now, f"{sure:.0%} sure; {same} with every patch"))
     text = "".join(
         "<div class='fact'><span>{}</span><b>{}</b><span>{}</span></div>".format(*map(html.escape, cell))
         for cell in cells
@@ -95,7 +95,7 @@ def facts(one: Comparison) -> str:
 
 
 def classes(names: Sequence[str] | None) -> str:
-    """A model of few classes calls everything one of them: say so, in Markdown, of which the names are no part."""
+    """A note for a model with few classes, which always predicts one of them; Markdown with escaped names."""
     if not names or len(names) > 50:
         return ""
     plain = re.sub(r"[!-+\--/:-@[-`{-~]", r"\\\g<0>", printable(", ".join(names)))

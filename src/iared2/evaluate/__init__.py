@@ -1,1 +1,1 @@
-"""What a model is worth: accuracy, speed, explanations."""
+"""Evaluation of a model: accuracy, speed, explanations."""

@@ -1,4 +1,4 @@
-"""How good is it: top-1, patches kept, multiply-adds and speed; reduced, dense, and dropping at random."""
+"""Top-1, patches kept, MACs and speed of the reduced model, the dense backbone and random dropping."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..model.reduced import Output, ReducedVisionTransformer
 
 @dataclass
 class Variant:
-    """Figures of one way to run the model over a data set."""
+    """Results of one way to run the model on a data set."""
 
     name: str
     top1: float
@@ -28,11 +28,11 @@ class Variant:
     keep_ratio: list[float]
     """Share of patches alive after each group."""
     gmacs: float
-    """Mean multiply-adds of an image, 10⁹."""
+    """Mean 10⁹ MACs per image."""
     images_per_second: float
     """Of the forward passes alone; the variants take turns on the same batches."""
     thresholds: Sequence[float] | None = None
-    """Of the groups; None where they do not decide."""
+    """Thresholds of the groups; None if thresholds do not decide."""
 
 
 REDUCED, DENSE, RANDOM = "reduced", "dense backbone", "random dropping, same counts (not fine-tuned)"
@@ -40,20 +40,20 @@ REDUCED, DENSE, RANDOM = "reduced", "dense backbone", "random dropping, same cou
 
 @dataclass
 class Evaluation:
-    """The reduced model beside its rivals on the same images, and at other budgets if there were any."""
+    """The reduced model and its baselines on the same images, also at other budgets if there are any."""
 
     images: int
     skipped: list[str]
-    """Files that could not be read."""
+    """Number of files that could not be read."""
     variants: list[Variant]
     """Reduced, dense, random; then reduced and random at each budget."""
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON types."""
+        """The results as JSON types."""
         return asdict(self)
 
     def table(self) -> Table:
-        """For people."""
+        """The table to print."""
         title = f"{self.images} images" + (f", {len(self.skipped)} could not be read" if self.skipped else "")
         table = Table("model", "top-1 %", "kept after each group", "GMACs", "images/s", title=title)
         for v in self.variants:
@@ -62,9 +62,9 @@ class Evaluation:
         return table
 
     def figure(self) -> Figure:
-        """Accuracy against multiply-adds, for print."""
+        """A plot of accuracy against MACs."""
         figure = Figure(figsize=(5.5, 4), layout="constrained")
-        axes = figure.add_subplot(xlabel="multiply-adds of an image (10⁹, mean)", ylabel="top-1 (%)")
+        axes = figure.add_subplot(xlabel="mean GMACs per image", ylabel="top-1 (%)")
         for name, style in ((REDUCED, "o-"), (RANDOM, "s--"), (DENSE, "k*")):
             points = sorted((v.gmacs, v.top1) for v in self.variants if v.name.startswith(name))
             axes.plot(*zip(*points, strict=True), style, label=name)
@@ -84,14 +84,14 @@ def evaluate(
 
     Args:
         model: in evaluation mode, on ``device``.
-        batches: of ``batches.eval_batches``. Of several views of a video, ``(B, V, 3, T, H, W)``, the probabilities are
-            averaged, the multiply-adds added up; shares of the patches are means over the views.
+        batches: of ``batches.eval_batches``. For several views of a video, ``(B, V, 3, T, H, W)``, probabilities are
+            averaged, MACs are summed, and shares of patches are means over the views.
         device: where the model is.
         seed: of the random baseline.
-        budgets: name -> thresholds (`model.calibrate.thresholds_for`), measured beside the model's own.
+        budgets: name -> thresholds (`model.calibrate.thresholds_for`), evaluated in addition to the model's own.
     """
     settings = {"": model.thresholds, **{f", {name}": thresholds for name, thresholds in (budgets or {}).items()}}
-    sums: dict[str, Tensor] = {}  # right, multiply-adds, patches kept of all after each group, seconds
+    sums: dict[str, Tensor] = {}  # correct, MACs, share of patches kept after each group, seconds
     images = 0
     skipped: list[str] = []
 
@@ -116,17 +116,17 @@ def evaluate(
         runs: list[tuple[Any, ...]] = [(DENSE, dense, x)]
         for name, thresholds in settings.items():
             decide = model.decision.at(thresholds) if thresholds else model.decision
-            with torch.inference_mode():  # a pass for the counts alone: random may have its turn before the timed one
+            with torch.inference_mode():  # a pass for the counts alone: random dropping may run before the timed one
                 num_keep = model.trace(x, decide).kept.sum(-1)
             runs += [
                 (REDUCED + name, model.trace, x, decide),
                 (RANDOM + name, model.trace, x, at_random(num_keep, keys)),
             ]
-        if not images:  # warm-up: the first pass pays for allocations and the choice of kernels
+        if not images:  # warm-up: the first pass includes allocations and the choice of kernels
             with torch.inference_mode():
                 for _, run, *args in runs:
                     run(*args)
-        start = number % len(runs)  # in another order for each batch: the first shares the cores with the reader
+        start = number % len(runs)  # in a new order for each batch: the first shares the cores with the reader
         for name, *timed_run in runs[start:] + runs[:start]:
             add(name, *timed_run)
         images += len(labels)

@@ -1,4 +1,4 @@
-"""``iared2 evaluate``: a model on labelled images or videos, also at other budgets."""
+"""``iared2 evaluate``: evaluate a model on labelled images or videos, also at other budgets."""
 
 from __future__ import annotations
 
@@ -32,30 +32,30 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     """The arguments of ``iared2 evaluate``."""
     command.add_argument("checkpoint", help="file of model.save(), folder of a run, or 'box' for the model in the box")
     command.add_argument(
-        "data", help="folder of class folders, folder of parquet files, hf:NAME; of videos, also a CSV"
+        "data", help="folder of class folders, folder of parquet files, hf:NAME; for videos, also a CSV"
     )
     command.add_argument("--split", default="validation", help="split to evaluate on (default: validation, or test)")
-    command.add_argument("--classes", nargs="+", default=[], help="only these classes, in the model's order")
-    command.add_argument("--threshold", type=float, nargs="+", help="one number, or one for each group")
+    command.add_argument("--classes", nargs="+", default=[], help="use only these classes, in the model's order")
+    command.add_argument("--threshold", type=float, nargs="+", help="one number, or one per group")
     command.add_argument(
         "--budget",
         type=float,
         nargs="+",
         metavar="SHARE",
-        help="also at these shares of the dense multiply-adds, e.g. 0.4 0.5 0.6, calibrated on training images",
+        help="also evaluate at these shares of the dense MACs, e.g. 0.4 0.5 0.6, calibrated on training images",
     )
-    command.add_argument("--clips", type=int, default=1, help="of videos: clips a video, spread over it (default: 1)")
-    command.add_argument("--span", type=float, default=0.0, help="of videos: seconds of a clip (default: all of it)")
-    command.add_argument("--crops", type=int, default=1, help="of videos: crops a clip, from end to end (default: 1)")
+    command.add_argument("--clips", type=int, default=1, help="videos: clips per video, spread over it (default: 1)")
+    command.add_argument("--span", type=float, default=0.0, help="videos: seconds per clip (default: the whole video)")
+    command.add_argument("--crops", type=int, default=1, help="videos: crops per clip, from end to end (default: 1)")
     command.add_argument(
-        "--all", action="store_true", help="of a folder without splits: also the images that the model was trained on"
+        "--all", action="store_true", help="for a folder without splits: include the images used for training"
     )
-    command.add_argument("--plot", help="write accuracy against multiply-adds to this .png, .pdf or .svg")
+    command.add_argument("--plot", help="plot accuracy against MACs to this .png, .pdf or .svg")
     command.add_argument("--batch-size", type=int, default=64)
     command.add_argument("--workers", type=int, default=2)
     command.add_argument("--device", default="cpu")
-    command.add_argument("--limit", type=int, help="only so many images")
-    command.add_argument("--json", help="write the figures to this file too")
+    command.add_argument("--limit", type=int, help="maximum number of images")
+    command.add_argument("--json", help="also write the results to this file")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -111,8 +111,8 @@ def _check(arguments: argparse.Namespace, frames: int) -> None:
 
 
 def _open(arguments: argparse.Namespace, model: ReducedVisionTransformer) -> tuple[Any, Any]:
-    """The samples to evaluate, and those to find budgets on, if asked for and there are any."""
-    # a model that knows its classes by name gets them in its own order, whatever the order of the folders
+    """The samples to evaluate, and those to calibrate budgets on, if requested and available."""
+    # a model with class names gets the classes in its own order, whatever the order of the folders
     classes = tuple(arguments.classes or model.class_names or ())
     data = DataConfig(path=arguments.data, eval_split=arguments.split, classes=classes)
     frames, share = clip_length(model.pretrained_cfg), model.pretrained_cfg.get("holdout") or 0.0
@@ -123,20 +123,18 @@ def _open(arguments: argparse.Namespace, model: ReducedVisionTransformer) -> tup
             train_samples = open_for(frames, replace(data, holdout=share), "train", clips)
     try:
         return open_for(frames, data, "eval", clips), train_samples
-    except NoSplit:  # then what training put aside is new to the model
+    except NoSplit:  # then the holdout of the training is new to the model
         if share and not arguments.all:
-            message = (
-                f"there is no split to evaluate on: taking the {share:.0%} that training put aside; --all takes all"
-            )
+            message = f"there is no split to evaluate on: using the {share:.0%} that training held out; --all uses all"
             print(message, file=sys.stderr)
             return open_for(frames, replace(data, holdout=share), "holdout", clips), train_samples
         if share:
-            print("warning: if this is what the model was trained on, it has seen most of it", file=sys.stderr)
+            print("warning: if the model was trained on this data, it has seen most of it", file=sys.stderr)
         return open_for(frames, data, "eval", clips, whole=True), train_samples
 
 
 def _thresholds(model: ReducedVisionTransformer, images: torch.Tensor, shares: list[float]) -> dict[str, list[float]]:
-    """Name of each budget -> its thresholds, found on images, or on clips of some views."""
+    """Name of each budget -> its thresholds, calibrated on images, or on clips of some views."""
     clips = images.flatten(0, -5 if clip_length(model.pretrained_cfg) else -4)
     dense = model.dense_macs / 1e9
     return {f"budget {share:g}": thresholds_for(model, clips, gmacs=share * dense) for share in shares}

@@ -1,1 +1,1 @@
-"""Why did the model say so: heat maps, ours and their rivals, pictures of them, and measures. Knows no training."""
+"""Explanations: heat maps of our method and of baselines, and pictures of them. Does not depend on training."""

@@ -1,8 +1,7 @@
-"""What the attention says: of one block (raw), or of all of them multiplied through (rollout).
+"""Attention maps: of one block (raw), or the product over all blocks (rollout).
 
-The weights are computed anew from the tokens that enter a block, with the block's own layers: no hook, and it does not
-matter whether timm would fuse the attention. A value belongs to a patch, wherever its row stands; a patch that is gone
-has 0.
+The weights are recomputed from the tokens that enter a block, with the block's own layers, without a hook and whether
+or not timm fuses the attention. A value belongs to a patch, whatever its row; a dropped patch has 0.
 """
 
 from __future__ import annotations
@@ -20,9 +19,9 @@ from .forward import backbone_of, tokens_by_block
 
 
 def raw_attention(model: Any, images: Tensor, block: int) -> Tensor:
-    """What the class token attends to in one block, mean over the heads.
+    """Attention of the class token in one block, mean over the heads.
 
-    Without a class token: the mean over the living patches as queries. Blocks after this one do not run.
+    Without a class token: the mean over the patches alive as queries. Blocks after this one do not run.
 
     Args:
         model: reduced or dense, in evaluation mode.
@@ -30,7 +29,7 @@ def raw_attention(model: Any, images: Tensor, block: int) -> Tensor:
         block: from 0.
 
     Returns:
-        ``(B, N)`` in [0, 1], sum at most 1 (the rest goes to prefix tokens); 0 where the patch is gone.
+        ``(B, N)`` in [0, 1], sum at most 1 (the rest goes to prefix tokens); 0 where the patch was dropped.
     """
     backbone = backbone_of(model)
     packed = next(islice(tokens_by_block(model, images), block, None))
@@ -41,16 +40,16 @@ def raw_attention(model: Any, images: Tensor, block: int) -> Tensor:
 def rollout(model: Any, images: Tensor) -> Tensor:
     """Attention rollout (Abnar & Zuidema 2020, eq. 1): the product over the blocks of ½ (mean over heads + identity).
 
-    Only what the class token (or, without one, the mean living patch) collects is followed, from the last block back to
-    the first: a vector times a matrix a block, not a matrix times a matrix.
+    Only the row of the class token (or, without one, the mean over the patches alive) is computed, from the last block
+    back to the first: one vector-matrix product per block instead of a matrix product.
 
     Args:
         model: reduced or dense, in evaluation mode.
         images: ``(B, in_chans, H, W)``, normalised.
 
     Returns:
-        ``(B, N)`` in [0, 1], sum at most 1. 0 where the patch was gone before the first block; one that left later has
-        what flowed from it before.
+        ``(B, N)`` in [0, 1], sum at most 1. 0 where the patch was dropped before the first block; a patch dropped later
+        has its contribution up to then.
     """
     backbone = backbone_of(model)
     *entering, last = tokens_by_block(model, images)
@@ -62,7 +61,7 @@ def rollout(model: Any, images: Tensor) -> Tensor:
 
 
 def _readers(backbone: Any, packed: PackedTokens) -> Tensor:
-    """``(T,)`` weights, sum 1 an image, of the tokens whose attention is asked for."""
+    """``(T,)`` weights of the tokens whose attention is requested; they sum to 1 per image."""
     position = packed.token_ids % packed.num_tokens
     if backbone.has_class_token:
         return (position == 0).float()
@@ -71,7 +70,7 @@ def _readers(backbone: Any, packed: PackedTokens) -> Tensor:
 
 
 def _attended(readers: Tensor, block: Any, packed: PackedTokens) -> Tensor:
-    """``(T,)`` what tokens weighted by ``readers (T,)`` attend to, mean over the heads."""
+    """``(T,)`` attention of the tokens weighted by ``readers (T,)``, mean over the heads."""
     q, k, _, _ = vit.before_attention(block, packed.x)
     runs = zip(packed.buckets(readers), attention_weights(q, k, packed), strict=True)
     return torch.cat([(run[:, None].to(w) @ w.mean(1)).flatten() for run, w in runs]).float()

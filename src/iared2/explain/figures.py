@@ -1,4 +1,4 @@
-"""The tool's pictures, composed pixel by pixel with Pillow so that no photo is resampled more than it must be."""
+"""The tool's pictures, composed pixel by pixel with Pillow to avoid resampling photos."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from .heatmap import colors, overlay
 PANEL_SIDES = 256, 640
 """Smallest and largest longer side of a panel of the hierarchy, in pixels."""
 BLANK = 235
-"""The grey of a dropped patch: not the white of the page or of a photo's background."""
+"""The grey of a dropped patch, which differs from the white of the page or of a photo's background."""
 
 
 def result_figure(photo: Image.Image, heatmap: np.ndarray, colormap: str = "jet") -> Image.Image:
-    """`interpret-result.png`: the photo under its heat map, and a colour bar at its right.
+    """`interpret-result.png`: the photo under its heat map, with a colour bar on the right.
 
-    The upper left W × H pixels are the overlay, pixel for pixel; the canvas is higher only if the photo is lower than
-    a legible bar.
+    The upper left W × H pixels are exactly the overlay; the canvas is higher only if the photo is lower than a legible
+    bar.
 
     Args:
         photo: RGB, of width W and height H.
         heatmap: ``(H, W)`` in [0, 1].
-        colormap: a name that matplotlib knows.
+        colormap: a colormap of matplotlib.
     """
     return with_color_bar(overlay(photo, heatmap, colormap), max(12, round(0.035 * min(photo.size))), colormap)
 
 
 def with_color_bar(picture: Image.Image, em: int, colormap: str = "jet") -> Image.Image:
-    """The picture in the upper left of a white canvas, and a colour bar at its right; text of ``em`` pixels."""
+    """The picture in the upper left of a white canvas, with a colour bar on the right; text of ``em`` pixels."""
     font = ImageFont.load_default(em)
     high, low = "high", "low"
     height = max(picture.height, 5 * em)
@@ -49,12 +49,12 @@ def with_color_bar(picture: Image.Image, em: int, colormap: str = "jet") -> Imag
 
 
 def hierarchy_figure(photo: Image.Image, kept: np.ndarray, grid: Sequence[float]) -> Image.Image:
-    """`hierarchy.png`: the photo, then one panel a group, its dropped patches blank and its keep ratio in the corner.
+    """`hierarchy.png`: the photo, then one panel per group, dropped patches blank, keep ratio in the corner.
 
     Args:
         photo: RGB.
         kept: ``(D, N)`` bool, the patches that each group kept.
-        grid: of ``heatmap.grid_of``; rounded up, rows × columns = N.
+        grid: from ``heatmap.grid_of``; rounded up, rows × columns = N.
     """
     panel = fit(photo, *PANEL_SIDES)
     by_place = kept.reshape(len(kept), *map(math.ceil, grid))
@@ -62,12 +62,12 @@ def hierarchy_figure(photo: Image.Image, kept: np.ndarray, grid: Sequence[float]
 
 
 def ratio(kept: np.ndarray) -> str:
-    """The share of the patches that were kept, as it is written into a corner."""
+    """The share of the patches that were kept, as the text of a corner."""
     return f"{kept.mean():.2f}"
 
 
 def table(rows: Sequence[Sequence[tuple[Image.Image, str]]]) -> Image.Image:
-    """Panels of one size in rows and columns; what comes with each, if anything, is written into its corner."""
+    """Panels of one size in rows and columns, each with an optional text in its corner."""
     panel = rows[0][0][0]
     em = text_size(panel)
     gap = em // 2
@@ -89,7 +89,7 @@ def text_size(panel: Image.Image) -> int:
 
 
 def fit(photo: Image.Image, smallest: int, largest: int) -> Image.Image:
-    """The photo with its longer side within bounds: smaller, or larger by a whole factor so that pixels stay pixels."""
+    """The photo with its longer side within bounds: reduced, or enlarged by an integer factor without interpolation."""
     panel = photo.copy()
     panel.thumbnail((largest, largest), Image.Resampling.LANCZOS)
     factor = math.ceil(smallest / max(panel.size))
@@ -97,9 +97,9 @@ def fit(photo: Image.Image, smallest: int, largest: int) -> Image.Image:
 
 
 def blank(panel: Image.Image, kept: np.ndarray, grid: Sequence[float] | None = None) -> Image.Image:
-    """Blank where the patch that a pixel's centre lies in was dropped.
+    """Blank the pixels whose centre lies in a dropped patch.
 
-    ``kept`` is (rows, columns); ``grid`` is how many of them cover the panel, by default all.
+    ``kept`` is (rows, columns); ``grid`` is the number of them that cover the panel, by default all.
     """
     row, column = (
         ((2 * np.arange(pixels) + 1) * count // (2 * pixels)).astype(int)
@@ -111,7 +111,7 @@ def blank(panel: Image.Image, kept: np.ndarray, grid: Sequence[float] | None = N
 
 
 def _write(canvas: Image.Image, corner: tuple[int, int], text: str, em: int) -> None:
-    """The text at the upper left of the panel whose corner it is: white in a dark box, legible on anything."""
+    """The text in the upper left corner of a panel: white in a dark box, legible on any photo."""
     draw = ImageDraw.Draw(canvas)
     font = ImageFont.load_default(em)
     pad = em // 4

@@ -1,6 +1,6 @@
-"""The forward pass one block at a time, of a reduced model or of a dense timm backbone, for those who look inside.
+"""The forward pass one block at a time, for a reduced model or a dense timm backbone.
 
-Dense is the case that nothing is dropped. Knows tokens and blocks, not maps.
+A dense backbone is the case in which nothing is dropped. Handles tokens and blocks, not maps.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def backbone_of(model: Any) -> Any:
     """The timm vision transformer in a reduced model, or the model itself.
 
     Raises:
-        InputError: it is neither, or a transformer that packed tokens would compute wrongly.
+        InputError: it is neither, or a transformer that packed execution would compute wrongly.
     """
     if isinstance(model, ReducedVisionTransformer):
         return model.backbone
@@ -31,14 +31,14 @@ def backbone_of(model: Any) -> Any:
 
 
 def tokens_by_block(model: Any, images: Tensor, decide: Decide | None = None) -> Iterator[PackedTokens]:
-    """The tokens that enter each block, in order, and at last those that leave the last one: depth + 1 items.
+    """The tokens that enter each block, in order, and finally the output of the last block: depth + 1 items.
 
-    Nothing is computed beyond what was asked for: who stops early pays for no more.
+    Computed lazily: if the caller stops early, later blocks do not run.
 
     Args:
         model: ``ReducedVisionTransformer`` or a supported timm one.
         images: ``(B, in_chans, H, W)``, normalised.
-        decide: of a reduced model; its threshold if None.
+        decide: for a reduced model; ``model.decision`` if None.
     """
     backbone = backbone_of(model)
     packed = PackedTokens.from_dense(vit.embed(backbone, images), backbone.num_prefix_tokens)
@@ -56,10 +56,10 @@ def tokens_by_block(model: Any, images: Tensor, decide: Decide | None = None) ->
 
 
 def private_twin(model: Any) -> Any:
-    """The same network over the same weights, in evaluation mode, its weights without gradients.
+    """A copy of the network that shares the weights, in evaluation mode, without gradients for the weights.
 
-    A method that hooks layers, changes their mode or calls ``backward`` does it to the twin. The model stays as it is,
-    even while other threads use it.
+    A method that hooks layers, changes their mode or calls ``backward`` uses the twin. The model is not changed, even
+    while other threads use it.
     """
     shared: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
     shared |= {id(buffer): buffer for buffer in model.buffers()}

@@ -1,8 +1,8 @@
-"""Explanations that need a backward pass: Grad-CAM and its kin (package `grad-cam`), integrated gradients (`captum`).
+"""Explanations that need a backward pass: Grad-CAM and variants (package `grad-cam`), integrated gradients (`captum`).
 
-On a reduced model the decisions are discrete and are held as the photo itself makes them; gradients flow through the
-patches that survive, and one that is gone has 0 from there on. Everything runs on a private twin of the model, whose
-weights, gradients, modes and hooks stay its own.
+In a reduced model, the decisions are discrete and fixed to those of the photo itself. Gradients flow through the kept
+patches; a dropped patch has 0 from there on. Everything runs on a private twin of the model, so the gradients, modes
+and hooks of the model do not change.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from ..model.reduced import ReducedVisionTransformer
 from .forward import backbone_of, private_twin, tokens_by_block
 
 KIN = {"gradcam": "GradCAM", "gradcam++": "GradCAMPlusPlus", "hirescam": "HiResCAM", "layercam": "LayerCAM"}
-"""Methods, and their classes in the package: those that stay finite on activations of both signs."""
+"""Methods and their classes in the package: those that are finite for activations of both signs."""
 STEPS = 32
-"""Of the integral: the sum of the attributions is then within a few percent of the difference that it explains."""
+"""Steps of the integral: the sum of attributions is then within a few percent of the difference it explains."""
 BATCH = 16
-"""Images at a time, when there are many steps."""
+"""Images per batch, since there are many steps."""
 
 
 def optional(module: str, extra: str, package: str) -> Any:
     """A module of an optional package.
 
     Raises:
-        InputError: it is not installed; says how to.
+        InputError: it is not installed; says how to install it.
     """
     try:
         return importlib.import_module(module)
@@ -40,20 +40,20 @@ def optional(module: str, extra: str, package: str) -> Any:
 
 
 def grad_cam(model: Any, images: Tensor, target: Tensor | None, method: str = "gradcam", block: int = -1) -> Tensor:
-    """Grad-CAM (Selvaraju et al. 2017) of the tokens as the attention of a block sees them: after its ``norm1``.
+    """Grad-CAM (Selvaraju et al. 2017) on the input of the attention of a block: after its ``norm1``.
 
-    That is the package's advice for vision transformers: behind the last attention the class token reads patches no
-    more, and their gradient is 0.
+    The package recommends this for vision transformers: after the last attention, the class token does not depend on
+    patches, so their gradient is 0.
 
     Args:
         model: reduced or dense.
         images: ``(B, in_chans, H, W)``, normalised.
         target: ``(B,)`` classes, or None for the top-1.
         method: of ``KIN``.
-        block: which one's input, from 0; −1 the last.
+        block: the block whose input is used, from 0; −1 for the last.
 
     Returns:
-        ``(B, H, W)`` in [0, 1], as the package draws it (bilinear).
+        ``(B, H, W)`` in [0, 1], as the package renders it (bilinear).
     """
     package = optional("pytorch_grad_cam", "explain", "grad-cam")
     twin = private_twin(model)
@@ -61,7 +61,7 @@ def grad_cam(model: Any, images: Tensor, target: Tensor | None, method: str = "g
     layer = backbone_of(twin).blocks[block].norm1
     rows, columns = backbone_of(twin).patch_embed.dynamic_feat_size(images.shape[-2:])
 
-    def grid(x: Tensor) -> Tensor:  # (T, C) -> (B, C, rows, columns), 0 where the patch is gone
+    def grid(x: Tensor) -> Tensor:  # (T, C) -> (B, C, rows, columns), 0 where the patch was dropped
         packed = network.entering
         dense = packed.to_dense(x.float())[:, packed.num_prefix_tokens :]
         return dense.mT.unflatten(2, (rows, columns))
@@ -72,7 +72,7 @@ def grad_cam(model: Any, images: Tensor, target: Tensor | None, method: str = "g
 def run_cam(
     cam: Any, network: nn.Module, layers: list[nn.Module], images: Tensor, target: Tensor | None, reshape: Any = None
 ) -> Tensor:
-    """A class of the package at work on a private ``network``: ``(B, H, W)`` in [0, 1]."""
+    """Run a class of the package on a private ``network``: ``(B, H, W)`` in [0, 1]."""
     targets_of = optional("pytorch_grad_cam.utils.model_targets", "explain", "grad-cam").ClassifierOutputTarget
     targets = None if target is None else [targets_of(label) for label in target.tolist()]
     with torch.inference_mode(False), torch.enable_grad(), cam(network, layers, reshape) as at_work:
@@ -81,7 +81,7 @@ def run_cam(
 
 
 class _Classifier(nn.Module):
-    """images -> logits, with gradients from the input of one block on; remembers the rows that enter it."""
+    """images -> logits, with gradients from the input of one block on; stores the rows that enter it."""
 
     def __init__(self, model: Any, block: int) -> None:
         super().__init__()
@@ -98,9 +98,9 @@ class _Classifier(nn.Module):
 def integrated_gradients(model: Any, images: Tensor, target: Tensor | None) -> Tensor:
     """Integrated gradients (Sundararajan et al. 2017) from the mean colour, 0 in a normalised image, to the image.
 
-    Summed with their sign over the channels and pixels of each patch, and what speaks against the class cut off. The
-    patch is what the model keeps or drops, and signed pixels that add up tell more of it than their sizes, which are
-    mostly noise.
+    They are summed with sign over the channels and pixels of each patch, and negative sums, which speak against the
+    class, are set to 0. The model keeps or drops whole patches, and a signed sum describes a patch better than absolute
+    values, which are mostly noise.
 
     Args:
         model: reduced or dense.
@@ -138,5 +138,5 @@ def _logits(model: Any, images: Tensor, decide: Decide | None) -> Tensor:
 
 
 def _held(kept: Tensor) -> Decide:
-    """The decisions ``kept (D, B, N)`` again, for any number of turns of the same B images."""
+    """Repeat the decisions ``kept (D, B, N)``, for any number of repetitions of the same B images."""
     return lambda scores, alive, group: kept[group].repeat(len(scores) // kept.shape[1], 1)

@@ -1,8 +1,8 @@
 """Scores of patches -> a heat map over the photo, as in the authors' tool.
 
-Deviation from the tool: it clamps at 0.48 always, just below its threshold of 0.5, because its scores crowd there. A
-model with a lower threshold would show nothing that way, so `upsample` takes the clamp as an argument and `clamp_below`
-gives it for a threshold: 0.48, or 0.02 below the threshold where that is lower.
+Deviation from the tool: it always clamps at 0.48, just below its threshold of 0.5, because its scores lie close to it.
+A model with a lower threshold would then show nothing. So `upsample` takes the clamp as an argument, and `clamp_below`
+computes it for a threshold: 0.48, or 0.02 below the threshold if that is lower.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from ..errors import InputError
 
 CLAMP = 0.48
-PHOTO_SHARE = 0.6  # of the overlay; the rest is colour
+PHOTO_SHARE = 0.6  # share of the photo in the overlay; the rest is colour
 
 
 def clamp_below(threshold: float) -> float:
@@ -30,18 +30,18 @@ def clamp_below(threshold: float) -> float:
 
 
 def lowest_kept(scores: Tensor, kept: Tensor) -> Tensor:
-    """``(..., N)`` twice ``-> (...)``: the threshold of a model that keeps counts is the lowest score that stayed.
+    """``(..., N)`` twice ``-> (...)``: the threshold of a model with counts is the lowest score that was kept.
 
-    It is 0 where all patches stayed, or none.
+    It is 0 if all patches were kept, or none.
     """
     lowest = scores.masked_fill(~kept, torch.inf).amin(-1)
     return lowest.masked_fill(kept.all(-1) | ~kept.any(-1), 0)
 
 
 def grid_of(model: Any, size: Sequence[int]) -> tuple[float, ...]:
-    """Rows and columns of patches that cover an image of this size, before them T' of a clip.
+    """Rows and columns of patches that cover an image of this size, preceded by T' for a clip.
 
-    They are whole numbers unless the model pads the image to whole patches: the last ones then reach beyond it.
+    They are integers unless the model pads the image to whole patches; the last ones then extend beyond it.
     """
     embed = getattr(model, "backbone", model).patch_embed
     return tuple(side / patch for side, patch in zip(size, embed.patch_size, strict=True))
@@ -51,14 +51,14 @@ def upsample(scores: Tensor, grid: Sequence[float], size: tuple[int, int], low: 
     """Clamp to [low, 1], min-max normalise, resize.
 
     Args:
-        scores: ``(..., N)`` scores of one group, in (0, 1), and 0 where the patch was already gone: the lowest.
-        grid: of ``grid_of``; rounded up, the numbers multiply to N.
+        scores: ``(..., N)`` scores of one group, in (0, 1), and 0, the lowest, where the patch was already dropped.
+        grid: from ``grid_of``; rounded up, the product of the numbers is N.
         size: height and width of the photo in pixels.
         low: the lower clamp; a number, or a tensor that broadcasts against the scores.
 
     Returns:
-        ``(..., height, width)``, of clips ``(..., T', height, width)``, float32 in [0, 1]. Each image and each clip is
-        normalised by itself, so that the moments of a clip can be compared; a constant map is zeros.
+        ``(..., height, width)``, for clips ``(..., T', height, width)``, float32 in [0, 1]. Each image and each clip is
+        normalised separately, so the frames of a clip can be compared; a constant map is zeros.
     """
     maps = scores.float().nan_to_num(0).clamp_max(1)
     maps = maps.maximum(torch.as_tensor(low, dtype=maps.dtype, device=maps.device))
@@ -76,7 +76,7 @@ def colors(name: str) -> np.ndarray:
     """A matplotlib colour map as ``(256, 3)`` uint8, from low to high.
 
     Raises:
-        InputError: matplotlib has none of this name.
+        InputError: matplotlib has no colour map of this name.
     """
     if name not in matplotlib.colormaps:
         raise InputError(

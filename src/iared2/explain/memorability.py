@@ -1,10 +1,10 @@
-"""What makes a photo memorable: the paper compares with MemNet, whose weights are gone; ResMem is its successor.
+"""Memorability maps: the paper compares with MemNet, whose weights are no longer available; ResMem is its successor.
 
-ResMem (Needell & Bainbridge 2022; package `resmem`, 489 MB with its weights) is a network of its own: it looks at the
-photo, not at the model that is explained. It predicts one number, how likely people are to recognise the photo.
-MemNet was asked for that number region by region to make a map; here Grad-CAM asks for all places at once, in the
-last layer of each of ResMem's two branches that still has places. That is one forward and one backward pass; to
-occlude one of 7 × 7 regions at a time would be fifty forward passes of 12 GMACs.
+ResMem (Needell & Bainbridge 2022; package `resmem`, 489 MB with its weights) is a separate network: it sees the photo,
+not the model that is explained. It predicts one number, how likely people are to recognise the photo. With MemNet, a
+map takes one prediction per region. Here, Grad-CAM computes all positions at once, in the last layer with positions of
+each of ResMem's two branches. This takes one forward and one backward pass; occluding one of 7 × 7 regions at a time
+would take fifty forward passes of 12 GMACs.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ SIDE = 227  # of ResMem's input
 
 
 def memorability(photos: Tensor) -> Tensor:
-    """Which places of a photo make it memorable.
+    """The positions in a photo that make it memorable.
 
     Args:
-        photos: ``(B, 3, H, W)`` RGB in [0, 1]. The whole photo is looked at, resized, never cropped.
+        photos: ``(B, 3, H, W)`` RGB in [0, 1]. The whole photo is used: resized, never cropped.
 
     Returns:
         ``(B, H, W)`` in [0, 1].

@@ -1,8 +1,7 @@
-"""One call for every map: ours and its rivals, over a reduced model or a dense backbone.
+"""One call for every heat map: our method and baselines, for a reduced model or a dense backbone.
 
-A method says one value a patch, and from there on all maps are made in one way: brought to [0, 1] and resized, so that
-they differ by what they say and not by how they are drawn. (Only Grad-CAM's package and the centre prior draw for
-themselves.)
+A method gives one value per patch. All maps are then computed in the same way: scaled to [0, 1] and resized, so that
+they differ by method and not by rendering. (Only Grad-CAM's package and the centre prior render their own maps.)
 """
 
 from __future__ import annotations
@@ -49,32 +48,32 @@ def heatmap(
     block: int | None = None,
     seed: int = 0,
 ) -> Tensor:
-    """Where the model looks, by one of ``METHODS``.
+    """A heat map of what the model looks at, with one of ``METHODS``.
 
-    - ``interpreter``: ours, see ``interpreter_map``. It runs no further than the group whose scores are asked for.
+    - ``interpreter``: ours, see ``interpreter_map``. The forward pass ends at the group whose scores are used.
     - ``attention``: of the class token, see ``attention_maps.raw_attention``.
     - ``rollout``: see ``attention_maps.rollout``.
-    - ``gradcam`` and its kin ``gradcam++``, ``hirescam``, ``layercam``: see ``gradients.grad_cam``.
+    - ``gradcam`` and its variants ``gradcam++``, ``hirescam``, ``layercam``: see ``gradients.grad_cam``.
     - ``integrated-gradients``: see ``gradients.integrated_gradients``.
-    - ``memorability``: of the photo, whatever the model, see ``memorability.memorability``.
-    - ``random``: a uniform draw for each patch, by the seed and the image's own pixels.
-    - ``center``: a Gaussian around the centre, σ = a quarter of each side: photographers put things there.
+    - ``memorability``: of the photo, independent of the model, see ``memorability.memorability``.
+    - ``random``: a uniform draw per patch, keyed by the seed and the pixels of the image.
+    - ``center``: a Gaussian around the centre, σ = a quarter of each side, since photographers centre the object.
 
     Args:
         model: a ``ReducedVisionTransformer``, or a dense timm vision transformer (which has no interpreter).
-        images: ``(B, 3, H, W)``, normalised as the model's ``pretrained_cfg`` says.
+        images: ``(B, 3, H, W)``, normalised by the model's ``pretrained_cfg``.
         method: as above.
-        target: ``(B,)`` int64, the classes that gradients ask about; the model's own top-1 if None.
+        target: ``(B,)`` int64, the classes that gradients explain; the model's own top-1 if None.
         group: of ``interpreter``, from 0, or "all". None: the second.
-        block: of ``attention``, from 0 (None: the second), or whose input Grad-CAM reads (None: the last).
+        block: of ``attention``, from 0 (None: the second); or the block whose input Grad-CAM uses (None: the last).
         seed: of ``random``.
 
     Returns:
-        ``(B, H, W)`` float32 in [0, 1] on the images' device, without gradient. Each map is normalised by itself to a
-        minimum of 0 and a maximum of 1 before it is resized; where there is nothing to tell apart it is zeros.
+        ``(B, H, W)`` float32 in [0, 1] on the images' device, without gradient. Each map is normalised separately to a
+        minimum of 0 and a maximum of 1 before it is resized; a constant map is zeros.
 
     Raises:
-        InputError: an unknown method, group, block or class, images of another form, or a package that is not there.
+        InputError: an unknown method, group, block or class, images of another shape, or a missing package.
     """
     backbone = _check(model, images, method, target)
     if method == "center":
@@ -114,22 +113,22 @@ def interpreter_map(
     size: tuple[int, int],
     group: Group = None,
 ) -> Tensor:
-    """Our map from the scores of a forward pass that is done already, at no cost but the drawing.
+    """Our heat map from the scores of an existing forward pass, so only the rendering takes time.
 
     One group: its scores, clamped below and normalised as in the authors' tool (``heatmap.upsample``). A patch that was
-    gone is at the bottom.
+    dropped before has the minimum.
 
-    All groups: how many groups a patch got through, plus its score in the last one that saw it. A group says nothing of
-    what an earlier one has dropped, so no single one ranks all patches. This does: a patch that was dropped later
-    stands above all that were dropped earlier, and the score ranks those that left, or stayed, together. Scores of
-    different groups are never compared, since each group has its own threshold.
+    All groups: the number of groups that kept a patch, plus its score in the last one that scored it. A group has no
+    scores for patches dropped earlier, so no single group ranks all patches. The sum does: a patch that was dropped
+    later ranks above all that were dropped earlier, and the score ranks patches of the same group. Scores of different
+    groups are never compared, since each group has its own threshold.
 
     Args:
-        model: whose scores they are; its patch size and thresholds are read, nothing runs.
-        scores: ``Output.scores (D, B, N)``, or of the first groups alone if that is where ``group`` lies.
+        model: the model of the scores; only its patch size and thresholds are read.
+        scores: ``Output.scores (D, B, N)``, or only those of the first groups if these include ``group``.
         kept: ``Output.kept (D, B, N)``, of the same groups.
         size: height and width of the images.
-        group: from 0, or "all". None: the second, as in the authors' tool; a model of one group has no other.
+        group: from 0, or "all". None: the second, as in the authors' tool; a model with one group uses that.
 
     Returns:
         ``(B, height, width)`` float32 in [0, 1].
@@ -141,7 +140,7 @@ def interpreter_map(
         thresholds = lowest_kept(scores[group], kept[group]).tolist() if own is None else [own[group]]
         return upsample(scores[group], grid, size, torch.tensor([[clamp_below(t)] for t in thresholds]))
     every = torch.stack(list(scores))
-    depth = every.gt(0).sum(0) - 1  # a score is 0 where the patch was gone, and nowhere else
+    depth = every.gt(0).sum(0) - 1  # a score is 0 if and only if the patch was dropped before
     last = every.gather(0, depth.clamp_min(0)[None])[0]
     return upsample(_unit(depth + last), grid, size, low=0)
 
@@ -158,7 +157,7 @@ def _interpret(model: Any, images: Tensor, group: Group) -> Tensor:
 
 
 def _random(images: Tensor, num_patches: int, seed: int) -> Tensor:
-    """``(B, N)``. An image has the same map in any batch: its key is made from its pixels."""
+    """``(B, N)``. An image has the same map in any batch, since its key is computed from its pixels."""
     content = images.float().flatten(1).view(torch.int32).sum(1, dtype=torch.int64)
     return keyed.uniform(keyed.sample_keys(seed, 0, content), SITE_RANDOM_MAP, num_patches)
 
@@ -170,14 +169,14 @@ def _center(images: Tensor) -> Tensor:
 
 
 def _photos(model: Any, images: Tensor) -> Tensor:
-    """Images as they were before they were normalised, in [0, 1]."""
+    """Images before normalisation, in [0, 1]."""
     cfg = resolve_data_config(pretrained_cfg=getattr(model, "pretrained_cfg", None) or {})
     mean, std = (images.new_tensor(cfg[key])[:, None, None] for key in ("mean", "std"))
     return (images * std + mean).clamp(0, 1)
 
 
 def _unit(maps: Tensor) -> Tensor:
-    """``(B, ...)`` of any range to [0, 1], each by itself; one that is constant but for rounding is zeros."""
+    """Scale ``(B, ...)`` to [0, 1] per item; an item that is constant up to rounding is zeros."""
     flat = maps.float().flatten(1)
     low, high = flat.amin(1, keepdim=True), flat.amax(1, keepdim=True)
     told_apart = high - low > 1e-6 * torch.maximum(low.abs(), high.abs())
@@ -185,7 +184,7 @@ def _unit(maps: Tensor) -> Tensor:
 
 
 def _index(what: str, value: Any, count: int, default: int) -> int:
-    """A number from 0 to ``count`` − 1; the default if None, or the last if there are not so many."""
+    """An index from 0 to ``count`` − 1; the default if None, or the last if the default is too large."""
     if value is None:
         return min(default, count - 1)
     if not isinstance(value, int) or not 0 <= value < count:
@@ -194,7 +193,7 @@ def _index(what: str, value: Any, count: int, default: int) -> int:
 
 
 def _check(model: Any, images: Tensor, method: str, target: Tensor | None) -> Any:
-    """The backbone, if all that was given goes together."""
+    """The backbone, if the arguments are consistent."""
     known = dict.fromkeys((*METHODS, *KIN))
     if method not in known:
         raise InputError(f"there is no method {method!r}: take one of {', '.join(known)}")

@@ -1,6 +1,6 @@
-"""Pictures in rows and columns for print, by matplotlib: PNG for slides, PDF for papers. Knows no models.
+"""Pictures in rows and columns for print, with matplotlib: PNG for slides, PDF for papers. Does not depend on models.
 
-Photos are embedded at the resolution of print and not resampled again; text in a PDF is text.
+Photos are embedded at print resolution and not resampled again; text in a PDF is text.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FONT_SIZE = 8
 
 @dataclass(frozen=True)
 class Panel:
-    """A picture, and what is written in its upper left corner."""
+    """A picture, and the text in its upper left corner."""
 
     picture: Image.Image
     note: str = ""
@@ -36,7 +36,7 @@ def fit(photo: Image.Image, columns: int) -> Image.Image:
 
 
 def plate(rows: Sequence[Sequence[Panel]], titles: Sequence[str], kind: str) -> bytes:
-    """The file of a plate: one row a photo, one column a title.
+    """The file of a plate: one row per photo, one column per title.
 
     Args:
         rows: panels as wide as ``fit`` makes them, as many in a row as there are titles; of one size within a row.
@@ -58,7 +58,7 @@ def _height(row: Sequence[Panel]) -> float:
 
 
 def _pages(rows: Sequence[Sequence[Panel]]) -> Iterator[list[Sequence[Panel]]]:
-    """As many rows a page as fit on it."""
+    """The rows of each page, as many as fit."""
     page: list[Sequence[Panel]] = []
     room = HEIGHT - TITLE
     for row in rows:

@@ -1,9 +1,9 @@
 """attend(): attention within each image of a packed batch, one backend per device.
 
-CUDA in half precision runs one variable-length kernel over the whole batch. Everything else works on views, once for
-each bucket of images of equal length (see tokens.py): ``scaled_dot_product_attention``, or two plain matrix products
-where a CPU infers in bfloat16.
-``attention_weights`` is the plain twin for those who want to see the weights.
+CUDA in half precision runs one variable-length kernel over the whole batch. Everything else runs on views, once per
+bucket of images of equal length (see tokens.py): ``scaled_dot_product_attention``, or two plain matrix products for
+inference in bfloat16 on a CPU.
+``attention_weights`` is the plain implementation, which returns the weights.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from .tokens import PackedTokens
 
 EXTRA = 8
-"""Channels that `with_bias_channel` adds to each head: the kernel wants a multiple of as many."""
+"""Channels that `with_bias_channel` adds to each head: the kernel needs a multiple of this number."""
 Attend = Callable[[Tensor, Tensor, Tensor, PackedTokens, float], Tensor]
 
 
@@ -27,7 +27,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, packed: PackedTokens, dropout: float
 
     Args:
         q, k, v: ``(T, H, head_dim)`` in the row order of ``packed``.
-        packed: says which rows belong together.
+        packed: the layout of the rows.
         dropout: probability of dropping an attention weight, 0 outside training.
 
     Returns:
@@ -52,7 +52,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, packed: PackedTokens, dropout: float
 
 
 def key_biases(packed: PackedTokens, dtype: torch.dtype) -> Iterator[Tensor | None]:
-    """What is added to the logits, the same for all queries: ``(images, 1, 1, length)``, or None, for each bucket."""
+    """The bias of the logits, the same for all queries: ``(images, 1, 1, length)``, or None, per bucket."""
     if packed.log_sizes is None:
         yield from repeat(None, len(packed.bucket_sizes))
     else:
@@ -60,20 +60,20 @@ def key_biases(packed: PackedTokens, dtype: torch.dtype) -> Iterator[Tensor | No
 
 
 def plain_is_faster(v: Tensor) -> bool:
-    """Inference in bfloat16 on a CPU, of images of up to 512 tokens ``v (images, H, length, head_dim)``.
+    """Inference in bfloat16 on a CPU, for images of up to 512 tokens ``v (images, H, length, head_dim)``.
 
-    There torch's fused kernel takes twice as long as two plain matrix products (docs/speed.md); beyond, as long.
+    There, torch's fused kernel takes twice as long as two plain matrix products (docs/speed.md); beyond, as long.
     """
     half = v.device.type == "cpu" and v.dtype == torch.bfloat16
     return half and v.shape[2] <= 512 and not torch.is_grad_enabled()
 
 
 def attention_weights(q: Tensor, k: Tensor, packed: PackedTokens) -> Iterator[Tensor]:
-    """What ``attend`` multiplies the values with, in float32 (float64 for float64): one tensor for each bucket.
+    """The attention weights of ``attend``, in float32 (float64 for float64): one tensor per bucket.
 
     Args:
         q, k: ``(T, H, head_dim)`` in the row order of ``packed``.
-        packed: says which rows belong together.
+        packed: the layout of the rows.
 
     Yields:
         ``(images, H, length, length)``, query × key; every row sums to 1.
@@ -86,7 +86,7 @@ def attention_weights(q: Tensor, k: Tensor, packed: PackedTokens) -> Iterator[Te
 
 
 def _has_varlen_kernel(v: Tensor, extra: int) -> bool:
-    """Half precision, a width of a head that the kernel takes with so many more, and an Ampere or newer GPU."""
+    """Half precision, a head width that the kernel supports with the extra channels, and an Ampere or newer GPU."""
     half = v.is_cuda and v.dtype in (torch.float16, torch.bfloat16)
     return (
         half
@@ -108,9 +108,9 @@ def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, packed: PackedTokens) -> Ten
 
 
 def with_bias_channel(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``(T, H, head_dim + EXTRA)`` each: what a kernel that takes no bias needs to add ``bias (T,)`` of the keys.
+    """``(T, H, head_dim + EXTRA)`` each: lets a kernel without a bias argument add ``bias (T,)`` of the keys.
 
-    Logits are ``q · k / sqrt(head_dim)`` of the width that comes in, though the kernel divides by the root of the new.
+    Logits are ``q · k / sqrt(head_dim)`` with the original width, though the kernel divides by the root of the new one.
     """
     width = q.shape[-1]
     scale = ((width + EXTRA) / width) ** 0.5

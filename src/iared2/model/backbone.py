@@ -1,8 +1,8 @@
-"""A timm VisionTransformer seen as embed, blocks and head.
+"""A timm VisionTransformer as embed, blocks and head.
 
 Reads timm's modules, never changes them: no subclass, no hook, no renamed parameter. ``run_block`` is timm's
-``Block.forward`` written for packed rows; it uses the block's own layers, so layer scale, query-key norm, gated MLPs,
-scaled norms and dropout come along.
+``Block.forward`` for packed rows. It uses the block's own layers, so layer scale, query-key norm, gated MLPs,
+scaled norms and dropout are supported.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .video_transformer import TubeletEmbed
 
 
 def check_supported(backbone: Any) -> None:
-    """Refuse what packed execution would compute wrongly.
+    """Refuse models that packed execution would compute wrongly.
 
     Raises:
         InputError: says which part of the model is not supported and why.
@@ -60,7 +60,7 @@ def check_supported(backbone: Any) -> None:
 
 
 def split_blocks(depth: int, groups: int) -> list[range]:
-    """The indices of the blocks of each group; the first groups are a block longer where it does not divide.
+    """The block indices of each group. If ``groups`` does not divide the depth, the first groups have one more block.
 
     Raises:
         InputError: fewer blocks than groups.
@@ -73,7 +73,7 @@ def split_blocks(depth: int, groups: int) -> list[range]:
 
 
 def pools_patches(backbone: VisionTransformer) -> bool:
-    """Whether the head reads patch tokens, so that an image must keep at least one."""
+    """Whether the head pools patch tokens, so that an image must keep at least one."""
     return backbone.global_pool != "token"
 
 
@@ -95,12 +95,12 @@ def run_blocks(
     """Run the blocks ``indices`` on the packed rows.
 
     Args:
-        backbone: its flag of activation checkpointing is honoured.
+        backbone: the timm model; its flag of activation checkpointing is respected.
         indices: of the blocks, in order.
         packed: the tokens.
-        engine: see `ReducedVisionTransformer`. "compiled" compiles what lies between one attention and the next, once
+        engine: see `ReducedVisionTransformer`. "compiled" compiles everything between one attention and the next, once
             for all blocks and any number of tokens.
-        weights: what oneDNN has laid out already.
+        weights: weights that oneDNN has already laid out.
 
     Raises:
         InputError: "onednn" cannot run here.
@@ -130,8 +130,8 @@ def run_block(
 ) -> Tensor:
     """``x (T, C) -> (T, C)``: one MSA-FFN block on rows laid out as ``packed``.
 
-    ``index`` names the block's draws of stochastic depth. A block that is hooked, or whose attention is, runs as the
-    module that it is, once per bucket.
+    ``index`` keys the block's draws of stochastic depth. A block that carries a hook, or whose attention does, runs as
+    a timm module, once per bucket.
     """
     if any(map(onednn.is_touched, (block, block.attn, block.attn.attn_drop, block.drop_path1, block.drop_path2))):
         biases = key_biases(packed, x.dtype)
@@ -161,7 +161,7 @@ def after_attention(
 
     Args:
         block: the block.
-        x, y: ``(T, C)`` the tokens, and the same normalised (a gate reads them).
+        x, y: ``(T, C)`` the tokens, and the normalised tokens (a gate reads them).
         y_attn: ``(T, H, head_dim)``.
         scale1, scale2: ``(T, 1)`` of stochastic depth on the two branches, or None.
     """
@@ -177,8 +177,8 @@ def after_attention(
 
 @cache
 def _compiled(half: Any) -> Any:
-    """Not made when this module is imported: the compiler takes a second to import, and starts threads."""
-    # training asks for a graph of each mode: with and without gradients, autocast, dropout of each kind
+    """Created on first use: importing the compiler takes a second and starts threads."""
+    # training needs a graph per mode: with and without gradients, autocast, dropout of each kind
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     return torch.compile(half, dynamic=True)
 
@@ -199,14 +199,14 @@ def drop_path_scale(drop_path: nn.Module, packed: PackedTokens, site: int, x: Te
 
 
 def head(backbone: VisionTransformer, packed: PackedTokens, pre_logits: bool = False) -> Tensor:
-    """Final norm, pooling over the living tokens and classifier: ``(B, K)``, in the order of the dense batch."""
+    """Final norm, pooling over the remaining tokens and classifier: ``(B, K)``, in the order of the dense batch."""
     if not pools_patches(backbone):  # then only the prefix tokens are read, and only they need the norm
         return backbone.forward_head(backbone.norm(packed.prefix()), pre_logits=pre_logits)
     return pool_head(backbone, packed.with_x(backbone.norm(packed.x)), pre_logits)
 
 
 def pool_head(backbone: VisionTransformer, packed: PackedTokens, pre_logits: bool = False) -> Tensor:
-    """timm's own head on rows that are already normalised, bucket by bucket."""
+    """timm's own head on normalised rows, bucket by bucket."""
     return packed.unsort(
         torch.cat([backbone.forward_head(rows, pre_logits=pre_logits) for rows in packed.buckets(packed.x)])
     )

@@ -1,8 +1,8 @@
-"""Baselines of the interpreter: scores that nobody learned, in its place.
+"""Baselines of the interpreter: scores that are not learned, in its place.
 
-``model.interpreters[group] = RandomScores(group)`` and the like; the loop does not know the difference. Used with
-`decide.by_share`, which keeps the best-scored share: what these scores say is an order, not a probability.
-A patch that is gone has 0. Their own multiply-adds are not counted, to their advantage.
+Set ``model.interpreters[group] = RandomScores(group)`` and so on; the loop treats them like interpreters. Use them with
+`decide.by_share`, which keeps the best-scored share, since these scores are an order, not a probability.
+A dropped patch has score 0. The MACs of these scores are not counted, to their advantage.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ KINDS = ("random", "attention", "centre")
 
 
 class RandomScores(nn.Module):
-    """Uniform draws: the paper's random baseline. Of the images' keys; without any, of their places in the batch."""
+    """Uniform draws: the paper's random baseline. Keyed by the image; without keys, by its position in the batch."""
 
     def __init__(self, group: int) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class RandomScores(nn.Module):
 
 
 class CentreScores(nn.Module):
-    """Patches near the middle of the picture first: photographers put things there."""
+    """Patches near the centre first, where photographers place the object."""
 
     def __init__(self, grid_size: tuple[int, ...]) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class CentreScores(nn.Module):
 
 
 class AttentionScores(nn.Module):
-    """What the class token attends to in the block that follows, mean over the heads (as in EViT, Liang et al. 2022).
+    """Attention of the class token in the following block, mean over the heads (as in EViT, Liang et al. 2022).
 
     Args:
         block: the first block of the group.
@@ -62,7 +62,7 @@ class AttentionScores(nn.Module):
 
     def __init__(self, block: Any) -> None:
         super().__init__()
-        self._block = (block,)  # in a tuple, lest its weights be listed twice
+        self._block = (block,)  # in a tuple, so that its weights are not listed twice
 
     def forward(self, packed: PackedTokens, has_class_token: bool = True) -> Tensor:
         """``(B, N)`` in [0, 1]; without a class token, the mean over all tokens as queries."""

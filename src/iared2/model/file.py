@@ -1,7 +1,7 @@
-"""Our files: one safetensors file each, its configuration as JSON in the header, so that the two cannot part.
+"""The file format: one safetensors file with the configuration as JSON in its header, so they stay together.
 
-Owns what the configuration of a model may say. A file may come from anywhere, so whoever builds what it describes
-passes on nothing that ``check`` has not returned: no path, no URL, no class, no size without a bound.
+Owns the valid entries of a model's configuration. A file is not trusted: only what ``check`` returns is used to build
+a model. It returns no path, no URL, no class, and no size without a bound.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
     from .reduced import ReducedVisionTransformer
 
 LARGEST = 1 << 24
-"""Of all numbers in a configuration."""
+"""Bound of all numbers in a configuration."""
 TIMM_ERRORS = ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError
-"""What timm raises for arguments that do not go together."""
+"""Exceptions that timm raises for inconsistent arguments."""
 LOADER = {
     *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "pretrained_strict"),
     *("scriptable", "exportable", "no_jit", "use_naflex", "out_indices", "device", "dtype"),
 }
-"""Arguments that say where weights come from, not what a model is: files of version 0.1.0 may have them."""
+"""Arguments that describe the source of weights, not the model; files of version 0.1.0 may contain them."""
 CONFIG: dict[str, Any] = {
     "architecture": str,
     "model_args": dict,
@@ -56,7 +56,7 @@ PRETRAINED_CFG: dict[str, Any] = {
     "std": list[float] | None,
     "interpolation": Literal["bilinear", "bicubic", "nearest", "lanczos", "box", "hamming"] | None,
     "crop_pct": float | None,
-    "holdout": float | None,  # share that training put aside: data/images.py finds it again
+    "holdout": float | None,  # share that training held out: data/images.py finds it again
 }
 
 
@@ -65,9 +65,9 @@ def save(model: ReducedVisionTransformer, path: Path | str, half: bool = False, 
 
     Args:
         model: the model.
-        path: of the file.
-        half: in float16, half the size. Loaded, they are float32 again, rounded: measure the file, not the model.
-        int8: matrices in 8 bits, a quarter of the size (quantize.py); the same holds.
+        path: the file.
+        half: store float16, at half the size. Loading gives float32 again, but rounded: evaluate the loaded model.
+        int8: store matrices in 8 bits, at a quarter of the size (quantize.py); loading rounds as with ``half``.
 
     Raises:
         InputError: the file cannot be written, or the backbone cannot be rebuilt from its timm name.
@@ -91,7 +91,7 @@ def write(path: Path | str, tensors: dict[str, Tensor], config: dict[str, Any]) 
 
 
 def is_safetensors(path: Path | str) -> bool:
-    """Whether a file begins as safetensors files do, whatever its name.
+    """Whether a file has the header of a safetensors file; its name does not matter.
 
     Raises:
         InputError: there is no such file, or it cannot be read.
@@ -124,7 +124,7 @@ def read(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def check_values(tensors: dict[str, Any], path: Path | str) -> None:
-    """Refuse what is no weight: anything but tensors of finite real numbers.
+    """Refuse everything but tensors of finite real numbers.
 
     Raises:
         InputError: names the tensor.
@@ -139,7 +139,7 @@ def check_values(tensors: dict[str, Any], path: Path | str) -> None:
 
 
 def config_of(model: ReducedVisionTransformer) -> dict[str, Any]:
-    """What ``iared2.load`` needs besides the weights, as JSON types.
+    """The configuration that ``iared2.load`` needs besides the weights, as JSON types.
 
     Raises:
         InputError: the backbone has no timm name, or its name and arguments do not give this backbone.
@@ -179,10 +179,10 @@ def config_of(model: ReducedVisionTransformer) -> dict[str, Any]:
 
 
 def check(config: dict[str, Any]) -> dict[str, Any]:
-    """The arguments for `iared2.from_timm` that a configuration names, all of them known, of the right type, in bounds.
+    """The arguments for `iared2.from_timm` in a configuration, checked: all known, of the right type, within bounds.
 
     Raises:
-        InputError: an entry of the configuration, which is named, is missing, unknown or cannot be meant.
+        InputError: an entry of the configuration is missing, unknown or invalid; names the entry.
     """
     # the first files did not have all of these
     config |= {"interpreter": "sigmoid", "dropped": "gone", "num_keep": None, "max_tokens": None} | config
@@ -217,7 +217,7 @@ def check(config: dict[str, Any]) -> dict[str, Any]:
 
 @cache
 def architectural() -> dict[str, Any]:
-    """The arguments of vision transformers that a file can hold, and their types, as their signatures have them."""
+    """The arguments of vision transformers that a file can contain, and their types, from the signatures."""
     return get_type_hints(VisionTransformer.__init__) | get_type_hints(VideoTransformer.__init__)
 
 
@@ -228,7 +228,7 @@ def _check_types(values: dict[str, Any], hints: dict[str, Any], where: str = "")
 
 
 def _is(value: Any, hint: Any) -> bool:
-    """Whether a value of JSON is of this type; never of one that JSON has not, such as a class."""
+    """Whether a JSON value is of this type; never true for types that JSON lacks, such as a class."""
     kind, inner = get_origin(hint), get_args(hint)
     if kind in (Union, UnionType):
         return any(_is(value, one) for one in inner)
@@ -245,7 +245,7 @@ def _is(value: Any, hint: Any) -> bool:
 
 
 def _description(backbone: Any) -> list[Any]:
-    """All that makes a backbone what it is but its weights: layers and settings, shapes, heads, pooling."""
+    """Everything that defines a backbone except its weights: layers and settings, shapes, heads, pooling."""
     shapes = [(name, tensor.shape) for name, tensor in backbone.state_dict().items()]
     heads = [block.attn.num_heads for block in backbone.blocks]
     return [str(backbone), shapes, heads, backbone.global_pool, backbone.pool_include_prefix]

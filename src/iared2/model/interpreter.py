@@ -1,8 +1,8 @@
-"""The multi-head interpreter: tokens -> one score a patch (paper, section 3; method.md section 1).
+"""The multi-head interpreter: tokens -> one score per patch (paper, section 3; method.md section 1).
 
 It knows nothing of groups or thresholds. Deviation from the authors' code: they project every token to 3C values and
 use two thirds of a query-key product against *one* query; here the query goes through the key matrix once
-(``q·(W x + b) = (Wᵀ q)·x + b·q``), which is the same number at H·C instead of 3·C² multiply-adds a token.
+(``q·(W x + b) = (Wᵀ q)·x + b·q``), which gives the same number at H·C instead of 3·C² MACs per token.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from .tokens import PackedTokens
 
 
 class MultiHeadInterpreter(nn.Module):
-    """Scores how informative each living patch is.
+    """Scores how informative each patch is.
 
     Args:
         embed_dim: C.
         num_heads: H, must divide C.
-        relative: score patches against each other, by a softmax over them in place of the sigmoid (not in the paper).
+        relative: score patches relative to each other, with a softmax instead of the sigmoid (not in the paper).
     """
 
     def __init__(self, embed_dim: int, num_heads: int, relative: bool = False) -> None:
@@ -33,15 +33,15 @@ class MultiHeadInterpreter(nn.Module):
         self.num_heads, self.relative = num_heads, relative
         self.query = nn.Linear(embed_dim, embed_dim)
         self.key = nn.Linear(embed_dim, embed_dim)
-        for parameter in self.parameters():  # biases too: a class token at birth is nearly zero, scores would tie
+        for parameter in self.parameters():  # biases too: an untrained class token is nearly zero, so scores would tie
             nn.init.trunc_normal_(parameter, std=0.02)
 
     def start_as_attention(self, block: Any) -> None:
-        """Take the query and key of a block: with ``relative``, scores are what its class token attends to.
+        """Copy the query and key of a block: with ``relative``, the scores are the attention of its class token.
 
         Args:
-            block: a timm ``Block``; the weights of its first norm go into the copy. To rounding: that norm's epsilon is
-                another.
+            block: a timm ``Block``; the weights of its first norm are folded into the copy. The scores are equal up to
+                rounding, since the epsilon of that norm differs.
 
         Raises:
             InputError: the attention of the block is not a plain product of linear queries and keys.
@@ -66,11 +66,11 @@ class MultiHeadInterpreter(nn.Module):
 
         Args:
             packed: the tokens as they enter the group.
-            has_class_token: the first prefix token is the policy token; else it is the mean of the living patches.
+            has_class_token: the first prefix token is the policy token; else the mean of the patches alive is.
 
         Returns:
-            ``(B, N)`` in (0, 1), 0 where the patch is gone. Computed in float32 whatever the precision of the model
-            (float64 for a float64 model), since scores that crowd around 0.5 would tie in half precision.
+            ``(B, N)`` in (0, 1), 0 where the patch was dropped. Computed in float32 in any precision of the model
+            (float64 for a float64 model), since scores close to 0.5 would tie in half precision.
         """
         with without_autocast(packed.x.device):
             width, prefix = packed.x.shape[1], packed.num_prefix_tokens
@@ -92,7 +92,7 @@ class MultiHeadInterpreter(nn.Module):
             return packed.to_dense(scores[0] if len(scores) == 1 else torch.cat(scores))[:, prefix:]
 
     def directions(self, p_hat: Tensor) -> tuple[Tensor, Tensor]:
-        """The query through the key matrix: ``x̂ · u + bias`` is the query-key product of a patch in every head.
+        """The query, multiplied by the key matrix: ``x̂ · u + bias`` is the query-key product of a patch in every head.
 
         Args:
             p_hat: ``(B, C)`` normalised policy tokens.
@@ -108,11 +108,11 @@ class MultiHeadInterpreter(nn.Module):
         return u.permute(1, 2, 0), bias.permute(1, 2, 0)
 
     def compare(self, x_hat: Tensor, u: Tensor, bias: Tensor) -> Tensor:
-        """``(b, n)`` scores of the n living patches of b images.
+        """``(b, n)`` scores of the n patches alive in b images.
 
-        With ``relative`` they are ``r / (1 + r)`` of ``r = (n/H) Σ_h softmax_j(q^h · k_j^h / sqrt(C/H))``: 0.5 is a
-        patch that gets as much as an even share. What all logits have in common makes no difference, so one threshold
-        keeps nearly as many patches of every image.
+        With ``relative`` they are ``r / (1 + r)`` of ``r = (n/H) Σ_h softmax_j(q^h · k_j^h / sqrt(C/H))``. A patch with
+        an equal share of the attention has score 0.5. A shift of all logits has no effect, so one threshold keeps
+        nearly the same number of patches of every image.
 
         Args:
             x_hat: ``(b, n, C)`` normalised patches.

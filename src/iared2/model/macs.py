@@ -1,8 +1,8 @@
 """MACs (multiply-accumulate operations) per image, from the numbers of patches alive.
 
-What is counted: every matrix product (linear layers, patch embedding, attention's two products, the interpreters). Not
+Counted: every matrix product (linear layers, patch embedding, the two products of attention, the interpreters). Not
 counted: biases, norms, activations, softmax, as is usual in this field. ``torch.utils.flop_counter`` counts the same
-operations, two FLOPs per MAC; a test holds the two equal.
+operations, with two FLOPs per MAC; a test compares the two.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def linear_macs(module: nn.Module) -> int:
-    """MACs per token of all linear layers in ``module``, and per patch of convolutions; adapters around them count."""
+    """MACs per token of all linear layers in ``module``, and per patch of convolutions, including adapters."""
     layers = (m for m in module.modules() if isinstance(m, (nn.Linear, nn.Conv2d, nn.Conv3d)))
     return sum(layer.weight.numel() for layer in layers)
 
@@ -31,7 +31,7 @@ def embed_macs(backbone: VisionTransformer, num_patches: int) -> int:
 
 
 def blocks_macs(blocks: Iterable[Any], num_tokens: Tensor) -> Tensor:
-    """MACs of some transformer blocks for each of ``num_tokens`` (integers of any shape), prefix included."""
+    """MACs of some transformer blocks for each of ``num_tokens`` (integers of any shape), including prefix tokens."""
     n = num_tokens.to(torch.int64)
     macs = torch.zeros_like(n)
     for block in blocks:
@@ -40,7 +40,7 @@ def blocks_macs(blocks: Iterable[Any], num_tokens: Tensor) -> Tensor:
 
 
 def interpreter_macs(interpreter: Any, num_patches: Tensor) -> Tensor:
-    """MACs of the interpreter: query, ``Wᵀ q`` and ``b·q``, then H·C per patch; a baseline's scores do not count."""
+    """MACs of the interpreter: query, ``Wᵀ q`` and ``b·q``, then H·C per patch; 0 for the scores of a baseline."""
     if not hasattr(interpreter, "query"):
         return torch.zeros_like(num_patches, dtype=torch.int64)
     width = interpreter.query.in_features
@@ -48,13 +48,13 @@ def interpreter_macs(interpreter: Any, num_patches: Tensor) -> Tensor:
 
 
 def merge_macs(width: int, num_patches: Tensor, num_kept: Tensor) -> Tensor:
-    """MACs of the cosines in merge.py, each patch with each, for images that drop a patch, as if each were alone."""
+    """MACs of the cosines between all patches in merge.py, for images that drop a patch, each counted separately."""
     n = num_patches.to(torch.int64)
     return torch.where(num_kept < n, n * n * width, 0)
 
 
 def head_macs(backbone: VisionTransformer, num_tokens: Tensor) -> Tensor:
-    """MACs of pooling and classifier for each of ``num_tokens`` final tokens, prefix included."""
+    """MACs of pooling and classifier for each of ``num_tokens`` final tokens, including prefix tokens."""
     n = num_tokens.to(torch.int64)
     macs = torch.full_like(n, linear_macs(backbone.head) + linear_macs(getattr(backbone, "head_dist", nn.Identity())))
     pool = backbone.attn_pool
@@ -76,7 +76,7 @@ def dense_macs(backbone: Any) -> int:
 
 
 def reduced_macs(model: ReducedVisionTransformer, num_kept: Tensor, num_patches: int) -> Tensor:
-    """``(B,)`` int64, as if each image were alone; see `ReducedVisionTransformer.count_macs`."""
+    """``(B,)`` int64, each image counted separately; see `ReducedVisionTransformer.count_macs`."""
     backbone = model.backbone
     tokens = num_kept + backbone.num_prefix_tokens
     total = head_macs(backbone, tokens[-1]) + embed_macs(backbone, num_patches)

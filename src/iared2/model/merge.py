@@ -1,9 +1,9 @@
-"""What becomes of a dropped patch: nothing, or it joins the kept patch of its image that it is most like.
+"""Merges each dropped patch into the most similar kept patch of its image.
 
-The paper's dropped patches are gone (`PackedTokens.select`). Joined, they leave their mean in the patch they join, and
-attention counts that patch as often as it stands for a patch, as in token merging (Bolya et al., ICLR 2023). There a
-matching of all tokens says which of them go; here the policy does, and only where they go follows from likeness. Only
-attention counts: heads that pool patches, and policy tokens that are their mean, take each kept patch once.
+The paper removes dropped patches (`PackedTokens.select`). Merging replaces the kept patch by the mean of all patches
+merged into it, and attention counts a mean of m patches m times, as in token merging (Bolya et al., ICLR 2023). There,
+a matching of all tokens selects the tokens to merge. Here, the policy selects them, and similarity only selects their
+target. Heads that pool patches, and policy tokens that are a mean of patches, count each kept patch once.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from .tokens import PackedTokens
 
 
 def merge(packed: PackedTokens, keep: Tensor) -> PackedTokens:
-    """`PackedTokens.select`, but each patch that goes joins a patch that stays. Differentiable in the features.
+    """`PackedTokens.select` that merges each dropped patch into a kept one. Differentiable in the features.
 
     Args:
         packed: the tokens.
-        keep: ``(B, N)`` or ``(k·B, N)`` bool, as for `PackedTokens.select`. Of an image that keeps no patch all are
-            gone.
+        keep: ``(B, N)`` or ``(k·B, N)`` bool, as for `PackedTokens.select`. An image that keeps no patch loses all
+            of them.
     """
     selected = packed.select(keep)
     if selected is packed:  # nothing was dropped
@@ -49,17 +49,17 @@ def merge(packed: PackedTokens, keep: Tensor) -> PackedTokens:
 
 
 def most_alike(packed: PackedTokens, stays: Tensor) -> Tensor:
-    """For each row that leaves, the patch of its image that stays and has the largest cosine with it, in float32.
+    """For each dropped row, the kept patch of its image with the largest cosine similarity, in float32.
 
     Args:
-        packed: the tokens; what is compared is their features as they are, not normalised.
+        packed: the tokens; their features are compared without a norm layer before.
         stays: ``(k, T)`` bool, k selections of its rows.
 
     Returns:
-        ``(k, T)`` int64 rows of ``packed``; what it says of rows that stay, and where no patch does, means nothing.
+        ``(k, T)`` int64 rows of ``packed``; undefined for rows that stay, and for images that keep no patch.
     """
     prefix, first, found = packed.num_prefix_tokens, 0, []
-    # training in half precision would merge otherwise than the model that is deployed
+    # in half precision, training would merge differently from the deployed model
     with torch.no_grad(), without_autocast(packed.x.device):
         for x in packed.buckets(packed.x):  # (b, length, C)
             images, length = x.shape[:2]

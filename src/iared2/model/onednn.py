@@ -1,11 +1,11 @@
-"""The blocks of inference on a CPU: oneDNN's linear layers, with GELU and the residual sum fused into them.
+"""Blocks for inference on a CPU: oneDNN's linear layers, with GELU and the residual sum fused into them.
 
-The plain block is ``backbone.run_block``; a test holds the two equal. In float32 torch multiplies matrices with MKL,
-which on AMD processors reaches less than half of what oneDNN does (docs/speed.md); in bfloat16 both are oneDNN, and
-what remains to gain is the fused sums and weights that are laid out once (`PackedWeights`) instead of at every call.
+The plain implementation is ``backbone.run_block``; a test compares the two. In float32, torch multiplies matrices with
+MKL, which on AMD processors reaches less than half the speed of oneDNN (docs/speed.md). In bfloat16, both use oneDNN,
+and the gain comes from fused sums and from weights that are laid out once (`PackedWeights`) instead of at every call.
 
-The operators are those that ``torch.compile`` itself writes for a CPU. They are not part of torch's public interface:
-where they are missing, or an argument does not fit, the plain block runs.
+The operators are those that ``torch.compile`` generates for a CPU. They are not part of torch's public interface. If
+they are missing, or an argument does not fit, the plain block runs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .attention import Attend, attend
 from .tokens import PackedTokens
 
 CHUNK_BYTES = 16 << 20
-"""Of the hidden layer of as many images as run at once, see `run_blocks`."""
+"""Size of the hidden layer of the images that run at once, see `run_blocks`."""
 
 
 def _is_available() -> bool:
@@ -36,7 +36,7 @@ def _is_available() -> bool:
 AVAILABLE = _is_available()
 BF16 = AVAILABLE and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
-if AVAILABLE:  # else torch's counter would take these layers for free
+if AVAILABLE:  # else torch's counter would not count these layers
 
     @register_flop_formula([torch.ops.mkldnn._linear_pointwise])
     def _linear_flops(x: torch.Size, *_: Any, out_shape: torch.Size, **__: Any) -> int:
@@ -48,11 +48,11 @@ def _has_kernel(x: Tensor) -> bool:
 
 
 class PackedWeights:
-    """The weights of some linear layers in oneDNN's own layout: 10 to 15 % faster, a second copy in memory.
+    """The weights of some linear layers in oneDNN's layout: 10 to 15 % faster, but a second copy in memory.
 
-    A layer whose weight is replaced, changed, moved or loaded anew goes back to the weight itself, and so do all when a
-    block runs with a graph: it is being trained. Two changes cannot be seen: ``weight.data.copy_()``, and a fused
-    optimiser that trains the timm model by itself. Pack again after those. A copied or pickled model has none.
+    A layer whose weight is replaced, changed, moved or reloaded falls back to the weight itself. All layers do if a
+    block runs with a graph, since it is being trained. Two changes cannot be detected: ``weight.data.copy_()``, and a
+    fused optimiser that trains the timm model on its own. Pack again after those. Copies of a model are not packed.
     """
 
     def __init__(self) -> None:
@@ -65,14 +65,14 @@ class PackedWeights:
         return PackedWeights, ()
 
     def pack(self, blocks: Iterable[Any]) -> None:
-        """Lay out the weights that `run_block` runs by oneDNN, those that it has a kernel for."""
+        """Lay out the weights of the layers that `run_block` runs with oneDNN, if it has a kernel for them."""
         for layer in _layers(blocks):
             if type(layer) is nn.Linear and _has_kernel(layer.weight) and not layer.weight.is_inference():
                 weight = layer.weight.detach()
                 self._of[layer] = weight, weight._version, torch.ops.mkldnn._reorder_linear_weight(weight, None)
 
     def forget(self, blocks: Iterable[Any]) -> None:
-        """Undo `pack` for these blocks: fused optimisers change weights without a trace."""
+        """Undo `pack` for these blocks: changes by fused optimisers cannot be detected."""
         if self._of:
             for layer in _layers(blocks):
                 self._of.pop(layer, None)
@@ -94,10 +94,10 @@ NOTHING_PACKED = PackedWeights()
 
 
 def can_run(block: Any, x: Tensor) -> bool:
-    """Whether `run_block` computes what the plain block would.
+    """Whether `run_block` gives the result of the plain block.
 
-    That is inference, eager, on a CPU, in float32 or bfloat16, and nobody watches or has changed a layer that is fused
-    away, or has put a part of the block into training mode (Monte Carlo dropout, stochastic depth).
+    This requires eager inference on a CPU in float32 or bfloat16. Layers that are fused must carry no hook and be
+    unchanged, and no part of the block may be in training mode (Monte Carlo dropout, stochastic depth).
     """
     mlp = block.mlp
     fused = [block, block.attn, block.attn.attn_drop, block.attn.proj_drop, block.ls1, block.ls2, mlp]
@@ -114,16 +114,16 @@ def can_run(block: Any, x: Tensor) -> bool:
 
 
 def is_touched(module: nn.Module) -> bool:
-    """Hooked, or with a ``forward`` of its own: only a call of the module itself does what its owner wants."""
+    """Whether the module has a hook or its own ``forward``: then the module itself must be called."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return bool(hooks) or "forward" in vars(module)
 
 
 def run_blocks(blocks: Sequence[Any], packed: PackedTokens, weights: PackedWeights = NOTHING_PACKED) -> Tensor:
-    """``(T, C)``: the tokens after some blocks, a few images at a time if the batch is large.
+    """``(T, C)``: the tokens after some blocks; a large batch runs a few images at a time.
 
-    glibc hands memory of 32 MB and more back to the system at once, so every layer of a large batch would pay for fresh
-    pages; and the hidden layer of a few images stays in the cache (docs/speed.md).
+    glibc returns allocations of 32 MB and more to the system at once, so every layer of a large batch would map new
+    pages. Also, the hidden layer of a few images stays in the cache (docs/speed.md).
     """
     parts = []
     for part in packed.split(rows_at_once(blocks[0], packed.x)):
@@ -159,7 +159,7 @@ def run_block(
 
 
 def _layers(blocks: Iterable[Any]) -> Iterator[Any]:
-    """What `run_block` runs by oneDNN."""
+    """The layers that `run_block` runs with oneDNN."""
     for block in blocks:
         yield from (block.attn.qkv, block.attn.proj)
         if type(block.mlp) is Mlp:
@@ -167,7 +167,7 @@ def _layers(blocks: Iterable[Any]) -> Iterator[Any]:
 
 
 def _fits(layer: Any, x: Tensor) -> bool:
-    """Of a kind and precision that oneDNN has; no adapter in its place, no hook, no quantised weight."""
+    """Whether oneDNN supports the layer: type and precision; no adapter, no hook, no quantised weight."""
     return (
         type(layer) is nn.Linear
         and _has_kernel(x)

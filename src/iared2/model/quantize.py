@@ -1,6 +1,6 @@
 """Weights in 8 bits for a smaller file: one scale per output channel, symmetric, rounded to nearest.
 
-Only the file is small. Loaded, the weights are float32 again, rounded: measure the file, not the model.
+Only the file is smaller. Loading gives float32 again, but rounded: evaluate the loaded model.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ..errors import InputError
 
 SCALE = ".scale"
 SMALLEST = 4096
-"""Tensors with fewer values (biases, norms, tokens) are stored in float16: they weigh nothing and matter more."""
+"""Tensors with fewer values (biases, norms, tokens) are stored in float16: small, and more sensitive."""
 
 
 def quantized(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """The method: [score, decide, drop, blocks] × groups (paper, section 3).
 
-Owns the loop and the groups; what a block, a score or a decision is stands in the neighbouring files.
+Owns the loop and the groups. Blocks, scores and decisions are defined in the neighbouring files.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class Output:
 
     Attributes:
         logits: ``(B, K)``.
-        scores: ``(D, B, N)`` float32 informativeness in (0, 1); 0 where the patch was already gone.
+        scores: ``(D, B, N)`` float32 informativeness in (0, 1); 0 where the patch was already dropped.
         kept: ``(D, B, N)`` bool, the patches on which the blocks of each group ran.
-        macs: ``(B,)`` int64 MACs (multiply-adds) per image, interpreters included.
+        macs: ``(B,)`` int64 MACs (multiply-adds) per image, including the interpreters.
     """
 
     logits: Tensor
@@ -45,25 +45,25 @@ class Output:
 
 
 class ReducedVisionTransformer(Facade):
-    """A timm vision transformer that drops uninformative patches on its way.
+    """A timm vision transformer that drops uninformative patches at the entrance of each group.
 
     ``model.backbone`` is the timm model, untouched: ``model.backbone.load_state_dict`` takes timm weights as they are.
     ``model.interpreters`` are ours. Threshold 0 gives the backbone's own logits.
 
     Args:
         backbone: a timm ``VisionTransformer`` with standard blocks.
-        groups: D; the depth is cut into D groups, the first ones a block longer where it does not divide.
+        groups: D; the blocks are split into D groups. If D does not divide the depth, the first ones have one more.
         threshold: a shorthand for ``decision=Decision(threshold)``.
-        interpreter: "sigmoid", the paper's, or "attention": relative scores, which start as what the class token
-            attends to in the block that follows (docs/method.md).
-        dropped: what becomes of dropped patches: "gone", the paper's, or "merged" into kept ones (merge.py).
+        interpreter: "sigmoid", the paper's, or "attention": relative scores, which start as the attention of the class
+            token in the following block (docs/method.md).
+        dropped: "gone", the paper's: dropped patches are removed; or "merged": into kept ones (merge.py).
         decision: which patches stay; by default those that score above 0.5.
 
     Attributes:
         decision: a `Decision`, replaced as a whole. Set it at any time: it trades accuracy against compute. A
             ``decide`` that is passed to a call takes its place.
-        threshold, thresholds, num_keep, max_tokens: shorthands for parts of the decision. Setting ``threshold`` ends
-            ``num_keep``, and the other way round; both leave ``max_tokens``.
+        threshold, thresholds, num_keep, max_tokens: shorthands for parts of the decision. Setting ``threshold``
+            resets ``num_keep``, and vice versa; both keep ``max_tokens``.
         dropped: see above.
         engine: how blocks run: "auto" takes oneDNN's fused layers for inference on a CPU and the plain layers
             elsewhere; "plain", "onednn" (refuses where it cannot) or "compiled" (``torch.compile``, for a GPU).
@@ -95,33 +95,33 @@ class ReducedVisionTransformer(Facade):
         self.start_interpreters()
 
     def start_interpreters(self) -> None:
-        """Reset interpreters that start as the attention, after the backbone has received other weights."""
+        """Reset interpreters that start as the attention, after new weights were loaded into the backbone."""
         if self.interpreter == "attention":
             own: Any
             for own, group in zip(self.interpreters, self.groups, strict=True):
                 own.start_as_attention(self.backbone.blocks[group.start])
 
-    # torch.compile(model) would compile anew for every mix of lengths; `compile` takes only what they do not touch
+    # torch.compile(model) would recompile for every mix of lengths; `compile` compiles only what lengths do not affect
     @torch.compiler.disable
     def forward(self, images: Tensor, decide: Decide | None = None) -> Tensor:
         """``(B, in_chans, height, width) -> logits (B, K)``, or pooled features with ``num_classes=0``.
 
         Args:
-            images: normalised as ``pretrained_cfg`` says; clips are ``(B, in_chans, T, height, width)``.
+            images: normalised by ``pretrained_cfg``; clips are ``(B, in_chans, T, height, width)``.
             decide: the decision; by default ``model.decision``.
         """
         return self.head(self.reduce(self.embed(images), decide=decide)[0])
 
     @torch.compiler.disable
     def trace(self, images: Tensor, decide: Decide | None = None, keys: Tensor | None = None) -> Output:
-        """A forward pass that also returns what was decided and what it cost; arguments: see `forward`, `embed`."""
+        """A forward pass that also returns scores, decisions and MACs; arguments: see `forward`, `embed`."""
         packed, scores, kept = self.reduce(self.embed(images, keys), decide=decide)
         all_kept = torch.stack(kept)
         cost = self.count_macs(all_kept.sum(-1), all_kept.shape[-1])
         return Output(self.head(packed), torch.stack(scores), all_kept, cost)
 
     def embed(self, images: Tensor, keys: Tensor | None = None) -> PackedTokens:
-        """Images to tokens, none dropped. ``keys (B,)`` make random draws a function of the image (keyed.py)."""
+        """Images to tokens, none dropped. With ``keys (B,)``, random draws are a function of the image (keyed.py)."""
         return PackedTokens.from_dense(vit.embed(self.backbone, images), self.backbone.num_prefix_tokens, keys=keys)
 
     def reduce(
@@ -130,7 +130,7 @@ class ReducedVisionTransformer(Facade):
         """The loop of the paper, over all groups or some.
 
         Returns:
-            The surviving tokens, and for each group run its scores ``(B, N)`` and the patches it kept ``(B, N)``.
+            The remaining tokens, and for each group its scores ``(B, N)`` and the patches it kept ``(B, N)``.
         """
         scores, kept = [], []
         for group in groups if groups is not None else range(self.num_groups):
@@ -142,13 +142,13 @@ class ReducedVisionTransformer(Facade):
         return packed, scores, kept
 
     def score(self, packed: PackedTokens, group: int) -> Tensor:
-        """``(B, N)`` informativeness of the living patches at the entrance of ``group``, 0 where a patch is gone."""
+        """``(B, N)`` informativeness of the patches at the entrance of ``group``, 0 where a patch was dropped."""
         return self.interpreters[group](packed, self.backbone.has_class_token)
 
     def decide(self, scores: Tensor, alive: Tensor, group: int, decide: Decide) -> Tensor:
         """``(B, N)`` bool, the patches that stay, or ``(k·B, N)``: k decisions, if ``decide`` gives as many.
 
-        An image that would lose all patches keeps its best-scored living one if the head pools patches.
+        If the head pools patches, an image that would lose all patches keeps the best-scored one alive.
         """
         keep = decide(scores, alive, group)
         scores, alive = (x.repeat(len(keep) // len(alive), 1) for x in (scores, alive))
@@ -159,24 +159,24 @@ class ReducedVisionTransformer(Facade):
         return keep | (torch.zeros_like(keep).scatter_(1, best, True) & ~keep.any(1, keepdim=True))
 
     def drop(self, packed: PackedTokens, keep: Tensor) -> PackedTokens:
-        """Without the patches that ``keep (B, N)`` leaves out; or several selections, as `PackedTokens.select`."""
+        """Remove the patches that are not in ``keep (B, N)``; or several selections, as `PackedTokens.select`."""
         return merge(packed, keep) if self.dropped == "merged" else packed.select(keep)
 
     def run_blocks(self, packed: PackedTokens, group: int) -> PackedTokens:
-        """The MSA-FFN blocks of ``group`` on the tokens that are there."""
+        """Run the MSA-FFN blocks of ``group`` on the remaining tokens."""
         return vit.run_blocks(self.backbone, self.groups[group], packed, self.engine, self.packed_weights)
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """``(B, S, C)`` normalised tokens at their places, like timm's; rows of dropped patches are zero."""
+        """``(B, S, C)`` normalised tokens at their positions, as in timm; rows of dropped patches are zero."""
         packed = self.reduce(self.embed(images))[0]
         return packed.to_dense(self.backbone.norm(packed.x))
 
     def head(self, packed: PackedTokens) -> Tensor:
-        """``(B, K)`` logits of the surviving tokens, in the order of the images."""
+        """``(B, K)`` logits from the remaining tokens, in the order of the images."""
         return vit.head(self.backbone, packed)
 
     def count_macs(self, num_kept: Tensor, num_patches: int | None = None) -> Tensor:
-        """``num_kept (D, B)`` patches in each group -> ``(B,)`` int64 MACs, interpreters included (`macs`)."""
+        """``num_kept (D, B)`` patches in each group -> ``(B,)`` int64 MACs, including the interpreters (`macs`)."""
         return macs.reduced_macs(self, num_kept, num_patches or self.num_patches)
 
     def calibrate(
@@ -192,5 +192,5 @@ class ReducedVisionTransformer(Facade):
         return self.thresholds or ()
 
     def save(self, path: Path | str, half: bool = False, int8: bool = False) -> None:
-        """Write weights and configuration to one file (`file.save`), which ``iared2.load`` reads."""
+        """Write weights and configuration to one file (`file.save`); ``iared2.load`` reads it."""
         file.save(self, path, half, int8)

@@ -1,14 +1,14 @@
 """PackedTokens: a ragged batch laid end to end.
 
-Owns the layout of the rows and every move between the dense and the packed form. Knows nothing of attention, scores or
-timm.
+Owns the layout of the rows and every conversion between the dense and the packed form. Does not depend on attention,
+scores or timm.
 
-Shape letters, used in the whole package: B images, N patches an image, P prefix tokens (class, distillation,
+Shape letters, used in the whole package: B images, N patches per image, P prefix tokens (class, distillation,
 registers), S = P + N, T packed tokens, C width, H heads, D groups, K classes.
 
-Rows of one image are neighbours: its prefix tokens, then its living patches by ascending position. Images lie sorted by
-length. So images of equal length form a *bucket*, a view ``(images, length, C)`` of the rows, not a copy: attention,
-pooling and the interpreter work bucket by bucket with no padding and no gather.
+The rows of an image are contiguous: its prefix tokens, then its patches alive by ascending position. Images are sorted
+by length, so images of equal length form a *bucket*, a view ``(images, length, C)`` of the rows, not a copy. Attention,
+pooling and the interpreter work bucket by bucket without padding or gather.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PackedTokens:
-    """A batch of images with different numbers of living tokens.
+    """A batch of images with different numbers of tokens.
 
     Attributes:
         x: ``(T, C)`` token features, T = sum of all lengths.
-        token_ids: ``(T,)`` int64, where each row stood in the dense batch: ``image * S + position``, position in
+        token_ids: ``(T,)`` int64, the index of each row in the dense batch: ``image * S + position``, position in
             0…P−1 for prefix tokens and P…S−1 for patches.
-        lengths: tokens of each image in packed order, prefix tokens included; ascending. On the host: it drives views.
+        lengths: tokens of each image in packed order, including prefix tokens; ascending. On the host, for the views.
         num_images: B.
         num_prefix_tokens: P.
         num_patches: N, of the whole image.
-        alive: ``(B, N)`` bool, the patches that are here.
+        alive: ``(B, N)`` bool, the patches that are not dropped.
         keys: ``(B,)`` int64 keys of the images' random draws (keyed.py), or None for torch's generator.
-        sizes: ``(T,)`` float32, of how many patches each row is the mean (merge.py), or None: of one.
+        sizes: ``(T,)`` float32, the number of patches of which each row is the mean (merge.py), or None: one.
     """
 
     x: Tensor
@@ -73,11 +73,11 @@ class PackedTokens:
         """S, the tokens of a whole image."""
         return self.num_prefix_tokens + self.num_patches
 
-    # What follows from the layout is computed once: every block of a group asks for it.
+    # Values that depend only on the layout are cached: every block of a group needs them.
 
     @cached_property
     def starts(self) -> list[int]:
-        """First row of each image in packed order, and T at the end: B + 1 numbers."""
+        """First row of each image in packed order, followed by T: B + 1 numbers."""
         return [0, *accumulate(self.lengths)]
 
     @cached_property
@@ -96,12 +96,12 @@ class PackedTokens:
 
     @cached_property
     def image_ids(self) -> Tensor:
-        """``(B,)`` int64, which image of the dense batch each packed image is."""
+        """``(B,)`` int64, the index in the dense batch of each packed image."""
         return self.token_ids[self.first_rows] // self.num_tokens
 
     @cached_property
     def log_sizes(self) -> Tensor | None:
-        """``(T,)`` float32, what attention adds to the logit of each row as a key."""
+        """``(T,)`` float32, the bias that attention adds to the logit of each row as a key."""
         return None if self.sizes is None else self.sizes.log()
 
     @cached_property
@@ -110,7 +110,7 @@ class PackedTokens:
         return [(length, len(list(images))) for length, images in groupby(self.lengths)]
 
     def with_x(self, x: Tensor, sizes: Tensor | None = None) -> PackedTokens:
-        """The same rows with other features, and sizes; what the layout has been asked for is not computed anew."""
+        """The same rows with other features, and sizes; cached values of the layout are kept."""
         other = copy(self)
         object.__setattr__(other, "x", x)
         if sizes is not None:
@@ -119,7 +119,7 @@ class PackedTokens:
         return other
 
     def buckets(self, rows: Tensor) -> Iterator[Tensor]:
-        """Views ``(images, length, ...)`` of ``rows (T, ...)``, one for each bucket of images of equal length."""
+        """Views ``(images, length, ...)`` of ``rows (T, ...)``, one per bucket of images of equal length."""
         start = 0
         for length, images in self.bucket_sizes:
             stop = start + images * length
@@ -127,7 +127,7 @@ class PackedTokens:
             start = stop
 
     def split(self, max_rows: int) -> Iterator[PackedTokens]:
-        """The images in packed order as smaller batches, for running blocks: of ``max_rows`` rows, or of one image."""
+        """Split the images, in packed order, into batches of ``max_rows`` rows or one image, for running blocks."""
         first = 0
         for image, stop in enumerate(self.starts[1:], 1):
             if image == len(self.lengths) or self.starts[image + 1] - self.starts[first] > max_rows:
@@ -141,8 +141,8 @@ class PackedTokens:
                 first = image
 
     def to_dense(self, rows: Tensor) -> Tensor:
-        """``rows (T, ...)`` at their places in ``(B, S, ...)``; 0 where the token is gone."""
-        if len(rows) == self.num_images * self.num_tokens:  # nothing is gone, and nothing was sorted
+        """``rows (T, ...)`` at their positions in ``(B, S, ...)``; 0 where the token was dropped."""
+        if len(rows) == self.num_images * self.num_tokens:  # nothing was dropped, and nothing was sorted
             return rows.unflatten(0, (self.num_images, self.num_tokens))
         dense = rows.new_zeros(self.num_images * self.num_tokens, *rows.shape[1:])
         return dense.index_copy(0, self.token_ids, rows).unflatten(0, (self.num_images, self.num_tokens))
@@ -157,14 +157,14 @@ class PackedTokens:
         return self.unsort(self.x[rows])
 
     def select(self, keep: Tensor) -> PackedTokens:
-        """Keep the patches of ``keep`` and all prefix tokens; the other rows are gone.
+        """Keep the patches of ``keep`` and all prefix tokens; remove the other rows.
 
         Args:
             keep: ``(B, N)`` bool, a subset of ``alive``. Or ``(k·B, N)``: k different selections of the same images,
-                which come back as one batch of k·B images (image ``j·B + b`` is selection j of image b).
+                which are returned as one batch of k·B images (image ``j·B + b`` is selection j of image b).
 
         Returns:
-            The remaining rows, packed anew. Every image must have a token left.
+            The remaining rows, repacked. Every image must have a token left.
         """
         num_images = keep.shape[0]
         # the one host-device synchronisation of a group
@@ -174,7 +174,7 @@ class PackedTokens:
 
         prefix = keep.new_ones(num_images, self.num_prefix_tokens)
         tokens = torch.cat([prefix, keep], 1)
-        if num_images == 1:  # nothing to sort: a third of the operations, which is what a single image waits for
+        if num_images == 1:  # nothing to sort: a third of the operations, which matters for a single image
             rows = torch.nonzero_static(tokens[0, self.token_ids], size=lengths[0])[:, 0]
             token_ids = self.token_ids[rows]
         else:

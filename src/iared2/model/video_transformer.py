@@ -1,7 +1,7 @@
-"""Video backbones: timm's VisionTransformer with tubelets for patches, and nothing else of its own.
+"""Video backbones: timm's VisionTransformer with tubelets as patches.
 
-Owns what a clip has and an image has not: tubelets, and their position in time. The models are registered with timm,
-so that a name makes one wherever it makes an image model: `from_timm`, a recipe, ``iared2 bench``, ``iared2.load``.
+Owns what distinguishes a clip from an image: tubelets, and their position in time. The models are registered with timm,
+so a name works wherever the name of an image model does: `from_timm`, a recipe, ``iared2 bench``, ``iared2.load``.
 
 Shapes: B clips of T frames; a patch is a tubelet of t frames × p × p pixels; N = T/t · rows · columns of them, numbered
 by time, then row, then column.
@@ -25,7 +25,7 @@ from ..errors import InputError
 
 
 class TubeletEmbed(nn.Module):
-    """Clips to patch tokens: one linear map of each tubelet. What timm's ``PatchEmbed`` is to images.
+    """Clips to patch tokens: one linear map per tubelet, like timm's ``PatchEmbed`` for images.
 
     Args:
         img_size: frames, height and width of a clip.
@@ -36,7 +36,7 @@ class TubeletEmbed(nn.Module):
         dynamic_img_pad: timm's switch for images of other sizes; a clip has the size of the model.
 
     Raises:
-        InputError: the sizes are not three numbers, or a clip is no whole number of tubelets.
+        InputError: the sizes are not three numbers, or a clip is not divisible into tubelets.
     """
 
     strict_img_size = True
@@ -67,7 +67,7 @@ class TubeletEmbed(nn.Module):
         )
 
     def feat_ratio(self, as_scalar: bool = True) -> int | tuple[int, int]:
-        """Pixels a patch, as timm asks for it: in space."""
+        """Spatial patch size in pixels, for timm."""
         return max(self.patch_size[1:]) if as_scalar else self.patch_size[1:]
 
     def forward(self, clips: Tensor) -> Tensor:
@@ -86,20 +86,20 @@ class TubeletEmbed(nn.Module):
 
 
 class VideoTransformer(VisionTransformer):
-    """A timm ``VisionTransformer`` over clips, with joint attention of all patches of all frames.
+    """A timm ``VisionTransformer`` for clips, with joint attention over all patches of all frames.
 
     TimeSformer has ``pos_embed (1, 1 + rows·columns, C)`` and ``time_embed (1, T/t, C)``, named as in its repository.
-    Summed into one table they would train as another model, which could not be converted back. VideoMAE's embedding is
-    fixed: a sinusoid of the patch number, a buffer that no optimiser sees.
+    Summed into one table, they would train as a different model, which could not be converted back. VideoMAE's
+    embedding is fixed: a sinusoid of the patch number, stored as a buffer.
 
     Args:
         fixed_positions: VideoMAE's table, not TimeSformer's two.
-        norm_eps: of every layer norm.
-        fc_norm_eps: of the norm between pooling and classifier, if it is another.
+        norm_eps: epsilon of every layer norm.
+        fc_norm_eps: epsilon of the norm between pooling and classifier, if it differs.
         vit_kwargs: timm's. ``img_size`` and ``patch_size`` are frames, height and width.
 
     Raises:
-        InputError: the sizes do not fit, or tokens are asked for that have no position here.
+        InputError: the sizes do not fit, or an argument requires tokens without a position.
     """
 
     pos_embed: Any
@@ -149,7 +149,7 @@ class VideoTransformer(VisionTransformer):
 
 
 def sinusoid(positions: int, width: int) -> Tensor:
-    """VideoMAE's ``(1, positions, width)``: sine and cosine in turn, computed in float64 as there."""
+    """VideoMAE's ``(1, positions, width)``: alternating sine and cosine, computed in float64 as in the original."""
     exponent = torch.arange(width, dtype=torch.float64).div(2, rounding_mode="floor") * 2 / width
     angles = torch.arange(positions, dtype=torch.float64)[:, None] / 10000**exponent
     return torch.where(torch.arange(width) % 2 == 0, angles.sin(), angles.cos()).float()[None]
@@ -190,7 +190,7 @@ def timesformer_joint_base_patch16_224(pretrained: bool = False, **kwargs: Any) 
 
 @register_model
 def timesformer_joint_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> VideoTransformer:
-    """The same, as wide as DeiT-S."""
+    """The same, with the width of DeiT-S."""
     return _create("timesformer_joint_small_patch16_224", pretrained, {"embed_dim": 384, "num_heads": 6, **kwargs})
 
 

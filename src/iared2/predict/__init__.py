@@ -1,1 +1,1 @@
-"""Photos and videos in, findings and pictures out."""
+"""Photos and videos -> results and pictures."""

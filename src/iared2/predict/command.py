@@ -1,7 +1,7 @@
-"""`iared2 interpret`, the paper's tool: photos or videos in, pictures and a JSON file each out.
+"""`iared2 interpret`, the paper's tool: photos or videos -> pictures and a JSON file each.
 
-A thin client of the predictors; what it owns is the command: its options, what it prints, and where the files go. The
-model decides whether photos or videos are meant. Groups are counted from 1 here, as in the paper.
+A thin client of the predictors: owns the options of the command, its output, and the paths of the files. The model
+determines whether the input is photos or videos. Groups are counted from 1 here, as in the paper.
 """
 
 from __future__ import annotations
@@ -43,21 +43,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="images, or videos for a video model; folders or quoted globs of them",
     )
     parser.add_argument(
-        "-o", "--output", required=True, help="folder for the results; of several files, one each in it"
+        "-o", "--output", required=True, help="folder for the results; several files get one subfolder each"
     )
     parser.add_argument(
-        "-c", "--checkpoint", help="a model of your own, or the authors' ckpt.pth; else the one in the box, for photos"
+        "-c", "--checkpoint", help="your own model, or the authors' ckpt.pth (default: the one in the box, for photos)"
     )
     parser.add_argument(
-        "-t", "--threshold", nargs="+", metavar="T", help="keep patches that score above T: one number, or one a group"
+        "-t", "--threshold", nargs="+", metavar="T", help="keep patches that score above T: one number or one per group"
     )
-    parser.add_argument("-g", "--group", help="whose scores make the heat map, from 1 (default: 2)")
-    parser.add_argument("--colormap", default="jet", help="any of matplotlib's (default: %(default)s)")
+    parser.add_argument("-g", "--group", help="group whose scores make the heat map, from 1 (default: 2)")
+    parser.add_argument("--colormap", default="jet", help="a colormap of matplotlib (default: %(default)s)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda if there is one)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """The command, its arguments parsed. Returns the exit status."""
+    """Run the command. Returns the exit status."""
     return interpret(
         args.photo,
         args.output,
@@ -79,23 +79,23 @@ def interpret(
     colormap: str = "jet",
     device: str | None = None,
 ) -> int:
-    """Interpret photos, or videos if the model is one for clips, write the results, print a few lines each.
+    """Interpret photos, or videos for a model of clips, write the results, and print a few lines for each.
 
     Args:
-        patterns: files, folders, globs. The results of a single file go to `output` itself, of anything else to a
-            folder each in it, named after the file.
-        output: made if it is not there. Other files in it stay.
+        patterns: files, folders, globs. The results of a single file are written to `output` itself, otherwise to one
+            subfolder per file, named after the file.
+        output: created if missing. Other files in it are kept.
         checkpoint: for `iared2.load`.
-        threshold: one number or one a group; the model's own if None.
-        group: whose scores make the heat map, from 1; the second if None.
-        colormap: any of matplotlib's.
-        device: for torch; `cuda` if there is one, else `cpu`, if None.
+        threshold: one number or one per group; the model's own if None.
+        group: the group whose scores make the heat map, from 1; the second if None.
+        colormap: a colormap of matplotlib.
+        device: for torch; if None, `cuda` if available, else `cpu`.
 
     Returns:
-        0, or 1 if some files could not be read; each is named on stderr, and the others are done.
+        0, or 1 if some files could not be read; each is named on stderr, and the others are processed.
 
     Raises:
-        InputError: an argument is wrong, or a result would replace a file that is read: found before any work. Or the
+        InputError: an argument is wrong, or a result would replace an input file (checked before any work). Or the
             only file cannot be read.
     """
     output = Path(output)
@@ -145,7 +145,7 @@ def interpret(
 
 
 def summary(result: Result, folder: Path) -> str:
-    """What is worth reading at once, in five lines."""
+    """A summary in five lines."""
     best = ", ".join(f"{name} {100 * p:.1f} %" for name, p in result.top5[:1]) or "no classes"
     kept = " > ".join(f"{ratio:.2f}" for ratio in (1, *result.keep_ratio))
     change = 100 * (result.macs / result.dense_macs - 1)

@@ -1,6 +1,6 @@
 """`iared2 figure maps` and `iared2 figure hierarchy`: the figures of the paper, for any photos, for print.
 
-What it owns is the command: its options, what it prints, and where the file goes.
+Owns the options of the command, its output, and the path of the file.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .photo import Predictor
 
 KINDS = ".png", ".pdf"
 PAPER = "memorability", "attention", "interpreter"
-"""The methods of the paper's figure, in its order."""
+"""The methods in the figure of the paper, in order."""
 TITLES = {"interpreter": "ours", "attention": "raw attention", "rollout": "attention rollout", "gradcam": "Grad-CAM"}
 MAX_HEIGHT = 60_000  # pixels; matplotlib draws nothing higher than 2¹⁶
 Row = Callable[[Image.Image], list[Panel]]
@@ -43,10 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "figure", choices=["maps", "hierarchy"], help="heat maps side by side, or what each group keeps"
     )
-    parser.add_argument("photo", nargs="+", help="images, folders of images, or quoted globs; a row each")
+    parser.add_argument("photo", nargs="+", help="images, folders of images, or quoted globs; one row each")
     parser.add_argument("-o", "--output", required=True, help="file to write: .pdf (pages) or .png (one picture)")
-    parser.add_argument("-c", "--checkpoint", help="a model of your own; else the one in the box")
-    parser.add_argument("-t", "--threshold", nargs="+", type=float, metavar="T", help="one number, or one a group")
+    parser.add_argument("-c", "--checkpoint", help="your own model (default: the model in the box)")
+    parser.add_argument("-t", "--threshold", nargs="+", type=float, metavar="T", help="one number, or one per group")
     parser.add_argument(
         "-m",
         "--methods",
@@ -54,15 +54,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="METHOD",
         help=f"columns of `maps`, of {', '.join((*METHODS, *list(KIN)[1:]))} (default: {' '.join(PAPER)})",
     )
-    parser.add_argument("--colormap", default="jet", help="any of matplotlib's (default: %(default)s)")
+    parser.add_argument("--colormap", default="jet", help="a colormap of matplotlib (default: %(default)s)")
     parser.add_argument("--device", default="cpu")
 
 
 def run(args: argparse.Namespace) -> int:
-    """The command, its arguments parsed. Returns 0, or 1 if some photos could not be read; the others are drawn.
+    """Run the command. Returns 0, or 1 if some photos could not be read; the others are drawn.
 
     Raises:
-        InputError: an argument is wrong, found before any work; or no photo can be read.
+        InputError: an argument is wrong (checked before any work); or no photo can be read.
     """
     output = Path(args.output)
     if output.suffix.lower() not in KINDS or output.is_dir():
@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _maps(predictor: Predictor, args: argparse.Namespace) -> tuple[list[str], Row]:
-    """A row: the photo, and under the map of each method."""
+    """A row: the photo, and the photo under the heat map of each method."""
     methods = args.methods or [*PAPER]
     if not args.methods and not importlib.util.find_spec("resmem"):
         methods.remove("memorability")
@@ -112,7 +112,7 @@ def _maps(predictor: Predictor, args: argparse.Namespace) -> tuple[list[str], Ro
 
 
 def _hierarchy(predictor: Predictor, args: argparse.Namespace) -> tuple[list[str], Row]:
-    """A row: the photo, then what each group kept of it, and the ratio in the corner."""
+    """A row: the photo, then the patches kept by each group, with the ratio in the corner."""
 
     def row(photo: Image.Image) -> list[Panel]:
         result = predictor(photo)

@@ -1,4 +1,4 @@
-"""Where results go: the folders' names, whether they can be written, and that nothing that is read is lost."""
+"""Output folders: their names, whether they are writable, and protection of the input files."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from ..errors import InputError
 
 
 def folder_names(files: Sequence[Path]) -> list[str]:
-    """A folder name for each file: its stem; where two files share it, the file's name; then numbered."""
-    stems = Counter(file.stem.casefold() for file in files)  # some file systems do not tell A from a
+    """A folder name per file: its stem; if two files share it, the file name; then numbered."""
+    stems = Counter(file.stem.casefold() for file in files)  # some file systems do not distinguish A and a
     names: list[str] = []
     taken: set[str] = set()
     for file in files:
@@ -30,10 +30,10 @@ def folder_names(files: Sequence[Path]) -> list[str]:
 
 
 def check_writable(output: Path) -> None:
-    """By writing, since permissions do not tell all; `output` itself is made only once there is something to put in.
+    """Check by writing, since permissions are not sufficient; `output` itself is created only for the first result.
 
     Raises:
-        InputError: nothing can be written there, or a file is in the way.
+        InputError: the folder cannot be written, or a file has its name.
     """
     try:
         ancestor = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
@@ -45,7 +45,7 @@ def check_writable(output: Path) -> None:
 
 
 def check_not_read(outputs: Iterable[str | Path], inputs: Iterable[str | Path | None]) -> None:
-    """Refuse to write over what is read, also under another name: of a link, or in letters of another case.
+    """Refuse to overwrite an input file, also under another name: through a link, or in another case.
 
     Raises:
         InputError: an output is one of the inputs.
@@ -57,7 +57,7 @@ def check_not_read(outputs: Iterable[str | Path], inputs: Iterable[str | Path | 
 
 
 def _identity(path: str | Path) -> tuple[int, int] | None:
-    with suppress(OSError, ValueError):  # it is not there, or cannot be
+    with suppress(OSError, ValueError):  # it does not exist, or cannot exist
         status = os.stat(path)
         return status.st_dev, status.st_ino
     return None

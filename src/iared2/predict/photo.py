@@ -1,4 +1,4 @@
-"""The facade: a photo in, arrays and pictures out. The command line and every other front end are its thin clients."""
+"""The facade: a photo -> arrays and pictures. The command line and all other front ends are thin clients of it."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from .result import BasePredictor, Result, png
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Interpretation(Result):
-    """What the model saw in one photo; see ``Result`` for the rest.
+    """The result for one photo; see ``Result`` for the other attributes.
 
     Attributes:
-        photo: upright, 8-bit RGB, of the photo's own size W × H.
+        photo: upright, 8-bit RGB, in its original size W × H.
     """
 
     PICTURES = "interpret-result.png", "hierarchy.png"
@@ -35,7 +35,7 @@ class Interpretation(Result):
     photo: Image.Image
 
     def heatmap(self, group: int | None = None) -> np.ndarray:
-        """``(H, W)`` float32 in [0, 1]: the scores of a group, by default the second one, see ``Result.map``."""
+        """``(H, W)`` float32 in [0, 1]: the scores of a group, by default the second, see ``Result.map``."""
         return self.map(group, self.photo)
 
     def overlay(self, group: int | None = None, colormap: str = "jet") -> Image.Image:
@@ -47,7 +47,7 @@ class Interpretation(Result):
         return figures.result_figure(self.photo, self.heatmap(group), colormap)
 
     def hierarchy(self) -> Image.Image:
-        """The photo, then what each group kept of it."""
+        """The photo, then the patches kept by each group."""
         return figures.hierarchy_figure(self.photo, self.kept, self.grid)
 
     def pictures(self, group: int | None, colormap: str) -> list[bytes]:
@@ -55,7 +55,7 @@ class Interpretation(Result):
         return [png(self.figure(group, colormap)), png(self.hierarchy())]
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: overlay, hierarchy, the best classes and the cost. Self-contained, and not large."""
+        """The display in a notebook: overlay, hierarchy, the best classes and the cost. Self-contained and small."""
         classes = "".join(f"<tr><td>{escape(name)}</td><td>{100 * p:.1f} %</td></tr>" for name, p in self.top5)
         kept = " → ".join(f"{ratio:.2f}" for ratio in (1, *self.keep_ratio))
         return (
@@ -66,7 +66,7 @@ class Interpretation(Result):
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the pictures, ready for JSON. Patches are listed row by row."""
+        """Everything except the pictures, as JSON types. Patches are listed row by row."""
         photo = {"file": self.file, "width": self.photo.width, "height": self.photo.height}
         return {"photo": photo, **super().to_dict()}
 
@@ -84,12 +84,12 @@ class Predictor(BasePredictor):
         Args:
             photo: a file, a Pillow image of any mode, or ``(H, W, 3)`` uint8 RGB. Any size; it is resized to the
                 model's input as a whole, never cropped.
-            threshold: of this call alone, one number or one for each group; the model's own if None. The model is not
-                changed, so calls from several threads do not see each other's.
+            threshold: for this call only, one number or one per group; the model's own if None. The model is not
+                changed, so calls from several threads are independent.
 
         Raises:
-            InputError: the file is not a photo that can be read, the array is not of that form, or the thresholds are
-                not finite or not as many as there are groups.
+            InputError: the file is not a readable photo, the array has another shape or type, or the thresholds are
+                not finite or not one per group.
         """
         image = _as_image(photo)
         fields = self.predict(self.prepare(image), self.thresholds(threshold))
@@ -105,7 +105,7 @@ class Predictor(BasePredictor):
 
 
 def _inline(picture: Image.Image, width: int, name: str) -> str:
-    """The picture in HTML itself, no wider than ``width`` pixels."""
+    """The picture embedded in HTML, at most ``width`` pixels wide."""
     picture.thumbnail((width, 2 * width), Image.Resampling.LANCZOS)
     return f'<img alt="{name}" src="data:image/png;base64,{base64.b64encode(png(picture)).decode()}">'
 

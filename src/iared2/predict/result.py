@@ -1,6 +1,6 @@
-"""What a model says of one photo or one clip, and the model that says it: all that the two have in common.
+"""The result for one photo or clip, and the predictor that computes it: the common part of `photo` and `video`.
 
-Knows neither how a photo or a clip is read nor how its result is drawn; `photo` and `video` do.
+Does not read photos or clips, and does not draw results; `photo` and `video` do.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ RESULT = "result.json"
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Result:
-    """What the model saw. Groups are counted from 0 here, as in the arrays.
+    """The result of a predictor. Groups are counted from 0 here, as in the arrays.
 
     Attributes:
-        top5: the most probable classes and their probabilities, best first; fewer for a model of fewer classes.
-        scores: ``(D, N)`` float32 in (0, 1), 0 where the patch was already gone.
+        top5: the most probable classes and their probabilities, best first; fewer for a model with fewer classes.
+        scores: ``(D, N)`` float32 in (0, 1), 0 where the patch was already dropped.
         kept: ``(D, N)`` bool, the patches on which each group's blocks ran.
         grid: rows and columns of patches that cover the photo, see ``explain.heatmap.grid_of``.
-        thresholds: one for each group; of a model that keeps counts, the lowest score that stayed, 0 where all did.
-        macs, dense_macs: of this one, and of any with every patch kept and no interpreter.
-        milliseconds: of the forward pass alone, after a warm-up; neither reading nor resizing.
-        model: what made it, for `result.json`: architecture, input size, checkpoint.
-        file: where it came from, if it came from a file.
+        thresholds: one per group; for a model with counts, the lowest score that was kept, 0 if all were.
+        macs, dense_macs: MACs of this result, and of the dense model without interpreters.
+        milliseconds: time of the forward pass alone, after a warm-up, without reading and resizing.
+        model: the model, for `result.json`: architecture, input size, checkpoint.
+        file: the input file, if any.
     """
 
     PICTURES: ClassVar[tuple[str, ...]]
-    """The files that ``save`` writes, but for `result.json`."""
+    """The files that ``save`` writes, except `result.json`."""
 
     top5: list[tuple[str, float]]
     scores: np.ndarray
@@ -63,7 +63,7 @@ class Result:
 
     @property
     def grid_size(self) -> tuple[int, ...]:
-        """Rows and columns of patches, before them T' in a clip; their product is N."""
+        """Rows and columns of patches, preceded by T' for a clip; their product is N."""
         return tuple(map(math.ceil, self.grid))
 
     @property
@@ -73,15 +73,15 @@ class Result:
 
     @property
     def cost(self) -> str:
-        """MACs in words: `1.23 of 4.61 G`."""
+        """MACs as text: `1.23 of 4.61 G`."""
         unit, letter = (1e9, "G") if self.dense_macs >= 1e9 else (1e6, "M")
         return f"{self.macs / unit:.2f} of {self.dense_macs / unit:.2f} {letter}"
 
     def map(self, group: int | None, shown: Image.Image) -> np.ndarray:
-        """The scores of a group as a heat map of the size of ``shown``, ``(H, W)``, of clips ``(T', H, W)``.
+        """The scores of a group as a heat map of the size of ``shown``, ``(H, W)``, for clips ``(T', H, W)``.
 
-        By default the second group's, as in the authors' tool. The first one is blind, the class token has seen no
-        patch yet; a model of one group has no other.
+        The default is the second group, as in the authors' tool: the first is blind, since the class token has not
+        attended to any patch. A model with one group uses that.
 
         Raises:
             InputError: there is no such group.
@@ -94,7 +94,7 @@ class Result:
         return upsample(scores, self.grid, (shown.height, shown.width), low).numpy()
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the pictures, ready for JSON. Patches are listed row by row, of a clip moment by moment."""
+        """Everything except the pictures, as JSON types. Patches are listed row by row, for a clip also by time."""
         return {
             "top5": [{"class": name, "probability": round(p, 6)} for name, p in self.top5],
             "grid_size": list(self.grid_size),
@@ -115,10 +115,10 @@ class Result:
         raise NotImplementedError
 
     def save(self, folder: str | Path, group: int | None = None, colormap: str = "jet") -> None:
-        """Write the files ``PICTURES`` and `result.json`, and touch nothing else in the folder.
+        """Write the files ``PICTURES`` and `result.json`; other files in the folder are not changed.
 
-        Each file appears whole or not at all, `result.json` last. Raises `InputError` if the folder cannot be written,
-        or if one of the files is the photo or the video itself.
+        Each file is written whole or not at all, `result.json` last. Raises `InputError` if the folder cannot be
+        written, or if one of the files is the input itself.
         """
         check_not_read(self.files(folder), [self.file])
         pictures = self.pictures(group, colormap)
@@ -129,12 +129,12 @@ class Result:
 
     @classmethod
     def files(cls, folder: str | Path) -> list[Path]:
-        """What ``save`` writes into a folder."""
+        """The files that ``save`` writes into a folder."""
         return [Path(folder, name) for name in (*cls.PICTURES, RESULT)]
 
 
 class BasePredictor:
-    """A model that looks at one photo or clip at a time."""
+    """Runs a model on one photo or clip at a time."""
 
     TAKES: ClassVar[str]
     """"photos" or "videos"."""
@@ -142,15 +142,15 @@ class BasePredictor:
     def __init__(
         self, model: ReducedVisionTransformer, device: str | torch.device = "cpu", checkpoint: str | Path | None = None
     ) -> None:
-        """The model is ready for calls.
+        """Prepare the model for calls.
 
         Args:
-            model: is set to evaluation mode and moved to the device. Its `threshold` may be changed between calls.
+            model: set to evaluation mode and moved to the device. Its decision may be changed between calls.
             device: anything that `torch.device` takes.
-            checkpoint: where the model came from, for `result.json` alone.
+            checkpoint: the source of the model, only for `result.json`.
 
         Raises:
-            InputError: the device is not there, or the model does not take RGB photos (`VideoPredictor`: RGB clips).
+            InputError: the device is missing, or the model does not take RGB photos (`VideoPredictor`: RGB clips).
         """
         cfg = model.pretrained_cfg
         channels, *size = cfg["input_size"]
@@ -171,10 +171,10 @@ class BasePredictor:
         self._warm = False
 
     def thresholds(self, threshold: float | Sequence[float] | None) -> list[float] | None:
-        """One number for each of the D groups, of one number for all, or None, for what the model itself decides.
+        """One number for each of the D groups, from one number for all; None for the decision of the model.
 
         Raises:
-            InputError: not finite, or not as many as there are groups.
+            InputError: not finite, or not one per group.
         """
         if threshold is None:
             return None
@@ -185,7 +185,7 @@ class BasePredictor:
         return values * (groups // len(values))
 
     def predict(self, inputs: Tensor, thresholds: list[float] | None) -> dict[str, Any]:
-        """The fields of ``Result``, but for `file`, from what ``on_device`` and `thresholds` made."""
+        """The fields of ``Result`` except `file`, from the output of ``on_device`` and `thresholds`."""
         decision = self.model.decision
         output, seconds = self._trace(inputs, decision if thresholds is None else decision.at(thresholds))
         scores, kept = output.scores[:, 0], output.kept[:, 0]
@@ -203,14 +203,14 @@ class BasePredictor:
         }
 
     def on_device(self, one: Tensor) -> Tensor:
-        """One photo or clip as a batch of it, on the model's device and in its precision."""
+        """One photo or clip as a batch of one, on the model's device and in its precision."""
         return one[None].to(next(self.model.parameters()))
 
     @torch.inference_mode()
     def _trace(self, inputs: Tensor, decide: Decide) -> tuple[Output, float]:
         """One forward pass and its seconds."""
         if not self._warm:
-            self.model.trace(inputs, decide)  # the first pass also pays for allocations and the choice of kernels
+            self.model.trace(inputs, decide)  # the first pass includes allocations and the choice of kernels
             self._warm = True
         return timed(self.device, self.model.trace, inputs, decide)
 

@@ -1,4 +1,4 @@
-"""The facade for videos: a file in, arrays and pictures out, as `iared2.predict.photo` does for photos."""
+"""The facade for videos: a file -> arrays and pictures, like `iared2.predict.photo` for photos."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from .result import BasePredictor, Result, png
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ClipInterpretation(Result):
-    """What the model saw in one clip; see ``Result`` for the rest.
+    """The result for one clip; see ``Result`` for the other attributes.
 
     Attributes:
-        video: the whole file, its size and length.
-        indices: ``(T,)`` int64, the frames of the video that make the clip.
+        video: the whole file, with size and duration.
+        indices: ``(T,)`` int64, the frames of the video that form the clip.
         frames: these frames, upright RGB, of ``PANEL_SIDES`` pixels at most.
     """
 
@@ -35,7 +35,7 @@ class ClipInterpretation(Result):
 
     @property
     def times(self) -> np.ndarray:
-        """``(T,)`` seconds from the beginning of the video."""
+        """``(T,)`` seconds from the start of the video."""
         return self.video.times[self.indices]
 
     @property
@@ -45,15 +45,15 @@ class ClipInterpretation(Result):
         return np.repeat(by_time, len(self.frames) // self.grid_size[0], 1)
 
     def heatmap(self, group: int | None = None) -> np.ndarray:
-        """``(T, H, W)`` float32 in [0, 1], of the size of ``frames``: a group's scores, by default the second one's.
+        """``(T, H, W)`` float32 in [0, 1], of the size of ``frames``: the scores of a group, by default the second.
 
-        They are normalised over the clip, so that frames can be compared.
+        The maps are normalised over the clip, so that frames can be compared.
         """
         maps = self.map(group, self.frames[0])
         return np.repeat(maps, len(self.frames) // len(maps), 0)
 
     def frames_figure(self) -> Image.Image:
-        """The frames, then what each group kept of them."""
+        """The frames, then the patches kept by each group."""
         return figures.frames_figure(self.frames, self.times, self.kept_in_frames)
 
     def heatmap_figure(self, group: int | None = None, colormap: str = "jet") -> Image.Image:
@@ -68,7 +68,7 @@ class ClipInterpretation(Result):
         return [*map(png, still), figures.gif(moving, seconds), figures.mp4(moving, seconds)]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the pictures, ready for JSON. Patches are listed by time, then row by row."""
+        """Everything except the pictures, as JSON types. Patches are listed by time, then row by row."""
         video, result = self.video, super().to_dict()
         for group, kept in zip(result["groups"], self.kept_in_frames, strict=True):
             group["keep_ratio_of_frames"] = kept.mean((1, 2)).tolist()
@@ -110,11 +110,11 @@ class VideoPredictor(BasePredictor):
 
         Args:
             path: the file. Any size; each frame is resized to the model's input as a whole, never cropped.
-            threshold: of this call alone, one number or one for each group; the model's own if None.
-            advance: is told the number of frames after each that was read.
+            threshold: for this call only, one number or one per group; the model's own if None.
+            advance: called with the number of frames after each frame.
 
         Raises:
-            InputError: the file is not a video that can be read, or the thresholds are wrong.
+            InputError: the file is not a readable video, or the thresholds are wrong.
         """
         thresholds = self.thresholds(threshold)
         video = open_video(path)

@@ -14,23 +14,23 @@ from ..explain.figures import blank, fit, ratio, table, text_size, with_color_ba
 from ..explain.heatmap import overlay
 
 WIDTH = 2560
-"""Pixels that a row of frames may fill; many frames are small, but no smaller than ``SIDES``."""
+"""Width of a row of frames in pixels; many frames are small, but no smaller than ``SIDES``."""
 SIDES = 128, 320
 """Smallest and largest longer side of a frame, in pixels."""
 MOVING_SIDES = 320, 480
-"""The same of the animation."""
+"""The same for the animation."""
 PACE = 0.2, 0.5
-"""Shortest and longest time of a frame of the animation, in seconds: to be seen, and not to be waited for."""
+"""Shortest and longest time of a frame of the animation, in seconds."""
 
 
 def frames_figure(frames: Sequence[Image.Image], times: np.ndarray, kept: np.ndarray) -> Image.Image:
-    """`frames.png`: a row of the frames with their times, then a row a group, dropped patches blank.
+    """`frames.png`: a row of the frames with their times, then one row per group, dropped patches blank.
 
     Args:
         frames: T, RGB, of one size.
         times: ``(T,)`` seconds.
-        kept: ``(D, T, rows, columns)`` bool, the patches that each group kept. The share of a frame that is left stands
-            in its corner.
+        kept: ``(D, T, rows, columns)`` bool, the patches that each group kept. The corner of a frame shows the share
+            of patches left.
     """
     panels = _fit(frames)
     return table([_first_row(panels, times), *(_blanked(panels, group) for group in kept)])
@@ -53,18 +53,18 @@ def heatmap_figure(
 
 
 def animation(frames: Sequence[Image.Image], times: np.ndarray, kept: np.ndarray) -> list[Image.Image]:
-    """Each frame beside what the last group kept of it; ``kept (T, rows, columns)`` bool."""
+    """Each frame next to the patches kept by the last group; ``kept (T, rows, columns)`` bool."""
     panels = [fit(frame, *MOVING_SIDES) for frame in frames]
     return [table([sides]) for sides in zip(_first_row(panels, times), _blanked(panels, kept), strict=True)]
 
 
 def pace(times: np.ndarray) -> float:
-    """Seconds that a frame of the animation stays: those between frames of the video, within ``PACE``."""
+    """Seconds per frame of the animation: the time between the frames of the video, within ``PACE``."""
     return float(np.clip(np.diff(times).mean() if len(times) > 1 else PACE[1], *PACE))
 
 
 def gif(pictures: Sequence[Image.Image], seconds: float) -> bytes:
-    """`frames.gif`, without end."""
+    """`frames.gif`, which loops forever."""
     file = io.BytesIO()
     indexed = [picture.quantize(255, dither=Image.Dither.NONE) for picture in pictures]
     indexed[0].save(file, "GIF", save_all=True, append_images=indexed[1:], duration=round(1000 * seconds), loop=0)
@@ -77,7 +77,7 @@ def mp4_codec() -> str:
 
 
 def mp4(pictures: Sequence[Image.Image], seconds: float) -> bytes:
-    """`frames.mp4`, 4:2:0, which every player takes and which needs even sides: a white line may be added."""
+    """`frames.mp4`, 4:2:0, which every player supports. It needs even sides, so a white line may be added."""
     width, height = (side + side % 2 for side in pictures[0].size)
     file, codec = io.BytesIO(), mp4_codec()
     av = pyav()

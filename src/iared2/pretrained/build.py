@@ -1,4 +1,4 @@
-"""A timm name, or a timm model -> a reduced model with fresh interpreters."""
+"""A timm name, or a timm model -> a reduced model with untrained interpreters."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def from_timm(
     dropped: str = "gone",
     **timm_kwargs: Any,
 ) -> ReducedVisionTransformer:
-    """Make a reduced model over a timm vision transformer, with fresh interpreters.
+    """Build a reduced model from a timm vision transformer, with untrained interpreters.
 
     Args:
-        backbone: a timm model name (``"deit_small_patch16_224"``), or a module, which is used as it is.
+        backbone: a timm model name (``"deit_small_patch16_224"``), or a module, which is used unchanged.
         groups: D, the number of groups.
         pretrained: load timm's weights of that name.
         interpreter: "sigmoid" or "attention": see `ReducedVisionTransformer`.
@@ -31,7 +31,7 @@ def from_timm(
         timm_kwargs: for ``timm.create_model`` (``img_size``, ``num_classes``, ``drop_path_rate`` …).
 
     Raises:
-        InputError: unknown name, arguments that timm refuses, weights that cannot be had, or a model that is not
+        InputError: unknown name, arguments that timm refuses, weights that are not available, or a model that is not
             supported (says why).
     """
     if isinstance(backbone, nn.Module):
@@ -43,7 +43,7 @@ def from_timm(
         raise InputError(f"timm has no model {backbone!r}" + (f"; did you mean {', '.join(close)}?" if close else ""))
     try:
         vision_transformer = timm.create_model(backbone, pretrained=pretrained, **timm_kwargs)
-    except Exception as error:  # timm, and the layers that it is told to use, raise anything; OSError: no network
+    except Exception as error:  # timm and custom layers raise anything; OSError: no network
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         what = "load the pretrained weights of" if pretrained and isinstance(error, OSError) else "build"
         raise InputError(f"timm cannot {what} {backbone} with {timm_kwargs or 'its defaults'}: {reason}") from error

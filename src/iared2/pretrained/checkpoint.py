@@ -25,11 +25,11 @@ from ..model.reduced import ReducedVisionTransformer
 from .build import from_timm
 
 BOX = "box"
-"""What to ``load`` for the model that comes with the package."""
+"""The name under which ``load`` finds the model that comes with the package."""
 WRAPPERS = "state_dict_ema", "model_ema", "state_dict", "model", "model_state"
-"""Where the checkpoints of training programs keep their weights, the best of them first."""
+"""Keys under which checkpoints of training programs keep their weights, the best first."""
 MAX_DEPTH, MAX_VALUES = 1000, 1 << 27
-"""Of a model in a file: its blocks, and the numbers that it needs besides its weights."""
+"""Limits for a model in a file: its blocks, and the numbers that it needs besides its weights."""
 
 
 def load(path: Path | str | None = None) -> ReducedVisionTransformer:
@@ -37,8 +37,8 @@ def load(path: Path | str | None = None) -> ReducedVisionTransformer:
 
     Args:
         path: a file of ``model.save``, a folder with such a ``model.safetensors`` (a run of ``iared2 train``), or a
-            file in the layout of the authors' interpretation tool; the contents tell which, not the name. None, or the
-            string ``"box"``: the model in the box, even where there is a file of that name, which is ``"./box"``.
+            file in the layout of the authors' interpretation tool; detected by content, not by name. None, or the
+            string ``"box"``: the model in the box, even if there is a file of that name; for the file, use ``"./box"``.
 
     Raises:
         InputError: no such file, not a checkpoint, or a tensor is missing, unexpected, of the wrong shape or kind, or
@@ -72,17 +72,17 @@ def filled(
     path: Path | str,
     part: Callable[[ReducedVisionTransformer], nn.Module] = lambda model: model,
 ) -> ReducedVisionTransformer:
-    """The model of these arguments of `from_timm`, with these weights in a part of it; allocated only if they fit.
+    """Build a model from arguments of `from_timm` and load weights into a part of it; allocated only if they fit.
 
     Raises:
-        InputError: it cannot be built, is out of all proportion to the file, or a tensor does not fit.
+        InputError: it cannot be built, is far larger than the file, or a tensor does not fit.
     """
     try:
         if (depth := arguments.get("depth", 1)) > MAX_DEPTH:
             raise InputError(f"{depth} blocks are more than {MAX_DEPTH}")
         with torch.device("meta"):
             model = from_timm(**arguments)
-        # what takes memory, and is in no file: positions that are computed, and what the model will be shown
+        # takes memory but is in no file: computed positions, and the input of the model
         size = model.pretrained_cfg["input_size"]
         if sum(b.numel() for b in model.buffers()) + math.prod(size) > MAX_VALUES:
             raise InputError(f"inputs of {size} are too large")
@@ -95,10 +95,10 @@ def filled(
 
 
 def load_strictly(model: nn.Module, tensors: dict[str, Tensor], path: Path | str) -> None:
-    """``load_state_dict`` that says in one line which tensor does not fit, before any weight is changed.
+    """``load_state_dict`` that names the tensor that does not fit, in one line, before any weight is changed.
 
     Raises:
-        InputError: a tensor is missing, unexpected, of the wrong shape or of another kind of number.
+        InputError: a tensor is missing, unexpected, or of the wrong shape or type.
     """
     _check_fit(model, tensors, path)
     model.load_state_dict(tensors)
@@ -124,8 +124,8 @@ def _check_fit(model: nn.Module, tensors: dict[str, Tensor], path: Path | str) -
 def load_backbone_weights(backbone: Any, path: Path | str) -> None:
     """Load foreign weights, or the backbone of a model of ours (``.pth``, ``.safetensors``), into a timm backbone.
 
-    A head of other classes is left fresh; position embeddings of another grid, a square one, are resampled, as timm
-    does it.
+    A head with another number of classes is not loaded. Position embeddings of another square grid are resampled, as
+    in timm.
 
     Raises:
         InputError: no such file, or the weights do not fit.
@@ -138,7 +138,7 @@ def load_backbone_weights(backbone: Any, path: Path | str) -> None:
     if old is not None and new is not None and old.ndim == 3 and old.shape != new.shape:
         prefix = 0 if backbone.no_embed_class else backbone.num_prefix_tokens
         patches = old.shape[1] - prefix
-        if patches > 0 and math.isqrt(patches) ** 2 == patches:  # timm takes the old grid for a square
+        if patches > 0 and math.isqrt(patches) ** 2 == patches:  # timm assumes that the old grid is square
             grid = list(backbone.patch_embed.grid_size)
             tensors["pos_embed"] = resample_abs_pos_embed(old, grid, num_prefix_tokens=prefix)
     heads = [name for name in own if name.split(".")[0] in ("head", "head_dist")]
@@ -149,7 +149,7 @@ def load_backbone_weights(backbone: Any, path: Path | str) -> None:
 
 
 def read_foreign(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file of weights (of ``torch.save`` or safetensors), by name; code in it is never run.
+    """The tensors of a file of weights (``torch.save`` or safetensors), by name; never runs code in it.
 
     Raises:
         InputError: no such file, it cannot be read as weights, or they are not finite real numbers.
@@ -176,10 +176,10 @@ def read_foreign(path: Path) -> dict[str, Tensor]:
 def read_arguments(tensors: dict[str, Tensor], path: Path | str) -> dict[str, Any]:
     """timm's arguments for a square vision transformer with one class token, from the shapes of its tensors.
 
-    The number of heads is in no shape: a head is taken to be 64 wide.
+    The number of heads cannot be inferred from shapes: a head is assumed to be 64 wide.
 
     Raises:
-        InputError: a tensor that would tell is missing, or of another number of dimensions.
+        InputError: a required tensor is missing, or has the wrong number of dimensions.
     """
     for name, ndim in (("patch_embed.proj.weight", 4), ("pos_embed", 3), ("head.weight", 2)):
         if name not in tensors or tensors[name].ndim != ndim:

@@ -1,7 +1,7 @@
-"""Video models made elsewhere -> ours: TimeSformer and VideoMAE of Hugging Face, TimeSformer of its own repository.
+"""Converts video models: TimeSformer and VideoMAE of Hugging Face, TimeSformer of its original repository.
 
-Tensors are renamed and reshaped, never computed with, so nothing is lost. One is added: VideoMAE's keys have no bias,
-timm's have one, and it is 0. No logit depends on it, so it gets no gradient.
+Tensors are renamed and reshaped, but not changed, so nothing is lost. One is added: VideoMAE's keys have no bias,
+timm's have one, which is set to 0. No logit depends on it, so it gets no gradient.
 """
 
 from __future__ import annotations
@@ -47,22 +47,22 @@ def from_timesformer(
     size: int | tuple[int, int] | None = None,
     **timm_kwargs: Any,
 ) -> ReducedVisionTransformer:
-    """A reduced model over a TimeSformer with joint space-time attention, with fresh interpreters.
+    """Build a reduced model from a TimeSformer with joint space-time attention, with untrained interpreters.
 
-    It takes clips ``(B, 3, T, height, width)``; patch ids run by time, row and column.
+    It takes clips ``(B, 3, T, height, width)``; patches are numbered by time, row and column.
 
     Args:
         model: a ``TimesformerForVideoClassification`` of Hugging Face; a path to a checkpoint of the original
-            repository; or None for fresh weights.
+            repository; or None for untrained weights.
         groups: D, the number of groups.
-        frames: T, by default the model's; 8 of a fresh one.
-        size: pixels of a frame's sides, or its height and width; by default the model's, 224 of a fresh one.
-        timm_kwargs: as for `from_timm`, and its ``interpreter`` and ``dropped``. A fresh model has ``patch_size=16,
-            embed_dim=768, depth=12, num_heads=12, num_classes=400`` by default; an original checkpoint does not say its
-            ``num_heads``, 64 wide by default; any may have a ``drop_path_rate`` …
+        frames: T, by default the model's; 8 for an untrained model.
+        size: side of a frame in pixels, or its height and width; by default the model's, 224 for an untrained model.
+        timm_kwargs: as for `from_timm`, with ``interpreter`` and ``dropped``. An untrained model has ``patch_size=16,
+            embed_dim=768, depth=12, num_heads=12, num_classes=400`` by default. An original checkpoint does not contain
+            ``num_heads``; by default, heads are 64 wide. ``drop_path_rate`` and so on work for any model.
 
     Returns:
-        The model in evaluation mode, with class names if the model given has some. Threshold 0 gives its logits.
+        The model in evaluation mode, with the class names of ``model`` if it has any. Threshold 0 gives its logits.
 
     Raises:
         InputError: another kind of model, divided attention, no such file, or sizes that do not fit.
@@ -92,19 +92,19 @@ def from_timesformer(
 
 
 def from_videomae(model: Any, *, groups: int = 3, **timm_kwargs: Any) -> ReducedVisionTransformer:
-    """A reduced model over a VideoMAE, with fresh interpreters.
+    """Build a reduced model from a VideoMAE, with untrained interpreters.
 
-    It takes clips ``(B, 3, T, height, width)``; a patch is a tubelet of two frames, and patch ids run by time, row and
-    column. There is no class token: the head pools the patches that are left.
+    It takes clips ``(B, 3, T, height, width)``; a patch is a tubelet of two frames, and patches are numbered by time,
+    row and column. There is no class token: the head pools the remaining patches.
 
     Args:
-        model: a ``VideoMAEForVideoClassification`` of Hugging Face. For fresh weights:
+        model: a ``VideoMAEForVideoClassification`` of Hugging Face. For untrained weights:
             ``iared2.from_timm("videomae_base_patch16_224")``.
         groups: D, the number of groups.
         timm_kwargs: as for `from_timm`: ``interpreter``, ``drop_path_rate`` …
 
     Returns:
-        The model in evaluation mode, with class names if the model given has some. Threshold 0 gives its logits.
+        The model in evaluation mode, with the class names of ``model`` if it has any. Threshold 0 gives its logits.
 
     Raises:
         InputError: another kind of model, or one that does not pool.

@@ -1,4 +1,4 @@
-"""Random changes of images and targets in training: timm's, and torchvision's for clips."""
+"""Random augmentation of images and targets in training: timm's, and torchvision's for clips."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from ..model.reduced import ReducedVisionTransformer
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Random changes of the training images, by timm.data.create_transform; all frames of a clip change alike."""
+    """Augmentation of the training images, with timm.data.create_transform; the same for all frames of a clip."""
 
     min_scale: float = 0.08
-    """Smallest share of the area that a random crop shows."""
+    """Smallest share of the area in a random crop."""
     hflip: float = 0.5
     """Probability of a horizontal flip."""
     color_jitter: float = 0.3
@@ -32,10 +32,10 @@ class AugmentConfig:
     """Probability of erasing a random box."""
 
     def on_device(self, model: ReducedVisionTransformer) -> BatchAugment:
-        """The same changes for whole batches of resident images.
+        """The same augmentation for whole batches of resident images.
 
         Raises:
-            InputError: ``auto_augment`` is set, which changes images one by one.
+            InputError: ``auto_augment`` is set, which works on single images.
         """
         if self.auto_augment:
             raise InputError(

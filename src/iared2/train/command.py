@@ -1,4 +1,4 @@
-"""``iared2 train``: run a recipe, or go on with a run."""
+"""``iared2 train``: run a recipe, or resume a run."""
 
 from __future__ import annotations
 

@@ -3,9 +3,9 @@
 Deviations from the paper (all of them are listed in docs/method.md):
 
 1. Order, augmentation, Bernoulli draws and stochastic depth are functions of (seed, epoch, sample), mixup and dropout
-   of (seed, stage, step, process), so that a run which is killed and resumed ends with the same weights, bit for bit,
-   on a CPU.
-2. An optional first stage trains the dense backbone, for those who do not start from pretrained weights.
+   of (seed, stage, step, process). On a CPU, a run that is killed and resumed therefore ends with bit-identical
+   weights.
+2. An optional first stage trains the dense backbone, for runs that do not start from pretrained weights.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ..data.device_dataset import DeviceDataset, ResidentImages
 from ..data.videos import open_for
 from ..errors import InputError
 from ..model.backbone import pools_patches
-from ..model.baselines import KINDS as RIVALS
+from ..model.baselines import KINDS as BASELINES
 from ..model.baselines import baseline_scores
 from ..model.decide import by_share
 from ..model.file import config_of
@@ -53,8 +53,8 @@ MAX_PARAMETERS = 10**10
 
 
 def stages_of(recipe: Recipe, model: ReducedVisionTransformer, teacher: nn.Module | None = None) -> list[Stage]:
-    """The stages in the order in which they run; those of 0 epochs, and of groups that drop nothing, are left out."""
-    policy, learns = recipe.policy, recipe.policy.decisions not in RIVALS
+    """The stages in order, without stages of 0 epochs and groups that drop nothing."""
+    policy, learns = recipe.policy, recipe.policy.decisions not in BASELINES
     dense = partial(FinetuneStage, model, None, patch_drop=recipe.backbone.patch_drop)
     stages = [Stage("backbone", None, recipe.backbone, dense, model.backbone, policy=False)]
     decide = None if learns else by_share(policy.keep)
@@ -75,7 +75,7 @@ def stages_of(recipe: Recipe, model: ReducedVisionTransformer, teacher: nn.Modul
 
 
 def _budget(keep: tuple[float, ...], last: int) -> tuple[float, ...]:
-    """The shares up to group ``last``; the groups after it, which have not learned yet, drop nothing more."""
+    """The shares up to group ``last``; later groups, which are not trained yet, drop nothing more."""
     return tuple(keep[min(i, last)] if last >= 0 else 1.0 for i in range(len(keep)))
 
 
@@ -83,7 +83,7 @@ def build_model(recipe: Recipe, num_classes: int, weights: bool = True) -> Reduc
     """The model of a recipe with a head of ``num_classes``, before any training.
 
     Args:
-        weights: load the pretrained ones that the recipe names; a run that goes on has its own.
+        weights: load the pretrained weights of the recipe; a resumed run has its own.
     """
     torch.manual_seed(recipe.seed)
     config = recipe.model
@@ -100,12 +100,12 @@ def build_model(recipe: Recipe, num_classes: int, weights: bool = True) -> Reduc
     if config.checkpoint and weights:
         load_backbone_weights(model.backbone, config.checkpoint)
         model.start_interpreters()
-    if recipe.policy.decisions in RIVALS:
+    if recipe.policy.decisions in BASELINES:
         for group in range(model.num_groups):
             model.interpreters[group] = baseline_scores(recipe.policy.decisions, model, group)
     cfg = model.pretrained_cfg
     mean, std = config.mean or cfg["mean"], config.std or cfg["std"]
-    if cfg["input_size"][0] == 1 and not config.mean:  # grey has the mean of the colours
+    if cfg["input_size"][0] == 1 and not config.mean:  # grey uses the mean of the colours
         mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
     if (mean, std) != (cfg["mean"], cfg["std"]):
         model.backbone.pretrained_cfg = {**cfg, "mean": mean, "std": std}
@@ -114,13 +114,13 @@ def build_model(recipe: Recipe, num_classes: int, weights: bool = True) -> Reduc
 
 @dataclass(frozen=True)
 class RunData:
-    """What a run learns from and is measured on.
+    """The data that a run trains and evaluates on.
 
     Attributes:
         class_names: in the order of the model's outputs.
-        number: of samples to train on.
-        on_device: whether they are changed in batches, on the device of the model.
-        read: device -> the samples to train on and those to measure on.
+        number: number of training samples.
+        on_device: whether they are augmented in batches, on the device of the model.
+        read: device -> the samples to train on and those to evaluate on.
     """
 
     class_names: tuple[str, ...]
@@ -130,7 +130,7 @@ class RunData:
 
 
 def open_data(recipe: Recipe) -> RunData:
-    """The data that a recipe names.
+    """Open the data of a recipe.
 
     Raises:
         InputError: says which file or setting is wrong.
@@ -184,21 +184,21 @@ def input_size(recipe: Recipe) -> tuple[int, ...]:
 
 
 def train(recipe: Recipe, output: Path, data: RunData | None = None) -> Path:
-    """Run a recipe, or go on with it where it was killed.
+    """Run a recipe, or resume a killed run of it.
 
     Args:
-        recipe: what to do.
+        recipe: the recipe.
         output: the run's folder: ``state.safetensors`` (resume), ``model.safetensors`` (result), ``metrics.jsonl`` and
             ``tensorboard/``.
-        data: other data than the recipe names.
+        data: replaces the data of the recipe.
 
     Returns:
         The path of the finished model.
 
     Raises:
-        InputError: the data or the recipe is wrong, or ``output`` holds a run of another recipe; before any training.
-            Or the loss is not finite.
-        Stopped: SIGINT or SIGTERM came. The same call goes on with the run.
+        InputError: the data or the recipe is wrong, or ``output`` contains a run of another recipe; raised before
+            training. Or the loss is not finite.
+        Stopped: by SIGINT or SIGTERM. The same call resumes the run.
     """
     check(recipe)
     with Stop() as stop:
@@ -259,7 +259,7 @@ def _saved(output: Path, identity: dict[str, Any]) -> State | None:
     """The checkpoint in a run's folder, if there is one.
 
     Raises:
-        InputError: it is of another recipe.
+        InputError: it belongs to another recipe.
     """
     if not (output / STATE).exists():
         return None
@@ -273,8 +273,8 @@ def _saved(output: Path, identity: dict[str, Any]) -> State | None:
 def _check_stages(
     recipe: Recipe, stages: list[Stage], model: ReducedVisionTransformer, data: RunData, processes: int
 ) -> None:
-    """What would go wrong in a later stage, or at the end, is refused now."""
-    if recipe.policy.decisions not in RIVALS:
+    """Refuse now what would fail in a later stage or at the end."""
+    if recipe.policy.decisions not in BASELINES:
         config_of(model)  # can it be saved?
     if recipe.policy.decisions == "gumbel" and pools_patches(model.backbone):
         raise InputError('recipe: policy.decisions = "gumbel" needs a head that reads the class token alone')
@@ -298,9 +298,9 @@ def _open_output(output: Path, position: Position, accelerator: Accelerator) -> 
 
 
 def _finish(trainer: Trainer) -> Path:
-    """Calibrate and write the model. A rival's scores are no weights: of it the checkpoint has all there is."""
+    """Calibrate and write the model. For a baseline, the scores are no weights, so only the checkpoint is written."""
     policy, model = trainer.recipe.policy, trainer.model
-    if policy.decisions in RIVALS:
+    if policy.decisions in BASELINES:
         return trainer.output / STATE
     if policy.keep:
         trainer.calibrate(policy.keep)
@@ -312,7 +312,7 @@ def _finish(trainer: Trainer) -> Path:
 
 
 def _comparable(recipe: Recipe) -> dict[str, Any]:
-    """What must agree for a run to be resumed: all of the recipe but where the data lie and how fast they are read."""
+    """What must agree to resume a run: the recipe, except for the location of the data and how fast they are read."""
     tree = dataclasses.asdict(recipe)
     tree.pop("checkpoint_minutes")
     tree["data"] = {k: v for k, v in tree["data"].items() if k not in ("path", "workers")}
@@ -320,5 +320,5 @@ def _comparable(recipe: Recipe) -> dict[str, Any]:
 
 
 def _renamed(tree: dict[str, Any]) -> dict[str, Any]:
-    """The identity that an earlier version saved, with today's names of the settings."""
+    """The identity that an earlier version saved, with the current names of the settings."""
     return {RENAMED.get(k, k): _renamed(v) if isinstance(v, dict) else v for k, v in tree.items()}

@@ -1,6 +1,6 @@
 """The fine-tuning stage of a group: cross entropy on the greedy decisions (Algorithm 1, lines 7–11).
 
-The same stage, with no group, trains the dense backbone: from scratch, or a new head on pretrained weights.
+Without a group, the same stage trains the dense backbone: from scratch, or with a new head on pretrained weights.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from ..model.tokens import PackedTokens
 
 
 class FinetuneStage(nn.Module):
-    """Calling it with a batch gives the loss and the metrics of one step.
+    """Computes the loss and the metrics of one step on a batch.
 
-    With ``group`` i, the interpreters are frozen and the blocks of groups i…D, the final norm and the head learn; the
-    embedding and the blocks before stay as they are, since training them would move the input of interpreters that are
-    already fixed. They run in evaluation mode and without a graph. Groups after i drop nothing more.
-    With ``group=None`` the whole backbone learns, and nothing is dropped but ``patch_drop`` of the patches at random, a
-    share that falls to 0 at the end of the stage (as in Liu et al., PatchDropout, WACV 2023, which keeps it).
+    With ``group`` i, the blocks of groups i…D, the final norm and the head are trained. The interpreters, the embedding
+    and the earlier blocks are frozen, since training them would change the input of interpreters that are already
+    fixed. They run in evaluation mode and without a graph. Groups after i drop nothing more.
+    With ``group=None``, the whole backbone is trained. Nothing is dropped except a random share ``patch_drop``, which
+    falls to 0 at the end of the stage (as in Liu et al., PatchDropout, WACV 2023, where it is constant).
 
     Args:
-        model: the stage freezes what does not learn.
+        model: the stage freezes everything that it does not train.
         group: the last group that drops patches, or None.
         patch_drop: see above.
-        decide: the decision; by default the model's own, asked for anew in every step.
-        teacher: a dense model whose probabilities are ``distill`` of the target, 0…1 (Hinton et al. 2015).
+        decide: the decision; by default ``model.decision``, read in every step.
+        teacher: a dense model whose probabilities make up the share ``distill`` of the target (Hinton et al. 2015).
     """
 
     progress = 0.0
-    """How far the stage is, 0…1; the loop sets it before every step."""
+    """Progress of the stage, 0…1; the trainer sets it before every step."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class FinetuneStage(nn.Module):
             module.requires_grad_(True)
 
     def train(self, mode: bool = True) -> FinetuneStage:
-        """Training mode for what learns, evaluation mode for what is frozen."""
+        """Training mode for the trained parts, evaluation mode for the frozen ones."""
         self.model.eval()
         for module in self.trainable:
             module.train(mode)
@@ -110,6 +110,6 @@ class FinetuneStage(nn.Module):
 
 
 def decide_up_to(model: ReducedVisionTransformer, last: int | None, decide: Decide | None = None) -> Decide:
-    """The model's decision, or another, up to group ``last``; nothing dropped after it. ``None``: nothing at all."""
+    """The model's decision, or another, up to group ``last``; later groups drop nothing. ``None``: no group does."""
     decide = decide or model.decision
     return lambda scores, alive, group: (keep_all if last is None or group > last else decide)(scores, alive, group)

@@ -1,9 +1,9 @@
-"""The rival's policy stage: straight-through Gumbel-softmax (supplementary material, section 4; method.md section 5).
+"""Policy stage of a baseline: straight-through Gumbel-softmax (supplementary material, section 4; method.md section 5).
 
-Each patch draws keep or drop; what follows sees the hard draw, and the gradient goes through the soft one (Jang et al.
-2017). Loss = cross entropy + λ (mean keep ratio − target)². A dropped patch has no gradient, so here no row leaves: the
-attention of the groups that follow gives a dropped patch the weight 0, which is what its
-absence would give. Temperature 1.
+For each patch, keep or drop is drawn. The forward pass uses the hard draw, and the gradient goes through the soft draw
+(Jang et al. 2017). Loss = cross entropy + λ (mean keep ratio − target)². A removed patch would have no gradient, so no
+row is removed here: the attention of later groups gives a dropped patch the weight 0, which has the same effect. The
+temperature is 1.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .policy_gradient import PolicyGradientStage
 
 
 class GumbelStage(PolicyGradientStage):
-    """Calling it with a batch gives the loss and the metrics of one step. Arguments as for `PolicyGradientStage`."""
+    """Computes the loss and the metrics of one step on a batch. Arguments as for `PolicyGradientStage`."""
 
     def forward(self, images: Tensor, labels: Tensor, keys: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """One step on a batch; arguments and result as for `PolicyGradientStage`, without rewards."""
@@ -61,7 +61,7 @@ def attend_masked(
 ) -> Tensor:
     """`attend`, where patches of ``mask (B, N)`` 0 get no attention; differentiable in the mask.
 
-    A class token must be there: an image of which everything is masked would have no weights at all.
+    Needs a class token: without one, an image whose patches are all masked would have no weights.
     """
     keep = F.pad(mask, (packed.num_prefix_tokens, 0), value=1.0).flatten()[packed.token_ids]
     out = []

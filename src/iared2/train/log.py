@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: a JSON-lines file, TensorBoard, and a progress bar for people."""
+"""Logs the metrics of a run: a JSON-lines file, TensorBoard, and a progress bar."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class RunLog:
 
     Args:
         directory: the run's folder.
-        total_steps: lines of later steps, left by a run that was killed after its last checkpoint, are dropped.
-        main: whether this process is the one that writes and shows.
+        total_steps: lines of later steps, which a killed run wrote after its last checkpoint, are removed.
+        main: whether this process writes the files and shows the bar.
     """
 
     def __init__(self, directory: Path, total_steps: int, main: bool) -> None:
@@ -39,7 +39,7 @@ class RunLog:
                 record = json.loads(line)
                 if record["total_steps"] <= total_steps:
                     kept.append(to_json(record) + "\n")
-            except (ValueError, KeyError, TypeError, RecursionError):  # killed while it was written
+            except (ValueError, KeyError, TypeError, RecursionError):  # the run was killed while writing it
                 self.say(f"{path}: line {number} is broken and is dropped")
         write(path, "".join(kept))
         self.file = path.open("a", buffering=1)
@@ -56,7 +56,7 @@ class RunLog:
         self.task: TaskID | None = None
 
     def start_stage(self, name: str, steps: int, done: int) -> None:
-        """Begin a progress bar of ``steps``, of which ``done`` are done."""
+        """Start a progress bar of ``steps``, of which ``done`` are done."""
         if self.main:
             if self.task is not None:
                 self.progress.remove_task(self.task)
@@ -89,12 +89,12 @@ class RunLog:
         )
 
     def say(self, line: str) -> None:
-        """One line for people, above the progress bar."""
+        """Print one line above the progress bar."""
         if self.main:
             self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def warn(self, line: str) -> None:
-        """One line for people, from whichever process has something to say."""
+        """Print one line, from any process."""
         if self.main:
             self.say(line)
         else:

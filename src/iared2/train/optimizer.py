@@ -1,4 +1,4 @@
-"""timm's optimisers: made, tried, and as tensors for the checkpoint."""
+"""timm's optimisers: creation, a trial step, and conversion to tensors for the checkpoint."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .recipe import StageConfig
 
 
 def make_optimizer(trained: nn.Module, config: StageConfig, section: str) -> torch.optim.Optimizer:
-    """Over what is not frozen; timm spares biases and norms the weight decay.
+    """Create the optimiser of the parameters that are not frozen; timm excludes biases and norms from weight decay.
 
-    Before that, another one takes and saves a step of a layer that is thrown away: some optimisers of timm need another
-    kind of gradient, or keep what a checkpoint cannot hold.
+    First, a temporary optimiser runs and saves one step on a temporary layer: some of timm's optimisers need another
+    kind of gradient, or have state that a checkpoint cannot hold.
 
     Raises:
         InputError: timm has no such optimiser, or it cannot be used here; ``section`` of the recipe names it.
@@ -30,7 +30,7 @@ def make_optimizer(trained: nn.Module, config: StageConfig, section: str) -> tor
         trial.step()
         optimizer_tensors(trial)
         return create_optimizer_v2(trained, layer_decay=decay, **more)
-    except Exception as error:  # whatever timm, torch, or a package that is not there raises
+    except Exception as error:  # timm, torch or a missing package may raise anything
         reason = str(error).split("\n")[0]
         raise InputError(f"recipe: {section}.optimizer = {config.optimizer!r} cannot be used: {reason}") from None
 

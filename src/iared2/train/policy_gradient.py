@@ -2,25 +2,25 @@
 
 One step, for group i:
 
-1. what lies before the group runs once, without a graph;
-2. the interpreter scores the living patches: the only graph there is;
-3. some sampled decisions on the same image, and the greedy one if it is the baseline, go on as *one* packed batch;
+1. everything before the group runs once, without a graph;
+2. the interpreter scores the patches alive; this is the only graph;
+3. the sampled decisions on the same image, and the greedy one if it is the baseline, run as *one* packed batch;
    later groups drop nothing more;
-4. advantage = reward(sampled) − baseline, and the log-probability of each sampled decision carries it back.
+4. advantage = reward(sampled) − baseline weights the log-probability of each sampled decision in the loss.
 
 The network is in evaluation mode and every other parameter is frozen.
 
 Deviations from the paper, all of them settings that are off by default:
 
-1. ``keep``: decisions are drawn around a budget. One shift of all logits, found anew for each batch, makes the mean
-   share that is drawn what was asked for; the threshold that is deployed is calibrated to the same share. So the policy
-   learns which patches, not how many, and what it samples is what it will be asked for. With ``equal_counts`` there is
-   a shift for each image, and the counts themselves are deployed.
+1. ``keep``: decisions are drawn at a budget. One shift of all logits, computed for each batch, sets the mean share that
+   is drawn. The deployed threshold is calibrated to the same share. So the policy learns which patches to keep, not how
+   many, and samples at the budget at which it is deployed. With ``equal_counts``, each image has its own shift, and the
+   counts themselves are deployed.
 2. ``temperature``: the logits are divided by a number that falls during the stage, so that the samples become as sharp
    as the threshold.
-3. ``samples`` and ``rloo``: several decisions per image, each judged by the mean of the others (Kool et al., 2019). The
-   greedy decision is then not run.
-4. ``reward.label`` and ``reward.soft_reward``: what is right, and how right (reward.py).
+3. ``samples`` and ``rloo``: several decisions per image; the baseline of each is the mean reward of the others (Kool et
+   al., 2019). The greedy decision is then not run.
+4. ``reward.label`` and ``reward.soft_reward``: which prediction is correct, and how correct (reward.py).
 """
 
 from __future__ import annotations
@@ -39,40 +39,40 @@ ANCHOR = 0.02  # found by trial: docs/LOG.md
 
 @dataclass(frozen=True)
 class PolicyConfig:
-    """How patches are chosen, and how that is learned. The defaults are the paper's."""
+    """How patches are chosen, and how the policy is trained. The defaults are the paper's."""
 
     decisions: str = "learned"
-    """"learned" by REINFORCE; "gumbel": by straight-through Gumbel-softmax; or a rival that learns nothing, and is
-    fine-tuned with its own decisions: "random", "attention" (of the class token), "centre"."""
+    """"learned" by REINFORCE; "gumbel": by straight-through Gumbel-softmax; or a baseline without a policy, which
+    is fine-tuned with its own decisions: "random", "attention" (of the class token), "centre"."""
     keep: tuple[float, ...] = ()
     """Shares of the patches alive after each group, D numbers that do not rise: the budget of the draws and of the
-    threshold, or what a rival keeps. A group that keeps what it is given has no stages. Empty: the threshold is 0.5."""
+    threshold, or of a baseline. A group that drops nothing has no stages. Empty: the threshold is 0.5."""
     equal_counts: bool = False
-    """Every image keeps as many patches as the others, its best-scored ones (``num_keep`` of the model), and the draws
-    keep to the budget image by image; false: one threshold for all images. Needs keep."""
+    """Every image keeps the same number of patches, its best-scored ones (``num_keep`` of the model), and the draws
+    meet the budget per image; false: one threshold for all images. Needs keep."""
     samples: int = 1
     """Sampled decisions per image and step."""
     rloo: bool = False
     """The baseline of a sample is the mean reward of the other samples of its image; false: the greedy decision's."""
     temperature: float = 1.0
-    """Divides the logits of the scores at the end of the stage; 1 at its beginning, geometric between."""
+    """Divisor of the logits of the scores at the end of the stage; 1 at its beginning, geometric in between."""
     gumbel_weight: float = 2.0
     """λ, the weight of (mean keep ratio − target)² in the loss of "gumbel"; the target is keep."""
 
 
 class PolicyGradientStage(nn.Module):
-    """Calling it with a batch gives the loss and the metrics of one step.
+    """Computes the loss and the metrics of one step on a batch.
 
     Args:
         model: its interpreter of ``group`` becomes the only trainable part.
         group: i, 0…D−1.
         config: the reward.
-        policy: how decisions are drawn and judged.
+        policy: how decisions are drawn and rewarded.
         teacher: the dense model whose prediction is the label, if ``config.label`` is "dense".
     """
 
     progress = 0.0
-    """How far the stage is, 0…1; the loop sets it before every step."""
+    """Progress of the stage, 0…1; the trainer sets it before every step."""
 
     def __init__(
         self,
@@ -89,7 +89,7 @@ class PolicyGradientStage(nn.Module):
         model.interpreters[group].requires_grad_(True)
 
     def train(self, mode: bool = True) -> PolicyGradientStage:
-        """Evaluation mode throughout: dropout and stochastic depth would blur the reward."""
+        """Evaluation mode for all modules: dropout and stochastic depth would add noise to the reward."""
         self.model.eval()
         return self
 
@@ -148,7 +148,7 @@ class PolicyGradientStage(nn.Module):
     def greedy(self, scores: Tensor, alive: Tensor) -> Tensor:
         """The decision that is deployed, ``(B, N)`` bool: by the threshold, or the best-scored share of the budget.
 
-        With ``equal_counts`` that share is of each image; else of the batch, which is what calibration makes of images.
+        With ``equal_counts``, the share is per image; otherwise it is of the batch, as in calibration.
         """
         if not self.policy.keep:
             return self.model.decision(scores, alive, self.group)
@@ -158,10 +158,10 @@ class PolicyGradientStage(nn.Module):
         return top_k(ranked, living, num_keep).view_as(alive)
 
     def probability(self, scores: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
-        """With what each living patch is drawn ``(B, N)``: its score, or sharpened and shifted to the budget.
+        """Probability of drawing each patch ``(B, N)``: its score, or the score sharpened and shifted to the budget.
 
-        Also a small loss that pulls the logits by the shift. Nothing else would: what all scores have in common makes
-        no difference to the draws, and would wander off to where sigmoids are flat.
+        Also returns a small loss that moves the logits by the shift. Without it, a common shift of all scores
+        would not affect the draws, and would drift to where sigmoids are flat.
         """
         policy, none = self.policy, scores.new_zeros(())
         if policy.temperature == 1 and not policy.keep:
@@ -179,15 +179,15 @@ class PolicyGradientStage(nn.Module):
 
 
 def budget_shift(logits: Tensor, alive: Tensor, share: float, each: bool = False) -> Tensor:
-    """The b for which ``sigmoid(logits + b)`` of living patches adds up to ``share`` of all patches ``(B, N)``.
+    """The b for which ``sigmoid(logits + b)`` of the patches alive sums to ``share`` of all patches ``(B, N)``.
 
-    By bisection; if fewer patches are alive than that, a shift that keeps nearly all of them.
+    Found by bisection; if fewer patches are alive than that, a shift that keeps nearly all of them.
 
     Args:
         logits: ``(B, N)``.
         alive: ``(B, N)`` bool.
         share: 0…1.
-        each: of every image, not of the batch.
+        each: per image, not per batch.
 
     Returns:
         ``(1, 1)``, or ``(B, 1)``.
@@ -208,7 +208,7 @@ def policy_gradient_loss(probability: Tensor, u: Tensor, alive: Tensor, advantag
         probability: ``(B, N)`` of keeping each patch: I, in the paper's form; carries the gradient.
         u: ``(B, N)`` bool, the sampled decision.
         alive: ``(B, N)`` bool: only patches alive at the entrance of the group were decided on.
-        advantage: ``(B,)`` A, carries none.
+        advantage: ``(B,)`` A, without gradient.
     """
     of_decision = torch.where(u, probability, 1 - probability)
     # the floor only guards log(0) where a sigmoid has saturated; such a draw has probability 0 otherwise
@@ -217,6 +217,6 @@ def policy_gradient_loss(probability: Tensor, u: Tensor, alive: Tensor, advantag
 
 
 def bernoulli_entropy(probability: Tensor, alive: Tensor) -> Tensor:
-    """Mean entropy of the decisions on living patches, in nats: 0.69 undecided, 0 certain."""
+    """Mean entropy of the decisions on the patches alive, in nats: 0.69 undecided, 0 certain."""
     entropy = torch.special.entr(probability) + torch.special.entr(1 - probability)
     return entropy.masked_fill(~alive, 0).sum() / alive.sum().clamp_min(1)

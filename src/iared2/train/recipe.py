@@ -1,4 +1,4 @@
-"""A recipe: one TOML file that says everything about a run, read into small frozen dataclasses."""
+"""A recipe: one TOML file that describes a run, parsed into small frozen dataclasses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 from ..data.images import DataConfig
 from ..data.videos import ClipConfig
 from ..errors import InputError
-from ..model.baselines import KINDS as RIVALS
+from ..model.baselines import KINDS as BASELINES
 from ..model.reduced import ReducedVisionTransformer
 from .augment import AugmentConfig
 from .policy_gradient import PolicyConfig
@@ -41,30 +41,30 @@ class ModelConfig:
     groups: int = 3
     """D, the number of groups."""
     interpreter: str = "sigmoid"
-    """How patches are scored: "sigmoid" as published, or "attention": against each other, starting as the class token's
-    attention in the block that follows."""
+    """How patches are scored: "sigmoid" as published, or "attention": relative to each other, starting as the attention
+    of the class token in the following block."""
     dropped: str = "gone"
-    """What becomes of dropped patches: "gone" as published, or "merged" into the kept ones they are most like."""
+    """"gone": dropped patches are removed, as published; "merged": into the most similar kept patches."""
     timm: dict[str, Any] = field(default_factory=dict)
     """Arguments for timm.create_model: img_size, patch_size, embed_dim, drop_path_rate …"""
     mean: tuple[float, ...] = ()
     """Channel means of the input normalisation; empty: the backbone's own."""
     std: tuple[float, ...] = ()
-    """Channel deviations of the input normalisation; empty: the backbone's own."""
+    """Channel standard deviations of the input normalisation; empty: the backbone's own."""
 
 
 @dataclass(frozen=True)
 class StageConfig:
-    """How long and how fast one stage learns. Linear warm-up, cosine decay to ``min_lr`` within the stage."""
+    """Length and optimisation of one stage. Linear warm-up, cosine decay to ``min_lr`` within the stage."""
 
     epochs: float = 10
     """Passes over the training set; 0 leaves the stage out. A fraction is allowed."""
     batch_size: int = 128
-    """Images of one optimiser step in each process."""
+    """Images per optimiser step and process."""
     optimizer: str = "adamw"
-    """timm's name of it: "adamw", or "muon", which learns from scratch in fewer steps."""
+    """Name in timm: "adamw", or "muon", which trains from scratch in fewer steps."""
     grad_accum_steps: int = 1
-    """Parts into which that batch is split, run one after the other, to save memory."""
+    """Number of parts into which the batch is split to save memory."""
     lr: float = 1e-3
     """Peak learning rate."""
     min_lr: float = 1e-6
@@ -74,7 +74,7 @@ class StageConfig:
     warmup_epochs: float = 0.0
     """Epochs of linear warm-up."""
     clip_grad: float = 0.0
-    """Clip the norm of the gradient to this; 0: do not."""
+    """Maximum norm of the gradient; 0: no clipping."""
     layer_decay: float = 1.0
     """Factor on the learning rate from each block to the one before it."""
     label_smoothing: float = 0.0
@@ -84,57 +84,57 @@ class StageConfig:
     cutmix: float = 0.0
     """CutMix alpha; 0: none."""
     ema_decay: float = 0.0
-    """End the stage with an exponential moving average of the backbone; 0: none. Not in the policy stage."""
+    """Decay of a moving average of the backbone, which replaces it at the end; 0: none. Not in the policy stage."""
     distill: float = 0.0
-    """Fine-tuning only: share of the target that is what the dense model says, 0…1."""
+    """Fine-tuning only: share of the dense model's prediction in the target, 0…1."""
     patch_drop: float = 0.0
-    """Dense stage only: share of each image's patches left out at random, falling to 0 at the end of the stage. Saves
-    time at first."""
+    """Dense stage only: share of patches per image that are left out at random, falling to 0 at the end of the stage.
+    Saves time at first."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
-    """Random changes of the images in this stage."""
+    """Augmentation of the images in this stage."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole run. Defaults are the published schedule of Algorithm 1 (method.md section 3)."""
+    """A training run. The defaults are the published schedule of Algorithm 1 (method.md section 3)."""
 
     seed: int = 0
     """Every random draw of the run is a function of this."""
     precision: str = "no"
     """Autocast: "no" (float32) or "bf16"."""
     compile: bool = False
-    """Compile the blocks: for a GPU. The first steps take a minute."""
+    """Compile the blocks, for a GPU. The first steps take a minute."""
     checkpoint_minutes: float = 5.0
-    """Time between checkpoints; one is also written after every epoch."""
+    """Minutes between checkpoints; one is also written after every epoch."""
     eval_epochs: int = 1
-    """Measure on held-out images every so many epochs, and at the end of each stage; 0: only then."""
+    """Evaluate on held-out images every so many epochs, and at the end of each stage; 0: only then."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     clips: ClipConfig = field(default_factory=ClipConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     backbone: StageConfig = field(default_factory=lambda: StageConfig(epochs=0))
-    """Dense training before Algorithm 1: from scratch, or of a new head."""
+    """Dense training before Algorithm 1: from scratch, or with a new head."""
     policy_gradient: StageConfig = field(default_factory=lambda: StageConfig(epochs=10))
-    """Each group's policy stage."""
+    """The policy stage of each group."""
     finetune: StageConfig = field(default_factory=lambda: StageConfig(epochs=20, lr=1e-5))
-    """Each group's fine-tuning stage."""
+    """The fine-tuning stage of each group."""
 
 
 RENAMED = {"accumulate": "grad_accum_steps", "graded": "soft_reward", "leave_one_out": "rloo"}
 """Settings of earlier versions, which are still read."""
 
 NOT_TIMMS = ("backbone", "groups", "interpreter", "dropped", "num_classes")
-"""Arguments of the model that are set elsewhere than in model.timm."""
+"""Arguments of the model that are not set in model.timm."""
 
 WORDS: dict[str, tuple[str, ...]] = {
     "precision": ("no", "bf16"),
     "interpreter": ReducedVisionTransformer.interpreter.words,
     "dropped": ReducedVisionTransformer.dropped.words,
     "label": ("true", "dense"),
-    "decisions": ("learned", "gumbel", *RIVALS),
+    "decisions": ("learned", "gumbel", *BASELINES),
 }
-"""The values of settings that are one of a few words, by the name of the setting."""
+"""The values of settings that take one of a few words, by the name of the setting."""
 
 RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("hflip", "random_erasing", "color_jitter", "label_smoothing", "ema_decay", "distill"), (0, 1)),
@@ -155,7 +155,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "clutter": (0, 4096),
     "timm": (-(2**16), 2**16),
 }
-"""The least and the greatest value of a number, by the name of the setting; of those in model.timm, by theirs."""
+"""Minimum and maximum of numbers, by the name of the setting; for model.timm, by the name of the argument."""
 
 
 def read_recipe(path: Path | str, settings: Sequence[str] = ()) -> Recipe:
@@ -229,10 +229,10 @@ def _convert(hint: Any, value: Any, default: Any, name: str) -> Any:
 
 
 def check(recipe: Recipe) -> None:
-    """Refuse settings that cannot be meant.
+    """Refuse invalid settings.
 
     Raises:
-        InputError: says which setting and what to give instead.
+        InputError: names the setting and what to give instead.
     """
     _check_values(recipe)
     model, policy, groups = recipe.model, recipe.policy, recipe.model.groups
@@ -276,7 +276,7 @@ def check(recipe: Recipe) -> None:
 
 
 def _check_values(value: Any, name: str = "", key: str = "") -> None:
-    """Every number is finite and in its range, and every word is one that is known; ``key`` says where to look."""
+    """Check that every number is finite and in its range, and every word is known; ``key`` is the setting."""
     if dataclasses.is_dataclass(value):
         value = vars(value)
     if isinstance(value, dict):

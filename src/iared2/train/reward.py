@@ -12,35 +12,35 @@ from ..device import widest_float
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """What a decision is worth."""
+    """The reward of a decision."""
 
     tau: float = 1.5
-    """τ, the penalty for a wrong prediction, ≥ 0. More τ: more accurate, more compute (Table 3)."""
+    """τ, the penalty for a wrong prediction, ≥ 0. A higher τ gives more accuracy and more compute (Table 3)."""
     squared: bool = True
-    """Reward 1 − ratio² for a right prediction; false: 1 − ratio, the linear variant, more sensitive to τ."""
+    """Reward 1 − ratio² for a correct prediction; false: 1 − ratio, the linear variant, more sensitive to τ."""
     label: str = "true"
-    """What counts as right: the "true" label, or what the "dense" model says, which needs no labels."""
+    """Which prediction is correct: the "true" label, or that of the "dense" model, which needs no labels."""
     soft_reward: bool = False
-    """Reward the probability of the label in place of right or wrong."""
+    """Use the probability of the label in the reward instead of correct or wrong."""
 
 
 def correctness(logits: Tensor, labels: Tensor, config: RewardConfig) -> Tensor:
-    """How right a prediction is: ``logits (B, K)``, ``labels (B,)`` -> ``(B,)`` in [0, 1]; 0 or 1 if not soft."""
+    """How correct a prediction is: ``logits (B, K)``, ``labels (B,)`` -> ``(B,)`` in [0, 1]; 0 or 1 if not soft."""
     if config.soft_reward:
         return logits.to(widest_float(logits.device)).softmax(1).gather(1, labels[:, None])[:, 0]
     return (logits.argmax(1) == labels).to(widest_float(logits.device))
 
 
 def reward(num_kept: Tensor, num_patches: int, correct: Tensor, config: RewardConfig) -> Tensor:
-    """``R(u) = 1 − (|u|₀/N)²`` if the prediction is right, ``−τ`` if it is wrong (Eq. 2); between, the mean of the two.
+    """``R(u) = 1 − (|u|₀/N)²`` if the prediction is correct, ``−τ`` if wrong (Eq. 2); a soft one interpolates.
 
     Args:
         num_kept: ``|u|₀``, patches alive after the group, of any shape.
         num_patches: N, patches of the image.
-        correct: same shape: is the prediction made from these patches right? Bool, or in [0, 1].
+        correct: same shape: whether the prediction from these patches is correct. Bool, or in [0, 1].
 
     Returns:
-        Same shape, values in [−τ, 1]; float64, or float32 on a device that has no more.
+        Same shape, values in [−τ, 1]; float64, or float32 on a device without float64.
     """
     ratio = num_kept.to(widest_float(num_kept.device)) / num_patches
     right = 1 - (ratio**2 if config.squared else ratio)

@@ -1,8 +1,7 @@
 """Resumable state: one file in our format (model/file.py).
 
-Holds the tensors of model, optimiser and moving average, and the position in the run. No
-generator state is needed: every draw is a function of seed, epoch, step and sample (keyed.py), and the position holds
-those.
+Holds the tensors of model, optimiser and moving average, and the position in the run. It needs no generator state:
+every draw is a function of seed, epoch, step and sample (keyed.py), which follow from the position.
 """
 
 from __future__ import annotations
@@ -20,27 +19,27 @@ from ..model.decide import Decision
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands: so many optimiser steps of ``stage`` are done."""
+    """The position in a run: the number of optimiser steps of ``stage`` that are done."""
 
     stage: int = 0
     step: int = 0
     total_steps: int = 0
-    """Optimiser steps since the beginning of the run."""
+    """Optimiser steps since the start of the run."""
     skipped: int = 0
-    """Images that could not be read so far."""
+    """Number of images that could not be read so far."""
     measured: bool = False
-    """The evaluation that is due at this step is done."""
+    """Whether the evaluation due at this step is done."""
 
 
 @dataclass(frozen=True)
 class State:
-    """What a run goes on from.
+    """The state from which a run is resumed.
 
     Attributes:
-        position: where it stands.
-        identity: what a resumed run must agree on, as JSON types.
+        position: the position in the run.
+        identity: the settings that a resumed run must share, as JSON types.
         decision: of the model.
-        parts: tensors by part: ``model``, and where there are such ``teacher``, ``optimizer``, ``ema``.
+        parts: tensors by part: ``model``, and if present ``teacher``, ``optimizer``, ``ema``.
     """
 
     position: Position

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: a run ends between two steps, where a checkpoint is exact."""
+"""SIGINT and SIGTERM stop a run between two steps, where a checkpoint is exact."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from ..errors import Stopped
 
 
 class Stop:
-    """While this is entered, a signal raises `Stopped`: at once, or at the end of what has to be whole.
+    """Context in which a signal raises `Stopped`: at once, or at the end of a part that must not be interrupted.
 
     Further signals are ignored, since the run is already ending. Only the main thread gets signals.
 
     Attributes:
-        signal: its number once it is there, else 0.
-        held: signals are noted, but raise nothing.
+        signal: the number of the signal received, else 0.
+        held: signals are recorded, but do not raise.
     """
 
     def __init__(self) -> None:
@@ -39,7 +39,7 @@ class Stop:
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        """What is not interrupted."""
+        """A part that is not interrupted."""
         before, self.held = (self.signal, self.held), True
         try:
             yield

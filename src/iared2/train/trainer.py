@@ -1,4 +1,4 @@
-"""The stages of a run: batches -> steps -> logs and checkpoints. What a stage computes is its step module's."""
+"""The stages of a run: batches -> steps -> logs and checkpoints. The step modules define what a stage computes."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ class Stage:
 
     Attributes:
         name: with the group, such as "finetune 2".
-        group: the last one that decides; None where nothing is dropped.
-        config: how long and how fast.
-        step: makes the module whose call gives loss and metrics, and freezes what does not learn.
-        trained: what the optimiser trains.
+        group: the last group that drops patches; None if nothing is dropped.
+        config: length and optimisation.
+        step: creates the module that computes loss and metrics, and freezes everything that it does not train.
+        trained: the parameters that the optimiser trains.
         policy: whether it trains an interpreter: hard labels, no moving average.
-        decide: a rival's decision; None: the model's own.
+        decide: the decision of a baseline; None: the model's own.
         budget: shares for which the model's thresholds, or counts, are set before the stage.
     """
 
@@ -76,7 +76,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Learning:
-    """What takes the steps of one stage; ``module`` is the step module, ``wrapped`` the same for all processes."""
+    """The objects that run one stage; ``module`` is the step module, ``wrapped`` the same for all processes."""
 
     module: Any
     wrapped: nn.Module
@@ -94,10 +94,10 @@ class Trainer:
 
     Attributes:
         output: folder of the run.
-        identity: what a resumed run must agree on, as JSON types; written into every checkpoint.
-        teacher: the dense model that some stages learn from.
-        position: where the run stands; moves on with every step.
-        learning: of the stage that runs.
+        identity: the settings that a resumed run must share, as JSON types; written into every checkpoint.
+        teacher: the dense model from which some stages learn.
+        position: the position in the run; advances with every step.
+        learning: of the current stage.
     """
 
     output: Path
@@ -114,11 +114,11 @@ class Trainer:
     learning: Learning | None = None
 
     def run(self, stages: list[Stage], parts: dict[str, dict[str, Tensor]]) -> None:
-        """Run the stages that are left.
+        """Run the remaining stages.
 
         Args:
-            stages: all of the run.
-            parts: of the checkpoint that the run goes on from; empty at the beginning.
+            stages: all stages of the run.
+            parts: of the checkpoint from which the run resumes; empty at the start.
 
         Raises:
             Stopped: by a signal, after a checkpoint.
@@ -137,7 +137,7 @@ class Trainer:
             if self.position != saved:
                 self.save()
             name = stages[min(self.position.stage, len(stages) - 1)].name
-            where = f"stopped at {name}, step {self.position.step}; the same command goes on there"
+            where = f"stopped at {name}, step {self.position.step}; the same command resumes the run"
             error.with_traceback(None)  # it holds the readers of the data, which end now
             raise Stopped(self.stop.signal, where if self.accelerator.is_main_process else "") from None
 
@@ -175,7 +175,7 @@ class Trainer:
             self.save()
 
     def prepare(self, stage: Stage, parts: dict[str, dict[str, Tensor]]) -> Learning:
-        """What learns, on its device, as it was at ``position``."""
+        """The objects that run the stage, on the device, in their state at ``position``."""
         config, model = stage.config, self.model
         epoch_steps = steps_per_epoch(self.samples, config.batch_size, self.accelerator.num_processes)
         total = max(1, round(config.epochs * epoch_steps))
@@ -203,7 +203,7 @@ class Trainer:
         return Learning(module, wrapped, optimizer, scheduler, ema, make_targets, epoch_steps, total)
 
     def batches(self, config: StageConfig, learning: Learning) -> Iterator[tuple[int, Batch]]:
-        """``(epoch, batch)`` for every step of the stage that is left."""
+        """``(epoch, batch)`` for every remaining step of the stage."""
         done, steps = self.position.step, learning.epoch_steps
         for epoch in range(done // steps, -(-learning.total // steps)):
             first = max(done - epoch * steps, 0)
@@ -212,7 +212,7 @@ class Trainer:
             yield from ((epoch, batch) for batch in islice(read, min(learning.total - epoch * steps, steps) - first))
 
     def step(self, stage: Stage, learning: Learning, epoch: int, batch: Batch, clock: float) -> None:
-        """One optimiser step, logged; ``clock`` is when the step before was done."""
+        """One optimiser step, logged; ``clock`` is the time at which the previous step ended."""
         position, processes = self.position, self.accelerator.num_processes
         learning.scheduler.step_update(position.step)
         self.seed_generators()
@@ -259,14 +259,14 @@ class Trainer:
         return found
 
     def evaluate_if_due(self, stage: Stage, learning: Learning) -> None:
-        """`evaluate` at the end of every ``eval_epochs``-th epoch, but of the last."""
+        """`evaluate` at the end of every ``eval_epochs``-th epoch except the last."""
         every = self.recipe.eval_epochs * learning.epoch_steps
         if every and 0 < self.position.step < learning.total and not self.position.step % every:
             self.evaluate(stage, learning)
             learning.wrapped.train()
 
     def evaluate(self, stage: Stage, learning: Learning) -> None:
-        """Measure the model with its own decision, the one that is deployed, on held-out images; once per step."""
+        """Evaluate the model with its own decision, which is deployed, on held-out images; once per step."""
         if self.position.measured:
             return
         model, live, held = self.model, None, self.stop.held
@@ -289,7 +289,7 @@ class Trainer:
             self.position = replace(self.position, measured=True)
 
     def calibrate(self, keep: tuple[float, ...]) -> None:
-        """Set the thresholds so that these shares of the patches of training images, unchanged, stay; or the counts."""
+        """Set thresholds, or counts, that keep these shares of the patches of unaugmented training images."""
         if self.recipe.policy.equal_counts:
             num_patches = self.model.backbone.patch_embed.num_patches
             self.model.num_keep = [round(share * num_patches) for share in keep]
@@ -307,7 +307,7 @@ class Trainer:
         return self.samples.train_batches((augment or PLAIN).on_device(self.model), **keys)
 
     def read_eval(self) -> Iterator[Batch]:
-        """`eval_batches` of what is held out."""
+        """`eval_batches` of the held-out images."""
         cfg = self.model.pretrained_cfg
         place = {"batch_size": EVAL_BATCH, **self.place}
         if isinstance(self.held_out, Samples):
@@ -316,22 +316,22 @@ class Trainer:
 
     @property
     def place(self) -> dict[str, int]:
-        """Which process this is, of how many."""
+        """Rank of this process, and number of processes."""
         return {"rank": self.accelerator.process_index, "world_size": self.accelerator.num_processes}
 
     def keyed_epoch(self, epoch: int) -> int:
-        """An epoch of the stage as one of the run, by which draws are keyed; recipes have no stage of 1000 epochs."""
+        """The epoch of a stage as an epoch of the run, which keys the draws; no stage has 1000 epochs."""
         return 1000 * self.position.stage + epoch
 
     def seed_generators(self) -> None:
-        """Seed what timm's mixup and torch's dropout draw from, so that a step does not depend on the steps before."""
+        """Seed the generators of timm's mixup and torch's dropout, so that a step does not depend on earlier steps."""
         epoch = -1 - self.keyed_epoch(self.accelerator.process_index)  # those of samples are not negative
         (number,) = keyed.python_seeds(keyed.sample_keys(self.recipe.seed, epoch, torch.tensor([self.position.step])))
         torch.manual_seed(number)
         np.random.seed(number)  # noqa: NPY002 (timm draws from the global generator)
 
     def stop_together(self) -> None:
-        """Of several processes all stop after the same step, if one of them got a signal."""
+        """Stop all processes after the same step if one of them received a signal."""
         if self.accelerator.num_processes > 1:
             flag = torch.tensor(float(bool(self.stop.signal)), device=self.accelerator.device)
             if self.accelerator.reduce(flag, "sum") > 0:
@@ -339,7 +339,7 @@ class Trainer:
                 raise Stopped(self.stop.signal)
 
     def save(self) -> None:
-        """Write the checkpoint from which a killed run goes on."""
+        """Write the checkpoint from which a killed run resumes."""
         modules = {"model": self.model, "teacher": self.teacher}
         if self.learning and self.learning.ema:
             modules["ema"] = self.learning.ema.module

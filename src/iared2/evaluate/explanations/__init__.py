@@ -1,1 +1,1 @@
-"""iared2 explain-bench: methods of explanation against measures."""
+"""iared2 explain-bench: methods of explanation and their measures."""

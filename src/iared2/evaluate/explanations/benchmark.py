@@ -1,10 +1,10 @@
-"""Methods of explanation against measures, on photos with regions, with intervals and with time.
+"""Evaluates methods of explanation on photos with regions, with intervals and times.
 
     RegionBatch ── target ──> for each method:  heatmap -> maps (B, H, W), timed
                                  │ measures       (maps, masks)          -> localisation, sparsity, pixel counts
                                  │ faithfulness   (model, images, maps)  -> insertion, deletion, blanking
                                  ▼
-    columns {name: (n,)} a method ── resample the images ──> Benchmark: Estimate(value, low, high) a method and measure
+    columns {name: (n,)} per method ── resample the images ──> Benchmark: Estimate(value, low, high) per method, measure
 
 All methods explain the same class of the same images: the label if the data's classes are the model's, else the model's
 own top-1.
@@ -36,9 +36,9 @@ from .results import COUNTS, Benchmark, MethodResult, estimate
 
 
 def class_numbers(regions: Regions, model: ReducedVisionTransformer) -> np.ndarray | None:
-    """The model's number of each of the data's classes, or None if these are not classes of the model.
+    """The model's number of each class of the data, or None if these are not classes of the model.
 
-    They go by name. A model that has no names takes data of as many classes in the order in which they come.
+    Classes match by name. For a model without names, data with the same number of classes match in their order.
     """
     if regions.labels is None:
         return None
@@ -66,17 +66,17 @@ def benchmark(
     """Measure methods on photos with regions.
 
     Args:
-        model: in evaluation mode, on ``device``. Insertion and deletion ask this model as it is, and blanking asks its
-            dense backbone.
+        model: in evaluation mode, on ``device``. Insertion and deletion run this model, and blanking runs its dense
+            backbone.
         regions: the data set.
         methods: as ``read_method`` takes them.
-        limit: only so many photos, drawn at random.
-        batch_size: photos at once; the time of an image depends on it.
+        limit: maximum number of photos, drawn at random.
+        batch_size: photos per batch; the time per image depends on it.
         device: where the model is.
         steps: of insertion and deletion.
         fill: of blanked patches, see ``faithfulness.fills``.
         seed: of the choice of photos, the method `random` and the bootstrap.
-        advance: is told the number of images after each batch.
+        advance: called with the number of images after each batch.
 
     Raises:
         InputError: the model has no classes, no photo can be read, an unknown method, or one whose package is missing.
@@ -111,7 +111,7 @@ def benchmark(
             explain = partial(heatmap, model, images, target=target, seed=seed, **call)
             maps, spent = _timed(device, explain, warm=done > 0)
             seconds[method].append(spent / len(images))
-            # our map is also the decision: what was dropped is what is blanked; a rival may show as many patches
+            # our map is also the decision: what was dropped is what is blanked; a baseline shows the same number
             is_ours = call["method"] == "interpreter"
             grid = grid_of(model, images.shape[-2:])
             shown = kept if is_ours else faithfulness.best_patches(maps, kept.sum(1), grid)
@@ -169,7 +169,7 @@ def read_method(text: str, model: ReducedVisionTransformer) -> dict[str, Any]:
 
 
 def _timed(device: torch.device | str, run: Callable[[], Any], warm: bool) -> tuple[Any, float]:
-    """The result and the seconds; a first pass, which also pays for allocations and the choice of kernels, is extra."""
+    """The result and the seconds, after a warm-up pass that includes allocations and the choice of kernels."""
     if not warm:
         run()
     return timed(device, run)

@@ -1,6 +1,6 @@
 """`iared2 explain-bench`: methods of explanation × measures on photos with boxes or masks, as a table and a plot.
 
-A thin client of explain/benchmark.py; what it owns is the command: its options, what it prints, and where the files go.
+A thin client of benchmark.py: owns the options of the command, its output, and the paths of the files.
 """
 
 from __future__ import annotations
@@ -48,29 +48,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=DEFAULT,
         metavar="METHOD",
         help=f"of {', '.join(METHODS)}, {', '.join(KIN)}; interpreter:G for group G or `all`, attention:B for block B,"
-        " counted from 1 (default: all but memorability, whose weights are large)",
+        " counted from 1 (default: all except memorability, whose weights are large)",
     )
-    parser.add_argument("--limit", type=int, default=1000, help="photos, drawn at random (default: %(default)s)")
+    parser.add_argument("--limit", type=int, default=1000, help="photos to draw at random (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=16, help="of insertion and deletion (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=16, help="steps of insertion and deletion (default: %(default)s)")
     parser.add_argument(
-        "--fill", default="blur", choices=get_args(Fill), help="of the blanked patches (default: %(default)s)"
+        "--fill", default="blur", choices=get_args(Fill), help="fill of the blanked patches (default: %(default)s)"
     )
-    parser.add_argument("--split", default="validation", help="of a folder of parquet files (default: %(default)s)")
+    parser.add_argument("--split", default="validation", help="split of parquet files (default: %(default)s)")
     parser.add_argument("--region", help="column of the regions (default: mask, else bbox)")
     parser.add_argument("--label", help="column of the labels (default: label, else class_id)")
-    parser.add_argument("--only", default="", metavar="COLUMN", help="only the rows where this column is true")
+    parser.add_argument("--only", default="", metavar="COLUMN", help="use only the rows where this column is true")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", help="write the figures to this file too")
-    parser.add_argument("--plot", help="draw them into this file: .png, .pdf or .svg")
+    parser.add_argument("--json", help="also write the results to this file")
+    parser.add_argument("--plot", help="plot the results to this file: .png, .pdf or .svg")
 
 
 def run(args: argparse.Namespace) -> int:
-    """The command, its arguments parsed. Returns the exit status.
+    """Run the command. Returns the exit status.
 
     Raises:
-        InputError: an argument is wrong, found before any work; or see ``benchmark``.
+        InputError: an argument is wrong (checked before any work); or see ``benchmark``.
     """
     for option, file in (("--json", args.json), ("--plot", args.plot)):
         if file and (Path(file).is_dir() or not Path(file).absolute().parent.is_dir()):
@@ -125,9 +125,9 @@ def headline(result: Benchmark) -> str:
 
 
 def tables(result: Benchmark) -> list[Table]:
-    """For people: one table a kind of measure, the first method and those within its interval in bold."""
+    """Tables to print: one per kind of measure; the best method and those within its interval in bold."""
     notes = {
-        "localisation": "Localisation. ms: of one heat map, its forward pass included; the reduced forward pass alone"
+        "localisation": "Localisation. ms: one heat map, including its forward pass; the reduced forward pass alone"
         f" takes {result.forward_milliseconds:.2f}",
         "segmentation": "Weakly supervised segmentation, at the map's mean. Sparsity only describes",
         "faithfulness": "Faithfulness. Insertion and deletion: area under the curve. The last two: the dense prediction"
@@ -158,7 +158,7 @@ def _cell(result: Benchmark, row: MethodResult, measure: Measure) -> str:
 
 
 def picture(result: Benchmark, kind: str) -> bytes:
-    """The plot as a file of this kind (png, pdf, svg): one panel a measure, a dot and its interval a method."""
+    """The plot as a file of this kind (png, pdf, svg): one panel per measure, a dot with interval per method."""
     names = [row.method for row in result.methods]
     canvas = Figure(figsize=(14, 2 + 0.75 * len(names)), layout="constrained")
     panels = list(canvas.subplots(3, 5, sharey=True).flat)
@@ -176,7 +176,7 @@ def picture(result: Benchmark, kind: str) -> bytes:
     panel.barh(range(len(names)), [row.milliseconds for row in result.methods], color=colors)
     panel.axvline(result.forward_milliseconds, color="black", linewidth=1)
     panel.set_xscale("log")
-    panel.set_title("ms an image; line: one forward pass", fontsize=10)
+    panel.set_title("ms per image; line: one forward pass", fontsize=10)
     panel.invert_yaxis()  # of all: they share it
     for panel in panels:
         panel.remove()

@@ -1,12 +1,12 @@
-"""Whether a prediction rests on what a heat map shows: insertion, deletion, and blanking the dropped patches.
+"""Whether a prediction is based on what a heat map shows: insertion, deletion, and blanking the dropped patches.
 
-All of them change the photo and look at the model's answer; no region is needed. Data flow:
+All of them change the photo and measure the model's prediction; no region is needed. Data flow:
 
     maps (B, H, W) -> order of the pixels -> images with some pixels replaced -> probabilities (B, steps + 1)
     kept (B, N)    -> images with the other patches replaced -> the dense prediction, before and after (B,)
 
-Images are normalised, on the model's device. What replaces a pixel is a *fill* (``fills``). Tied pixels fall
-in a random order, the same for every image and map: no place is favoured, and methods are comparable.
+Images are normalised, on the model's device. A *fill* (``fills``) replaces pixels. Tied pixels have a random order,
+the same for every image and map, so no position is favoured and methods are comparable.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ recognisable and a 32-pixel image as it is."""
 
 
 def fills(images: Tensor, fill: Fill) -> Tensor:
-    """What replaces the pixels of ``images (B, C, H, W)``, of the same shape.
+    """The replacement of the pixels of ``images (B, C, H, W)``, of the same shape.
 
     "blur": the image under a Gaussian of ``BLUR``, reflected at the border. "zero": 0 after normalisation, the mean
     colour of the data set. "mean": the mean colour of the image itself.
@@ -109,10 +109,10 @@ def blanked(images: Tensor, kept: Tensor, grid: Sequence[float], fill: Fill = "b
 
 
 def best_patches(maps: Tensor, num_keep: Tensor, grid: Sequence[float]) -> Tensor:
-    """The patches that a rival would keep: the ``num_keep (B,)`` of the highest mean of ``maps (B, H, W)``.
+    """The patches that a baseline would keep: the ``num_keep (B,)`` with the highest mean of ``maps (B, H, W)``.
 
     Returns:
-        ``(B, N)`` bool. Tied patches fall in a random order, the same for every image.
+        ``(B, N)`` bool. Tied patches have a random order, the same for every image.
     """
     rows, columns = map(math.ceil, grid)
     down, right = (round(side * (math.ceil(n) / n - 1)) for side, n in zip(maps.shape[1:], grid, strict=True))
@@ -127,22 +127,22 @@ def best_patches(maps: Tensor, num_keep: Tensor, grid: Sequence[float]) -> Tenso
 def blanking(
     backbone: Model, images: Tensor, kept: Tensor, grid: Sequence[float], *, fill: Fill = "blur"
 ) -> tuple[Tensor, Tensor]:
-    """How the dense prediction changes when the patches that are not kept are blank in the photo.
+    """How the dense prediction changes when the dropped patches are blank in the photo.
 
-    With the reduced model's own ``kept`` it asks whether the map, which is also the decision, is true: were the dropped
-    patches redundant to the network that sees them all? With ``best_patches`` of the same number, it asks a rival.
+    With the reduced model's own ``kept``, this tests the map, which is also the decision: were the dropped patches
+    redundant for the network that sees all of them? With ``best_patches`` of the same number, it tests a baseline.
 
     Args:
-        backbone: the dense model; it looks at every patch, blank or not.
+        backbone: the dense model; it sees every patch, blank or not.
         images: ``(B, C, H, W)``.
         kept: ``(B, N)`` bool.
         grid: rows and columns, of ``grid_of``.
-        fill: see ``fills``. A grey patch says something, too: a network that never saw one loses more of its answer to
-            what is put in than to what is taken away, whichever patches these are.
+        fill: see ``fills``. A grey patch carries information, too: a network that was never trained on one loses more
+            to the inserted grey than to the removed content, for any choice of patches.
 
     Returns:
-        ``(B,)`` float32, what the probability of the dense top-1 class lost, in [-1, 1], lower is better; and ``(B,)``
-        bool, whether it is top-1 still.
+        ``(B,)`` float32, the loss of probability of the dense top-1 class, in [-1, 1], lower is better; and ``(B,)``
+        bool, whether it is still top-1.
     """
     before = backbone(images).float().softmax(1)
     after = backbone(blanked(images, kept, grid, fill)).float().softmax(1)

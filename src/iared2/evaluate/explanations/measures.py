@@ -1,14 +1,14 @@
 """How well a heat map finds a region: localisation, segmentation, sparsity. Pure functions, batched.
 
 Every function takes ``maps (B, H, W)``, finite and at least 0, and ``masks (B, H, W)`` bool, True inside the region, on
-one device that knows float64, in which everything is computed. It returns ``(B,)`` float64, one number an image in
-[0, 1]. Every region must have a pixel: without one the measures of localisation are NaN. Shapes that differ raise
-ValueError. Knows nothing of models, data or pictures.
+one device that supports float64, in which everything is computed. It returns ``(B,)`` float64, one number per image in
+[0, 1]. Every region must have a pixel, otherwise the measures of localisation are NaN. Shapes that differ raise
+ValueError. Does not depend on models, data or pictures.
 
-Ties, which real maps have (a constant map, a map that is 0 wherever a patch was dropped), never fall to a pixel's
-position: among tied pixels a measure takes the expectation over all their orders. So a constant map scores what chance
-does, the share of the region in the image; a map of zeros counts as constant. Where no pixels tie, every measure is the
-published one.
+Ties occur in real maps (a constant map, or a map that is 0 where patches were dropped), and are never resolved by pixel
+position: a measure takes the expectation over all orders of the tied pixels. So a constant map scores at chance, the
+share of the region in the image, and a map of zeros counts as constant. Without ties, every measure is the published
+one.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch import Tensor
 def pointing_game(maps: Tensor, masks: Tensor) -> Tensor:
     """Whether the highest pixel lies in the region (Zhang et al., Excitation Backprop, IJCV 2018): 0 or 1.
 
-    If several pixels are highest, the share of them that does. No tolerance around the region: theirs, of 15 pixels, is
-    for photos of 500.
+    If several pixels are highest, the share of them in the region. There is no tolerance around the region: the
+    published one, 15 pixels, is for photos of 500 pixels.
     """
     values, inside = _flat(maps, masks)
     highest = values == values.amax(1, keepdim=True)
@@ -39,13 +39,13 @@ def mass_accuracy(maps: Tensor, masks: Tensor) -> Tensor:
 def energy_in_box(maps: Tensor, masks: Tensor) -> Tensor:
     """Share of the map's sum in the region's bounding box (energy-based pointing game: Wang et al., Score-CAM, 2020).
 
-    Of a region that is a box, the same number as ``mass_accuracy``.
+    For a region that is a box, this equals ``mass_accuracy``.
     """
     return mass_accuracy(maps, bounding_boxes(masks))
 
 
 def bounding_boxes(masks: Tensor) -> Tensor:
-    """``(B, H, W)`` bool, the smallest box around each region; empty where the region is."""
+    """``(B, H, W)`` bool, the smallest box around each region; empty if the region is empty."""
 
     def between(line: Tensor) -> Tensor:  # (B, L) -> True from the first True to the last
         ahead = line.int().cummax(1).values
@@ -78,7 +78,7 @@ def average_precision(maps: Tensor, masks: Tensor) -> Tensor:
     """Average precision of the map as a segmentation, over foreground and background pooled: the mean is mAP.
 
     The convention of the ImageNet-Segmentation table (Chefer et al., CVPR 2021, `imagenet_seg_eval.py`): each pixel is
-    retrieved twice, as foreground by its value and as background by one minus it. So the maps must be in [0, 1]. Equal
+    retrieved twice, as foreground by its value and as background by one minus it, so maps must be in [0, 1]. Equal
     values are one threshold, as in scikit-learn, and the curve is not interpolated.
     """
     values, inside = _flat(maps, masks)
@@ -92,7 +92,7 @@ def _average_precision(values: Tensor, relevant: Tensor) -> Tensor:
     count = torch.arange(1, values.shape[1] + 1, device=values.device)
     is_last = torch.ones_like(relevant)
     is_last[:, :-1] = values[:, :-1] != values[:, 1:]
-    # the last item of each run of equal values stands for all of them
+    # the last item of equal values stands for all of them
     last = torch.where(is_last, count, count[-1]).flip(1).cummin(1).values.flip(1)
     precision = relevant.cumsum(1).gather(1, last - 1) / last.double()
     return (precision * relevant).sum(1) / relevant.sum(1)
@@ -112,8 +112,8 @@ def confusion(maps: Tensor, masks: Tensor) -> Tensor:
 def segmentation(counts: Tensor) -> dict[str, Tensor]:
     """Counts ``(..., 2, 2)`` of ``confusion`` -> "pixel accuracy", "mean accuracy" and "mean IoU", each ``(...)``.
 
-    Of a data set they are those of its *summed* counts, as in Chefer et al. and in PASCAL VOC, no means over images.
-    "Mean" is over the two classes; a class of which there is no pixel is left out.
+    For a data set, pass its *summed* counts, as in Chefer et al. and in PASCAL VOC, instead of averaging over images.
+    "Mean" is over the two classes; a class without a pixel is left out.
     """
     right = counts.diagonal(dim1=-2, dim2=-1)
     truth, guess = counts.sum(-1), counts.sum(-2)

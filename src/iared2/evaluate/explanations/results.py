@@ -1,9 +1,9 @@
-"""The table of methods × measures: what its columns are, and how images become figures with intervals.
+"""The table of methods × measures: its columns, and estimates with intervals from per-image values.
 
-    columns {name: (n,)}, one a measure and pixel count ── estimate: resample the images ──> {measure: Estimate}
+    columns {name: (n,)}, one per measure and pixel count ── estimate: resample the images ──> {measure: Estimate}
 
-The bootstrap is a few lines of its own and not scipy's, because pixel accuracy, mean accuracy and mean IoU are ratios
-of sums over images, and every method must be measured on the same resamples. Knows nothing of models, maps or data.
+The bootstrap is not scipy's, because pixel accuracy, mean accuracy and mean IoU are ratios of sums over images, and
+every method must be measured on the same resamples. Does not depend on models, maps or data.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Measure(NamedTuple):
     kind: str
     """"localisation", "segmentation" or "faithfulness"."""
     sign: int
-    """1: higher is better, -1: lower is better, 0: neither, it describes."""
+    """1: higher is better, -1: lower is better, 0: neither, the measure only describes."""
 
 
 MEASURES = (
@@ -53,7 +53,7 @@ COUNTS = "true negatives", "false positives", "false negatives", "true positives
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure over the images and its 95 % bootstrap interval."""
+    """An estimate over the images with its 95 % bootstrap interval."""
 
     value: float
     low: float
@@ -65,37 +65,37 @@ class MethodResult:
     """One row of the table."""
 
     method: str
-    """As it was asked for, see ``read_method``."""
+    """The name as given, see ``read_method``."""
     milliseconds: float
-    """An image: the median over the batches of the time of ``heatmap``, its forward pass included."""
+    """Time of ``heatmap`` per image, including its forward pass; median over the batches."""
     measures: dict[str, Estimate]
     """By the name of the measure."""
 
 
 @dataclass
 class Benchmark:
-    """The table, and what it was made from."""
+    """The table, and how it was measured."""
 
     images: int
     skipped: dict[str, int]
-    """How many photos were left out, by reason: "unreadable" and "no region"."""
+    """Number of photos left out, by reason: "unreadable" and "no region"."""
     region: str
     """"box" or "mask"."""
     target: str
     """"label" or "top-1": the class that was explained."""
     steps: int
-    """Of insertion and deletion."""
+    """Steps of insertion and deletion."""
     fill: str
-    """Of the patches that are blanked."""
+    """Fill of the blanked patches."""
     seed: int
     forward_milliseconds: float
-    """An image, of the reduced model's forward pass alone, in the same batches."""
+    """Time of the reduced model's forward pass per image, in the same batches."""
     keep_ratio: float
-    """Share of the patches that are left after the last group: those not blanked, as many for every method."""
+    """Share of the patches left after the last group: those not blanked, the same number for every method."""
     methods: list[MethodResult]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON types."""
+        """The table as JSON types."""
         return asdict(self)
 
     @property
@@ -104,7 +104,7 @@ class Benchmark:
         return [m for m in MEASURES if self.region != "box" or m.name != "mass accuracy"]
 
     def leaders(self, measure: Measure) -> set[str]:
-        """The first method, and those that lie within its interval; none of a measure that only describes."""
+        """The best method, and those within its interval; none for a measure that only describes."""
         if not measure.sign:
             return set()
         figures = {row.method: row.measures[measure.name] for row in self.methods}
@@ -113,14 +113,14 @@ class Benchmark:
 
 
 def estimate(columns: dict[str, np.ndarray], seed: int = 0) -> dict[str, Estimate]:
-    """Figures over the images and their intervals, by the percentile bootstrap over images (Efron 1979).
+    """Estimates over the images with intervals, by the percentile bootstrap over images (Efron 1979).
 
     Args:
-        columns: ``(n,)`` each: what every image has, by the name of the measure, and its four pixel counts.
+        columns: ``(n,)`` each: the values per image, by the name of the measure, and the four pixel counts.
         seed: of the resamples. The same seed and number of images give the same resamples, so methods are paired.
 
     Returns:
-        One estimate a measure, in the order of ``MEASURES``.
+        One estimate per measure, in the order of ``MEASURES``.
     """
     values = np.stack(list(columns.values()), 1)
     images = len(values)

@@ -1,7 +1,7 @@
-"""How others run the same decisions: masked (nothing is removed), and padded to the longest image of the batch.
+"""Other ways to run the same decisions: masked (nothing is removed), and padded to the longest image of the batch.
 
-They have our linear layers, our pieces of a batch, our interpreters and the same decisions; only what becomes of a
-dropped patch differs. So what the benchmark shows is what removing it brings.
+They use our linear layers, our pieces of a batch, our interpreters and the same decisions. Only the treatment of
+dropped patches differs, so the benchmark shows the effect of removing them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ...model.tokens import PackedTokens
 
 
 def masked(model: ReducedVisionTransformer, images: Tensor, decide: Decide) -> Tensor:
-    """``(B, K)`` logits; dropped patches are masked in attention and run through every layer (A-ViT's way)."""
+    """``(B, K)`` logits; dropped patches are masked in attention and run through every layer, as in A-ViT."""
     packed = model.embed(images)
     alive = packed.alive
     for group in range(model.num_groups):
@@ -33,7 +33,7 @@ def masked(model: ReducedVisionTransformer, images: Tensor, decide: Decide) -> T
 
 
 def padded(model: ReducedVisionTransformer, images: Tensor, decide: Decide) -> Tensor:
-    """``(B, K)`` logits; dropped patches are removed, and images filled up to the longest of the batch (ATS's way)."""
+    """``(B, K)`` logits; dropped patches are removed, and images padded to the longest of the batch, as in ATS."""
     packed = model.embed(images)
     for group in range(model.num_groups):
         scores, alive = model.score(packed, group), packed.alive
@@ -47,7 +47,7 @@ def padded(model: ReducedVisionTransformer, images: Tensor, decide: Decide) -> T
 
 
 def _run_group(model: ReducedVisionTransformer, group: int, x: Tensor, tokens: Tensor) -> Tensor:
-    """The blocks of a group on ``x (B·L, C)``, of which ``tokens (B, L)`` are there; in pieces, as ours."""
+    """The blocks of a group on ``x (B·L, C)``, where ``tokens (B, L)`` marks valid rows; in pieces, as ours."""
     blocks = [model.backbone.blocks[index] for index in model.groups[group]]
     images = max(1, onednn.rows_at_once(blocks[0], x) // tokens.shape[1]) if x.device.type == "cpu" else len(tokens)
     parts = []
@@ -60,7 +60,7 @@ def _run_group(model: ReducedVisionTransformer, group: int, x: Tensor, tokens: T
 
 
 def _attend_where(tokens: Tensor) -> Attend:
-    """Attention of ``(B·L, H, head_dim)`` rows to those of their own image that ``tokens (B, L)`` names."""
+    """Attention of ``(B·L, H, head_dim)`` rows to the valid rows ``tokens (B, L)`` of their own image."""
     mask = tokens[:, None, None]
     bias = torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, -torch.inf)
 
@@ -76,8 +76,8 @@ def _attend_where(tokens: Tensor) -> Attend:
 
 
 def _run_block(block: Any, x: Tensor, attend: Attend, weights: onednn.PackedWeights) -> Tensor:
-    """One block in evaluation mode by the fastest layers there are, with an attention of one's own."""
-    nothing: Any = None  # the layout of the rows is known to `attend` alone
+    """One block in evaluation mode with the fastest available layers and the given attention."""
+    nothing: Any = None  # only `attend` depends on the layout of the rows
     if onednn.can_run(block, x):
         return onednn.run_block(block, x, nothing, weights, attend)
     return vit.run_block(block, x, nothing, 0, attend=attend)

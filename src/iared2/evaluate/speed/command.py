@@ -1,4 +1,4 @@
-"""``iared2 bench``: reads arguments, prints a table, and JSON as the last line."""
+"""``iared2 bench``: prints a table, and JSON as the last line."""
 
 from __future__ import annotations
 
@@ -36,28 +36,28 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """The arguments of ``iared2 bench``."""
     command.add_argument("model", nargs="?", default="deit_small_patch16_224", help="timm name, checkpoint, or 'box'")
-    command.add_argument("--data", help="real images: the checkpoint's own thresholds then decide what stays")
+    command.add_argument("--data", help="real images, on which the checkpoint's own decision is used")
     command.add_argument(
-        "--keep", type=_numbers, default=[0.85, 0.6, 0.35], help="else: mean share of patches alive after each group"
+        "--keep", type=_numbers, default=[0.85, 0.6, 0.35], help="without --data: mean keep ratio of each group"
     )
     command.add_argument("--spread", type=float, default=0.12, help="standard deviation of that share between images")
-    command.add_argument("--merge", action="store_true", help="dropped patches merge into kept ones")
-    command.add_argument("--img-size", type=int, nargs=2, metavar=("H", "W"), help="of a timm name, in pixels")
-    command.add_argument("--frames", type=int, help="of a name as timesformer_joint_base_patch16_224")
+    command.add_argument("--merge", action="store_true", help="merge dropped patches into kept ones")
+    command.add_argument("--img-size", type=int, nargs=2, metavar=("H", "W"), help="pixels, for a timm name")
+    command.add_argument("--frames", type=int, help="for a name such as timesformer_joint_base_patch16_224")
     command.add_argument("--batch-size", type=int, nargs="+", default=[1, 8, 32])
     command.add_argument("--device", default="cpu")
     command.add_argument("--precision", choices=PRECISIONS, default="fp32")
     command.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
-    command.add_argument("--seconds", type=float, default=60, help="to measure each batch size (default: 60)")
-    command.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    command.add_argument("--seconds", type=float, default=60, help="measuring time per batch size (default: 60)")
+    command.add_argument("--no-compile", action="store_true", help="do not measure torch.compile")
     command.add_argument(
-        "--train", action="store_true", help="a step of each training stage instead, at --keep of group 1"
+        "--train", action="store_true", help="measure a step of each training stage, at --keep of group 1"
     )
-    command.add_argument("--json", help="write the figures to this file too")
+    command.add_argument("--json", help="also write the results to this file")
 
 
 def run(arguments: argparse.Namespace, more: Callable[[ReducedVisionTransformer, Workload], Any] | None = None) -> int:
-    """Run the benchmark; see `add_arguments`. ``more`` adds rivals (`speed.measure`) for each workload."""
+    """Run the benchmark; see `add_arguments`. ``more`` adds baselines (`speed.measure`) per workload."""
     _check(arguments)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -109,7 +109,7 @@ def run(arguments: argparse.Namespace, more: Callable[[ReducedVisionTransformer,
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What the figures were measured on."""
+    """The machine and versions of the measurement."""
     cpuinfo = Path("/proc/cpuinfo")
     cpu = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
     return {

@@ -1,4 +1,4 @@
-"""Inference: ours against the dense model, and against the other ways to run the same decisions. Time and memory."""
+"""Inference time and memory: ours, the dense model, and other ways to run the same decisions."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MIN_ROUNDS = 11
 
 @dataclass
 class Row:
-    """Figures of one way to run one batch."""
+    """Results of one way to run one batch."""
 
     name: str
     batch_size: int
@@ -43,29 +43,29 @@ class Row:
     spread: float
     """Interquartile range over median."""
     gmacs: float
-    """Mean multiply-adds of an image, 10⁹."""
+    """Mean 10⁹ MACs per image."""
     speed_up: float
-    """t_dense / t, t_dense of the faster timm model."""
+    """t_dense / t, with t_dense of the faster timm model."""
     efficiency: float
-    """Speed-up over MACs_dense / MACs. Of another engine than timm's it says how good that is, too: see `Speed`."""
+    """Speed-up over MACs_dense / MACs. Includes the effect of the engine if it is not timm's: see `Speed`."""
     rounds: int
     peak_mb: float | None
-    """Memory that a forward pass of the batch needed beyond weights and images, 10⁶ bytes (`device.peak_memory`)."""
+    """Peak memory of a forward pass of the batch without weights and images, 10⁶ bytes (`device.peak_memory`)."""
 
 
 @dataclass
 class Speed:
-    """One batch size."""
+    """Results for one batch size."""
 
     rows: list[Row]
     efficiency_within: float
-    """As efficiency, but against our own engine when it drops nothing: 1 says that dropping saves as much time as
-    multiply-adds."""
+    """As efficiency, but against our own engine when it drops nothing: 1 means that dropping reduces time by the same
+    factor as MACs."""
     interpreters: float
-    """Share of the time of ours that the interpreters take."""
+    """Share of the interpreters in our time."""
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON types."""
+        """The results as JSON types."""
         return asdict(self)
 
 
@@ -77,14 +77,14 @@ def measure(
     compiled: bool = True,
     more: Mapping[str, tuple[Callable[[Tensor], Tensor], float]] | None = None,
 ) -> Speed:
-    """Time every rival on one batch, taking turns.
+    """Time every baseline on one batch, taking turns.
 
     Args:
-        model: in evaluation mode, weights packed or not, as its user would have it.
+        model: in evaluation mode, with or without packed weights.
         workload: the batch.
-        seconds: to spend on measuring, warm-up and compilation not counted.
-        compiled: measure `torch.compile` too, which takes a minute to start.
-        more: further rivals, name -> (images -> logits, mean GMACs of an image).
+        seconds: of measuring, without warm-up and compilation.
+        compiled: also measure `torch.compile`, which takes a minute to start.
+        more: further baselines, name -> (images -> logits, mean GMACs per image).
     """
     images, decide, num_keep = workload.images, workload.decide, workload.num_keep
     keys = keyed.sample_keys(0, 0, torch.arange(len(images))).to(images.device)
@@ -103,7 +103,7 @@ def measure(
         finally:
             model.engine = engine
 
-    rivals: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
+    baselines: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
         DENSE: (model.backbone, dense),
         OURS: (lambda x: model(x, decide), gmacs),
         WHOLE: (whole, dense),
@@ -111,22 +111,22 @@ def measure(
         TOP_K: (lambda x: model(x, lambda scores, alive, group: top_k(scores, alive, num_keep[group])), gmacs),
     }
     if model.dropped == "gone":  # these two do not merge
-        rivals[MASKED] = (lambda x: masked(model, x, decide)), dense
-        rivals[PADDED] = (lambda x: padded(model, x, decide)), _padded_gmacs(model, num_keep)
-    rivals |= more or {}
+        baselines[MASKED] = (lambda x: masked(model, x, decide)), dense
+        baselines[PADDED] = (lambda x: padded(model, x, decide)), _padded_gmacs(model, num_keep)
+    baselines |= more or {}
     if compiled:
         torch.compiler.reset()  # else a second batch size would be compiled for any, which is slower
-        rivals[DENSE_COMPILED] = torch.compile(model.backbone, dynamic=False), dense
-        rivals[OURS_COMPILED] = ours_compiled, gmacs
+        baselines[DENSE_COMPILED] = torch.compile(model.backbone, dynamic=False), dense
+        baselines[OURS_COMPILED] = ours_compiled, gmacs
 
     with torch.inference_mode():
-        times = take_turns({name: partial(run, images) for name, (run, _) in rivals.items()}, images.device, seconds)
-        memory = {name: peak_memory(images.device, run, images) for name, (run, _) in rivals.items()}
+        times = take_turns({name: partial(run, images) for name, (run, _) in baselines.items()}, images.device, seconds)
+        memory = {name: peak_memory(images.device, run, images) for name, (run, _) in baselines.items()}
         share = _interpreters(model, images, decide)
     medians = {name: statistics.median(t) for name, t in times.items()}
     t_dense = min(medians[DENSE], medians.get(DENSE_COMPILED, float("inf")))
     rows = []
-    for name, (_, macs) in rivals.items():
+    for name, (_, macs) in baselines.items():
         t, median, peak = sorted(times[name]), medians[name], memory[name]
         q1, _, q3 = statistics.quantiles(t, n=4)
         rows.append(
@@ -148,9 +148,9 @@ def measure(
 
 
 def take_turns(runs: Mapping[str, Callable[[], Any]], device: torch.device, seconds: float) -> dict[str, list[float]]:
-    """Seconds of each run, in rounds, so that whatever slows the machine slows all.
+    """Seconds of each run, in rounds, so that other load on the machine affects all runs.
 
-    Each round has its own order: who comes after whom decides what the caches hold.
+    Each round has its own order, since the previous run determines the content of the caches.
     """
     shuffled = random.Random(0)
     for run in runs.values():
@@ -197,7 +197,7 @@ def _interpreters(model: ReducedVisionTransformer, images: Tensor, decide: Decid
 
 
 def table(speeds: list[Speed], title: str) -> Table:
-    """For people."""
+    """The table to print."""
     table = Table(
         *("batch", "model", "images/s", "p50 ms", "p95 ms", "± %", "GMACs", "speed-up", "efficiency", "MB"), title=title
     )

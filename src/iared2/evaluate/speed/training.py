@@ -1,4 +1,4 @@
-"""Training: one step of each stage against a dense forward pass and a dense training step of the same batch."""
+"""Training time: one step of each stage, a dense forward pass and a dense training step of the same batch."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from .inference import take_turns
 
 @dataclass
 class TrainingSpeed:
-    """Medians in milliseconds, and what they are held to."""
+    """Medians in milliseconds, and their references."""
 
     batch_size: int
     group: int
     keep_ratio: float
-    """Share of the patches that the group keeps, sampled and greedy alike."""
+    """Share of the patches that the group keeps, both sampled and greedy."""
     dense_forward_ms: float
     """timm's model, without a graph."""
     own_forward_ms: float
@@ -42,7 +42,7 @@ class TrainingSpeed:
     """timm's model, the same parameters trained as in the fine-tuning step."""
     finetune_step_ms: float
     macs_ratio: float
-    """Multiply-adds of the reduced model over those of the dense one, in the fine-tuning step."""
+    """MACs of the reduced model over those of the dense one, in the fine-tuning step."""
 
     @property
     def policy_over_forward(self) -> float:
@@ -50,11 +50,11 @@ class TrainingSpeed:
 
     @property
     def finetune_over_dense(self) -> float:
-        """Divided by the ratio of multiply-adds: 1 says that a step costs what its multiply-adds say."""
+        """Divided by the ratio of MACs: 1 means that the time of a step is proportional to its MACs."""
         return self.finetune_step_ms / self.dense_step_ms / self.macs_ratio
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON types."""
+        """The results as JSON types."""
         ratios = {
             "policy_over_forward": self.policy_over_forward,
             "policy_over_own_forward": self.policy_step_ms / self.own_forward_ms,
@@ -71,7 +71,7 @@ def measure(
     Args:
         model: any; each stage works on a copy of it.
         images: ``(B, in_chans, height, width)``.
-        keep_ratio: share of the patches that the group keeps of every image.
+        keep_ratio: share of the patches that the group keeps in every image.
         group: i, from 0.
         seconds: to spend.
     """
@@ -121,7 +121,7 @@ def measure(
 
 
 class _Sharp(nn.Module):
-    """An interpreter whose threshold and whose samples both keep a share of every image: scores near 0 and 1."""
+    """An interpreter whose threshold and samples both keep a given share per image: scores near 0 and 1."""
 
     def __init__(self, interpreter: nn.Module, keep_ratio: float) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ class _Sharp(nn.Module):
 
 
 def _keeping(model: ReducedVisionTransformer, keep_ratio: float) -> ReducedVisionTransformer:
-    """A copy that keeps that share of every image."""
+    """A copy of the model that keeps that share of every image."""
     model = deepcopy(model)
     model.interpreters = nn.ModuleList(_Sharp(interpreter, keep_ratio) for interpreter in model.interpreters)
     return model

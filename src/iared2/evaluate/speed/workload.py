@@ -1,4 +1,4 @@
-"""What is run: a model, a batch, and how many patches of each image stay."""
+"""The workload of the benchmark: a model, a batch, and the number of patches kept per image."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class Workload:
     """``(B, in_chans, height, width)``, or clips ``(B, in_chans, T, height, width)``; on the device and in the
     precision of the model."""
     decide: Decide
-    """What is decided on these images, at the cost of a threshold."""
+    """The decision on these images, as cheap as a threshold."""
     num_keep: Tensor
-    """``(D, B)`` int64, patches that leave each group."""
+    """``(D, B)`` int64, patches kept by each group."""
     gmacs: float
-    """Mean multiply-adds of an image, 10⁹, interpreters included."""
+    """Mean 10⁹ MACs per image, including the interpreters."""
 
 
 def drawn(
@@ -37,11 +37,11 @@ def drawn(
     """A workload whose keep counts follow a stated distribution, for a model without a trained policy.
 
     Image b keeps a share ``keep[g] + spread · z_b`` of its patches in group g. The z_b are the B quantiles of a normal
-    distribution, in random order and the same in all groups: an image with a large object keeps more throughout. Which
-    patches is drawn too. The interpreters still run, so they cost what they cost.
+    distribution, in random order and the same in all groups: an image with a large object keeps more in each group.
+    Which patches stay is drawn, too. The interpreters still run, so their cost is included.
 
     Raises:
-        InputError: not one share a group, or the shares rise or leave [0, 1].
+        InputError: there is not one share per group, or the shares rise or leave [0, 1].
     """
     num_patches, keys = model.backbone.patch_embed.num_patches, keyed.sample_keys(seed, 0, torch.arange(len(images)))
     shares = torch.tensor(keep)
@@ -50,7 +50,7 @@ def drawn(
         or (shares.diff() > 0).any()
         or not 0 <= float(shares[-1]) <= float(shares[0]) <= 1
     ):
-        raise InputError(f"--keep: give {model.num_groups} shares from 0 to 1 that do not rise, one for each group")
+        raise InputError(f"--keep: give {model.num_groups} shares from 0 to 1 that do not rise, one per group")
     order = keyed.permutation(seed, SITE_COUNTS, len(images))
     z = torch.special.ndtri((order + 0.5) / len(images))
     num_keep = ((shares[:, None] + spread * z) * num_patches).round().clamp(1, num_patches).long()
@@ -72,7 +72,7 @@ def by_the_policy(model: ReducedVisionTransformer, images: Tensor) -> Workload:
     """A workload decided by the model's own thresholds on real images."""
     with torch.inference_mode():
         kept = model.trace(images).kept
-    # recorded: a rival's scores may differ in the last digit, or by the policy token of a model without a class token
+    # recorded: scores of a baseline may differ in the last digit, or by the policy token without a class token
     return _workload(model, images, lambda scores, alive, group: alive & kept[group])
 
 
