@@ -193,10 +193,10 @@ def test_old_names_go_on_working(tmp_path, capsys):
     assert recipe.reward.soft_reward
     assert recipe.policy.rloo
     assert capsys.readouterr().err.splitlines() == [
-        "recipe: finetune.accumulate is now called grad_accum_steps",
-        "recipe: reward.graded is now called soft_reward",
-        "recipe: policy.leave_one_out is now called rloo",
-        "recipe: backbone.accumulate is now called grad_accum_steps",
+        "note: recipe: finetune.accumulate is now called grad_accum_steps",
+        "note: recipe: reward.graded is now called soft_reward",
+        "note: recipe: policy.leave_one_out is now called rloo",
+        "note: recipe: backbone.accumulate is now called grad_accum_steps",
     ]
     with pytest.raises(InputError, match="accumulate is the old name of grad_accum_steps"):
         read_recipe(path, ["finetune.grad_accum_steps=3"])
