@@ -20,7 +20,8 @@ Deviations from the paper, all of them settings that are off by default:
    as the threshold.
 3. ``samples`` and ``rloo``: several decisions per image, each judged by the mean of the others (Kool et al., 2019). The
    greedy decision is then not run.
-4. ``reward.label`` and ``reward.soft_reward``: what is right, and how right (reward.py).
+4. ``spread``: the pattern of `Decision.spread` is taken from the logits, in the draws as in the deployed decision.
+5. ``reward.label`` and ``reward.soft_reward``: what is right, and how right (reward.py).
 """
 
 from __future__ import annotations
@@ -43,13 +44,16 @@ class PolicyConfig:
 
     decisions: str = "learned"
     """"learned" by REINFORCE; "gumbel": by straight-through Gumbel-softmax; or a rival that learns nothing, and is
-    fine-tuned with its own decisions: "random", "attention" (of the class token), "centre"."""
+    fine-tuned with its own decisions: "random", "attention" (of the class token), "centre", "spread" (evenly)."""
     keep: tuple[float, ...] = ()
     """Shares of the patches alive after each group, D numbers that do not rise: the budget of the draws and of the
     threshold, or what a rival keeps. A group that keeps what it is given has no stages. Empty: the threshold is 0.5."""
     equal_counts: bool = False
     """Every image keeps as many patches as the others, its best-scored ones (``num_keep`` of the model), and the draws
     keep to the budget image by image; false: one threshold for all images. Needs keep."""
+    spread: float = 0.0
+    """How far what stays is spread over the picture: each patch has a threshold of its own, and the draws know it
+    (`Decision.spread`); 0: as published, 1: as if scores were drawn from."""
     samples: int = 1
     """Sampled decisions per image and step."""
     rloo: bool = False
@@ -150,8 +154,10 @@ class PolicyGradientStage(nn.Module):
 
         With ``equal_counts`` that share is of each image; else of the batch, which is what calibration makes of images.
         """
+        decision = self.model.decision
         if not self.policy.keep:
-            return self.model.decision(scores, alive, self.group)
+            return decision(scores, alive, self.group)
+        scores = decision.standing(scores)
         rows = len(scores) if self.policy.equal_counts else 1
         ranked, living = scores.reshape(rows, -1), alive.reshape(rows, -1)
         num_keep = round(self.policy.keep[self.group] * ranked.shape[1])
@@ -163,10 +169,10 @@ class PolicyGradientStage(nn.Module):
         Also a small loss that pulls the logits by the shift. Nothing else would: what all scores have in common makes
         no difference to the draws, and would wander off to where sigmoids are flat.
         """
-        policy, none = self.policy, scores.new_zeros(())
-        if policy.temperature == 1 and not policy.keep:
+        policy, decision, none = self.policy, self.model.decision, scores.new_zeros(())
+        if policy.temperature == 1 and not policy.keep and not decision.spread:
             return scores, none
-        logits = scores.masked_fill(~alive, 0.5).logit(eps=1e-6) / policy.temperature**self.progress
+        logits = decision.logits(scores.masked_fill(~alive, 0.5)) / policy.temperature**self.progress
         if not policy.keep:
             return logits.sigmoid(), none
         shift = budget_shift(logits.detach(), alive, policy.keep[self.group], policy.equal_counts)
