@@ -320,7 +320,8 @@ def _comparable(recipe: Recipe) -> dict[str, Any]:
     return json.loads(json.dumps(tree))
 
 
-def _completed(tree: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+def _completed(tree: Any, defaults: Any) -> Any:
     """The identity that an earlier version saved, with today's names, and the defaults of what it did not know."""
-    today = {RENAMED.get(k, k): v for k, v in tree.items()}
-    return defaults | {k: _completed(v, defaults.get(k, {})) if isinstance(v, dict) else v for k, v in today.items()}
+    if not isinstance(tree, dict) or not isinstance(defaults, dict):
+        return tree
+    return defaults | {(k := RENAMED.get(old, old)): _completed(v, defaults.get(k, {})) for old, v in tree.items()}
