@@ -41,9 +41,8 @@ class _Dense(nn.Module):
         self.groups, self.num_heads = model.groups, model.backbone.blocks[0].attn.num_heads
         self.prefix, self.merged = model.backbone.num_prefix_tokens, model.dropped == "merged"
         self.decision = model.decision
-        offsets = self.decision.offsets(torch.empty(math.prod(model.grid_size))) if model.spread else None
-        self.offsets: Tensor | None
-        self.register_buffer("offsets", offsets)
+        places = torch.empty(math.prod(model.grid_size))
+        self.offsets = self.decision.offsets(places) if model.spread else None  # a constant of the graph
         cfg = model.pretrained_cfg
         self.input_size = tuple(cfg["input_size"])
         self.about = {name: cfg.get(name) for name in ("input_size", "mean", "std", "interpolation")}
@@ -156,8 +155,7 @@ class Adaptive(_Dense):
         threshold = self.thresholds[group]
         if threshold <= 0:
             return None
-        level = self.decision.level(threshold) if threshold < 1 else math.inf
-        return (self.standing(x, ids, group) > level)[0].nonzero().mT
+        return (self.standing(x, ids, group) > self.decision.level(threshold))[0].nonzero().mT
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """``(1, in_chans, height, width) -> logits (1, K), patch_ids (number left,) int64``."""

@@ -107,10 +107,7 @@ class Decision:
         else:
             assert self.thresholds is not None
             threshold = _of(self.thresholds, group)
-            if threshold <= 0:
-                keep = alive
-            else:
-                keep = alive & (standing > self.level(threshold)) if threshold < 1 else torch.zeros_like(alive)
+            keep = alive if threshold <= 0 else alive & (standing > self.level(threshold))
         return keep if self.max_tokens is None else top_k(standing, keep, self.max_tokens)
 
     def standing(self, scores: Tensor) -> Tensor:
@@ -136,7 +133,9 @@ class Decision:
         return (self.spread * pattern(self.grid_size or ()).logit()).to(like)
 
     def level(self, threshold: float) -> float:
-        """What `standing` is compared with, for a threshold in (0, 1)."""
+        """What `standing` is compared with, for a threshold above 0."""
+        if threshold >= 1:
+            return math.inf
         return math.log(threshold / (1 - threshold)) if self.spread else threshold
 
     def threshold_at(self, level: float) -> float:
@@ -188,10 +187,7 @@ def keep_all(scores: Tensor, alive: Tensor, group: int) -> Tensor:
 
 
 def by_share(keep: Sequence[float], standing: Callable[[Tensor], Tensor] = lambda scores: scores) -> Decide:
-    """Keep the best-scored share of each image's patches: one number per group, of all N patches.
-
-    In the order of `Decision.standing` where that is given.
-    """
+    """Keep a share of each image's patches, the best-scored or by `Decision.standing`: one number per group, of N."""
     return lambda scores, alive, group: top_k(standing(scores), alive, round(keep[group] * alive.shape[1]))
 
 

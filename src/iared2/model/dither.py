@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from functools import cache, reduce
-from typing import Any
 
 import numpy as np
 import torch
@@ -34,10 +33,10 @@ def _ranks(grid_size: tuple[int, ...]) -> np.ndarray:
     # whole numbers: every machine breaks ties alike, and makes the same pattern
     repulsion = 2**40 // np.maximum(reduce(np.add.outer, around), 1) ** 2
     energy, ranks = np.zeros(grid_size, np.int64), np.empty(grid_size, np.int64)
-    place: tuple[Any, ...] = tuple(size // 2 for size in grid_size)
+    place = tuple(size // 2 for size in grid_size)
     for rank in range(energy.size):
         ranks[place] = rank
         energy += np.roll(repulsion, place, range(len(grid_size)))
         energy[place] = 2**62
-        place = np.unravel_index(energy.argmin(), grid_size)
+        place = tuple(map(int, np.unravel_index(energy.argmin(), grid_size)))
     return ranks.ravel()

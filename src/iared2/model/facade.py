@@ -183,8 +183,8 @@ class Facade(nn.Module):
     def grid_size(self) -> tuple[int, ...]:
         """Rows and columns of patches; of clips, times, rows and columns. Patches are numbered in that order."""
         embed = self.backbone.patch_embed
-        padded = getattr(embed, "dynamic_feat_size", None)  # which timm's grid_size leaves out
-        return tuple(padded(embed.img_size) if padded else embed.grid_size)
+        padded = getattr(embed, "dynamic_img_pad", False)  # timm's grid_size leaves the padding out
+        return tuple(embed.dynamic_feat_size(embed.img_size) if padded else embed.grid_size)
 
     @property
     def pretrained_cfg(self) -> dict[str, Any]:
