@@ -67,6 +67,8 @@ def test_counts_are_whatever_holds_counts(number):
         ("max_tokens", True),
         ("spread", -0.1),
         ("spread", float("inf")),
+        ("spread", 10**400),
+        ("threshold", 10**400),
         ("spread", True),
         ("spread", "1"),
         ("spread", None),

@@ -150,7 +150,7 @@ def _of(numbers: tuple[Number, ...], group: int) -> Number:
 def _thresholds(values: Any) -> tuple[float, ...]:
     try:
         numbers = tuple(np.asarray(_plain(values), dtype=np.float64).ravel().tolist())
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         numbers = ()
     if not numbers or not all(map(math.isfinite, numbers)):
         raise InputError(f"threshold={values}: give a finite number, or one per group")
@@ -167,7 +167,7 @@ def _counts(name: str, values: Any) -> tuple[int, ...]:
 
 def _spread(value: Any) -> float:
     number = _plain(value)
-    if not isinstance(number, (int, float)) or isinstance(number, bool) or not 0 <= number < math.inf:
+    if not isinstance(number, (int, float)) or isinstance(number, bool) or not 0 <= number <= np.finfo(float).max:
         raise InputError(f"spread={value}: give a finite number, 0 or more")
     return float(number)
 

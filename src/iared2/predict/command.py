@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-t", "--threshold", nargs="+", metavar="T", help="keep patches that score above T: one number or one per group"
     )
-    parser.add_argument("--spread", help="spread kept patches over the photo: 0 as published, 1 as if they were drawn")
+    parser.add_argument("--spread", help="spread the kept patches: 0 as published, 1 as if sampled")
     parser.add_argument("-g", "--group", help="group whose scores make the heat map, from 1 (default: 2)")
     parser.add_argument("--colormap", default="jet", help="a colormap of matplotlib (default: %(default)s)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda if there is one)")
