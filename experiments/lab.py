@@ -139,7 +139,8 @@ class Trained:
     @property
     def decide(self) -> Decide:
         """The decision with which it was fine-tuned."""
-        return by_share(self.recipe.policy.keep) if self.by_count else self.model.decision
+        by_count, decision = self.by_count, self.model.decision
+        return by_share(self.recipe.policy.keep, decision.standing) if by_count else decision
 
     @property
     def by_count(self) -> bool:
@@ -149,7 +150,7 @@ class Trained:
     def at(self, share: float) -> Decide:
         """The learned decision at a share of the dense MACs: thresholds chosen on the holdout, or counts."""
         if self.by_count:
-            return by_share(self.shares_at(share))
+            return by_share(self.shares_at(share), self.model.decision.standing)
         gmacs = share * self.model.dense_macs / 1e9
         return self.model.decision.at(thresholds_for(self.model, self.sample(self.model), gmacs=gmacs))
 

@@ -11,6 +11,7 @@ from iared2.cli import main
 from iared2.errors import InputError
 from iared2.export import Adaptive, FixedCount, export
 from iared2.model.decide import top_k
+from iared2.model.dither import pattern
 
 # torch 2.10, of itself
 pytestmark = [
@@ -28,12 +29,13 @@ FAMILIES = {
 }
 
 
-def make(name="deit_tiny_patch16_224", dropped="gone"):
+def make(name="deit_tiny_patch16_224", dropped="gone", spread=0.0):
     torch.manual_seed(0)
     model = iared2.from_timm(name, **{**KWARGS, **FAMILIES[name], "dropped": dropped}).eval()
     with torch.no_grad():
         for interpreter in model.interpreters:  # at birth the scores of an image hardly differ
             interpreter.query.weight.mul_(30)
+    model.spread = spread
     return model
 
 
@@ -45,14 +47,23 @@ def by_count(scores, alive, group):
     return top_k(scores, alive, torch.full((len(scores),), COUNTS[group]))
 
 
+def spread_by_count(scores, alive, group):
+    """The rule of `Decision.spread` by another way, over 8 × 8 patches."""
+    return by_count(scores.double().logit() - 0.8 * pattern((8, 8)).logit(), alive, group)
+
+
 MERGED = [(name, "merged") for name in ("deit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2")]
 
 
-@pytest.fixture(scope="module", params=[*((name, "gone") for name in FAMILIES), *MERGED], ids="-".join)
+SPREAD = [("deit_tiny_patch16_224", "merged", 0.8), ("vit_small_patch14_reg4_dinov2", "gone", 0.8)]
+
+
+@pytest.fixture(scope="module", params=[*((name, "gone") for name in FAMILIES), *MERGED, *SPREAD], ids=str)
 def fixed(request):
     model = make(*request.param)
+    rule = spread_by_count if model.spread else by_count
     with torch.no_grad():
-        return model, FixedCount(model, COUNTS), model.trace(images(4, model.pretrained_cfg["input_size"]), by_count)
+        return model, FixedCount(model, COUNTS), model.trace(images(4, model.pretrained_cfg["input_size"]), rule)
 
 
 def run_onnx(path, x):
@@ -95,10 +106,10 @@ def test_onnx(fixed, tmp_path, batch_size):
     assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
 
 
-@pytest.mark.parametrize("dropped", ["gone", "merged"])
+@pytest.mark.parametrize(("dropped", "spread"), [("gone", 0.0), ("merged", 0.0), ("gone", 1.0)])
 @pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
-def test_adaptive_keeps_what_the_threshold_keeps(tmp_path, suffix, dropped):
-    model, x = make(dropped=dropped), images(8)
+def test_adaptive_keeps_what_the_threshold_keeps(tmp_path, suffix, dropped, spread):
+    model, x = make(dropped=dropped, spread=spread), images(8)
     model.calibrate(x, keep=(0.8, 0.5, 0.2))
     model.threshold = [t + 1e-6 for t in model.thresholds]  # not a score itself, lest rounding decides
     export(Adaptive(model), tmp_path / f"m{suffix}")
@@ -113,9 +124,9 @@ def test_adaptive_keeps_what_the_threshold_keeps(tmp_path, suffix, dropped):
         check(logits, ids[None], output, 1)
 
 
-@pytest.mark.parametrize("dropped", ["gone", "merged"])
-def test_adaptive_survives_an_image_that_loses_everything(tmp_path, dropped):
-    model = make(dropped=dropped)
+@pytest.mark.parametrize(("dropped", "spread"), [("gone", 0.0), ("merged", 0.0), ("gone", 1.0)])
+def test_adaptive_survives_an_image_that_loses_everything(tmp_path, dropped, spread):
+    model = make(dropped=dropped, spread=spread)
     model.threshold = [0.5, 1.0, 0.5]
     export(Adaptive(model), tmp_path / "m.onnx")
     logits, ids = run_onnx(tmp_path / "m.onnx", images(1))

@@ -13,6 +13,7 @@ import argparse
 import copy
 import importlib.util
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from .atomic import whole
 from .errors import InputError
 from .model import backbone as vit
+from .model.decide import EPS
 from .model.reduced import ReducedVisionTransformer
 from .pretrained.checkpoint import load
 
@@ -38,14 +40,17 @@ class _Dense(nn.Module):
         self.interpreters: Any = model.interpreters
         self.groups, self.num_heads = model.groups, model.backbone.blocks[0].attn.num_heads
         self.prefix, self.merged = model.backbone.num_prefix_tokens, model.dropped == "merged"
+        self.decision = model.decision
+        places = torch.empty(math.prod(model.grid_size))
+        self.offsets = self.decision.offsets(places) if model.spread else None  # a constant of the graph
         cfg = model.pretrained_cfg
         self.input_size = tuple(cfg["input_size"])
         self.about = {name: cfg.get(name) for name in ("input_size", "mean", "std", "interpolation")}
         self.about["class_names"] = model.class_names
         self.eval()
 
-    def choose(self, x: Tensor, group: int) -> Tensor | None:
-        """``x (B, S, C) -> (B, k)``: which of the patches stay; None for all."""
+    def choose(self, x: Tensor, ids: Tensor, group: int) -> Tensor | None:
+        """``x (B, S, C)`` of the patches ``ids (B, S − P)`` -> ``(B, k)``: which of them stay; None for all."""
         raise NotImplementedError
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,7 +59,7 @@ class _Dense(nn.Module):
         sizes = torch.ones_like(x[..., 0])
         ids = torch.arange(x.shape[1] - self.prefix, device=x.device).expand(x.shape[0], -1)
         for group, indices in enumerate(self.groups):
-            if (keep := self.choose(x, group)) is not None:
+            if (keep := self.choose(x, ids, group)) is not None:
                 ids = ids.gather(1, keep)
                 x, sizes = self.drop(x, sizes, keep)
             # whole: torch 2.10 cannot tell whether an unknown number of tokens is 1, and would be broadcast
@@ -74,6 +79,11 @@ class _Dense(nn.Module):
             p_hat = F.layer_norm(x[:, self.prefix :].mean(1), (width,), eps=1e-5)
         u, bias = interpreter.directions(p_hat)
         return interpreter.compare(x_hat[:, self.prefix :], u, bias)
+
+    def standing(self, x: Tensor, ids: Tensor, group: int) -> Tensor:
+        """`Decision.standing` of the patches ``ids (B, S − P)``."""
+        scores = self.score(x, group)
+        return scores if self.offsets is None else scores.logit(eps=EPS) - self.offsets[ids]
 
     def drop(self, x: Tensor, sizes: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
         """``x (B, S, C)``, and of how many patches each is the mean ``(B, S)``: what ``keep (B, k)`` names is left."""
@@ -114,10 +124,10 @@ class FixedCount(_Dense):
             )
         self.num_keep = tuple(num_keep)
 
-    def choose(self, x: Tensor, group: int) -> Tensor | None:
+    def choose(self, x: Tensor, ids: Tensor, group: int) -> Tensor | None:
         """The best-scored ``num_keep[group]``."""
         num_keep = self.num_keep[group]
-        return self.score(x, group).topk(num_keep).indices if num_keep < x.shape[1] - self.prefix else None
+        return self.standing(x, ids, group).topk(num_keep).indices if num_keep < ids.shape[1] else None
 
 
 class Adaptive(_Dense):
@@ -138,12 +148,14 @@ class Adaptive(_Dense):
             raise InputError(
                 "the adaptive form has no max_tokens or num_keep: set them to None, or export fixed counts"
             )
-        self.thresholds = model.thresholds or ()
+        self.thresholds = model.thresholds
 
-    def choose(self, x: Tensor, group: int) -> Tensor | None:
+    def choose(self, x: Tensor, ids: Tensor, group: int) -> Tensor | None:
         """What scores above the threshold."""
         threshold = self.thresholds[group]
-        return (self.score(x, group) > threshold)[0].nonzero().mT if threshold > 0 else None
+        if threshold <= 0:
+            return None
+        return (self.standing(x, ids, group) > self.decision.level(threshold))[0].nonzero().mT
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """``(1, in_chans, height, width) -> logits (1, K), patch_ids (number left,) int64``."""

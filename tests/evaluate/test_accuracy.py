@@ -132,6 +132,11 @@ def test_command(model, folder, tmp_path, capsys):
     assert "random dropping" in printed
     assert result["variants"][0]["keep_ratio"] == [1, 1, 1]
     assert result["variants"][0]["top1"] == result["variants"][1]["top1"]
+    assert main([*args, "--threshold", "0.5", "--spread", "1"]) == 0
+    spread = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["variants"][0]["keep_ratio"]
+    assert spread[0] == pytest.approx(0.5, abs=0.1), "scores at birth are near 0.5"
+    assert main([*args, "--spread", "-1"]) == 1
+    assert "spread=-1.0: give a finite number, 0 or more" in capsys.readouterr().err
     assert main([*args, "--limit", "3", "--batch-size", "2"]) == 0
     assert json.loads(capsys.readouterr().out.strip().splitlines()[-1])["images"] == 3
 

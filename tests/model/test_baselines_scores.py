@@ -6,7 +6,7 @@ from tiny import sharp_images, sharp_model
 
 from iared2 import keyed
 from iared2.explain.attention_maps import raw_attention
-from iared2.model.baselines import KINDS, CentreScores, baseline_scores
+from iared2.model.baselines import KINDS, baseline_scores, centre_scores
 from iared2.model.decide import by_share, keep_all
 
 TINY = {"img_size": (48, 32), "patch_size": 8, "embed_dim": 48, "num_heads": 3, "num_classes": 7}  # 6 × 4 patches
@@ -47,14 +47,10 @@ def test_random_scores_are_a_function_of_the_keys():
 
 @pytest.mark.parametrize("grid", [(6, 4), (5, 5), (1, 3)])
 def test_centre_scores_are_symmetric_and_fall_outwards(grid):
-    scores = CentreScores(grid)
-    packed = baseline("centre").embed(sharp_images(2))
+    found = centre_scores(grid).view(grid)
     if grid == (6, 4):
-        found = scores(packed)
-        assert torch.equal(found[0], found[1])
-        found = found[0].view(grid)
-    else:
-        found = (1 - scores.distance / scores.distance.max()).view(grid)
+        scores = baseline_scores("centre", baseline("centre"), 0)(baseline("centre").embed(sharp_images(2)))
+        assert torch.equal(scores, found.flatten().expand(2, -1))
     for turned in (found.flip(0), found.flip(1)):
         torch.testing.assert_close(found, turned)
     assert found[0, 0] == 0

@@ -65,6 +65,13 @@ def test_counts_are_whatever_holds_counts(number):
         ("max_tokens", -1),
         ("max_tokens", 2.5),
         ("max_tokens", True),
+        ("spread", -0.1),
+        ("spread", float("inf")),
+        ("spread", 10**400),
+        ("threshold", 10**400),
+        ("spread", True),
+        ("spread", "1"),
+        ("spread", None),
         ("threshold", float("nan")),
         ("threshold", (0.5, 0.5)),
         ("threshold", []),
@@ -82,13 +89,16 @@ def test_senseless_settings_are_refused_when_they_are_set(name, value):
     assert model.dropped == "gone"
 
 
-@pytest.mark.parametrize("decision", [Decision(0.4), Decision((0.1, 0.2, 0.3), max_tokens=5), Decision(num_keep=3)])
+@pytest.mark.parametrize(
+    "decision",
+    [Decision(0.4), Decision((0.1, 0.2, 0.3), max_tokens=5, spread=0.5), Decision(num_keep=3), Decision(0.4, spread=1)],
+)
 def test_a_decision_is_one_value(decision, tmp_path):
     """Setting a part to what it is changed the model; the order of assignment mattered."""
     model = iared2.from_timm("deit_tiny_patch16_224", img_size=32, embed_dim=48, num_heads=3, depth=3)
     model.decision = decision
     whole = model.decision
-    for name in ("threshold", "num_keep", "max_tokens", "decision"):
+    for name in ("threshold", "num_keep", "max_tokens", "spread", "decision"):
         setattr(model, name, getattr(model, name))
         assert model.decision == whole
     model.save(tmp_path / "m.safetensors")
@@ -100,11 +110,11 @@ def test_a_decision_is_one_value(decision, tmp_path):
 
 def test_a_threshold_ends_counts_and_leaves_the_limit():
     model = tiny_model()
-    model.max_tokens = 7
+    model.max_tokens, model.spread = 7, 0.5
     model.num_keep = (6, 5, 4)
-    assert (model.threshold, model.max_tokens) == (None, 7)
+    assert (model.threshold, model.max_tokens, model.spread) == (None, 7, 0.5)
     model.threshold = 0.3
-    assert (model.threshold, model.num_keep, model.max_tokens) == (0.3, None, 7)
+    assert (model.threshold, model.num_keep, model.max_tokens, model.spread) == (0.3, None, 7, 0.5)
     with pytest.raises(InputError, match="not both"):
         Decision(0.5, num_keep=3)
 

@@ -120,6 +120,18 @@ def test_options_reach_the_result(checkpoint: Path) -> None:
     assert [group["kept"] for group in found["groups"]] == expected.kept.tolist()
 
 
+def test_what_stays_is_spread_and_the_map_is_as_it_was(checkpoint: Path) -> None:
+    assert main(["interpret", "-p", "photos/cat.png", "-o", "plain", "-c", str(checkpoint), "-g", "1"]) == 0
+    assert main(["interpret", "-p", "photos/cat.png", "-o", "s", "-c", str(checkpoint), "-g", "1", "--spread=1"]) == 0
+    plain, spread = (json.loads(Path(folder, "result.json").read_text()) for folder in ("plain", "s"))
+    (before, *_), (after, *_) = plain["groups"], spread["groups"]
+    assert after["scores"] == before["scores"]
+    assert after["keep_ratio"] == pytest.approx(0.5, abs=0.13), "scores at birth are near 0.5"
+    assert after["kept"] != before["kept"]
+    assert (plain["model"].get("spread"), spread["model"]["spread"]) == (None, 1.0)
+    assert Path("s/interpret-result.png").read_bytes() == Path("plain/interpret-result.png").read_bytes()
+
+
 def test_one_threshold_is_for_all_groups(checkpoint: Path) -> None:
     assert interpret(["photos/woman.png"], "out", checkpoint=checkpoint, threshold=0.0) == 0
     groups = json.loads(Path("out/result.json").read_text())["groups"]
@@ -127,6 +139,8 @@ def test_one_threshold_is_for_all_groups(checkpoint: Path) -> None:
 
 
 BAD_ARGUMENTS = {
+    "spread": (["--spread", "wide"], "--spread wide: not a number"),
+    "spread below 0": (["--spread=-1"], "spread=-1.0: give a finite number, 0 or more"),
     "threshold nan": (["-t", "nan"], "give one finite number, or 3"),
     "threshold text": (["-t", "half"], "--threshold half: not a number"),
     "two thresholds": (["-t", "0.5", "0.5"], "give one finite number, or 3"),

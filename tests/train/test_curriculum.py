@@ -237,6 +237,7 @@ def test_a_run_of_an_earlier_version_goes_on(tmp_path, finished, folder, recipe,
         identity[name]["accumulate"] = identity[name].pop("grad_accum_steps")
     identity["reward"]["graded"] = identity["reward"].pop("soft_reward")
     identity["policy"]["leave_one_out"] = identity["policy"].pop("rloo")
+    identity["policy"].pop("spread")  # a setting that it did not have, at its default
     saved.write(output / "state.safetensors", tensors, config)
     (output / "model.safetensors").unlink()
     assert main(command(recipe, folder, output)) == 0
@@ -330,7 +331,11 @@ def timeless(output: Path) -> list[dict]:
     return [{k: v for k, v in r.items() if k != "images_per_second"} for r in records(output)]
 
 
-@pytest.mark.parametrize("more", [(), ("model.dropped='merged'", "policy.equal_counts=true")], ids=["", "merged"])
+@pytest.mark.parametrize(
+    "more",
+    [(), ("model.dropped='merged'", "policy.equal_counts=true"), ("policy.spread=0.5",)],
+    ids=["", "merged", "spread"],
+)
 def test_a_run_with_a_budget_resumes_exactly_and_meets_it(tmp_path, folder, budget, monkeypatch, more):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert main(command(budget, folder, whole, *settings(*more))) == 0
@@ -358,8 +363,10 @@ def test_a_run_with_a_budget_resumes_exactly_and_meets_it(tmp_path, folder, budg
     assert timeless(whole) == timeless(broken)
     model = iared2.load(whole)
     assert iared2.load(broken).threshold == model.threshold
-    assert more or model.thresholds[0] == 0
-    assert model.num_keep == ((16, 12, 12, 8) if more else None)
+    equal_counts = "policy.equal_counts=true" in more
+    assert equal_counts or model.thresholds[0] == 0
+    assert model.num_keep == ((16, 12, 12, 8) if equal_counts else None)
+    assert model.spread == (0.5 if "policy.spread=0.5" in more else 0)
 
     # the images on which the thresholds were found, the long way round
     samples = open_samples(DataConfig(str(folder), workers=0), "train")
@@ -393,7 +400,7 @@ def test_what_is_calibrated_before_each_stage(tmp_path, folder, budget, monkeypa
     assert all(torch.equal(tensor, first.teacher.state_dict()[name].cpu()) for name, tensor in dense.items())
 
 
-@pytest.mark.parametrize("decisions", ["random", "attention", "centre", "gumbel"])
+@pytest.mark.parametrize("decisions", ["random", "attention", "centre", "spread", "gumbel"])
 def test_baselines_run_the_same_stages(tmp_path, folder, budget, decisions):
     output = tmp_path / "run"
     more = settings(f"policy.decisions={decisions}", "reward.label='true'", "finetune.distill=0.0")
@@ -439,6 +446,7 @@ def test_canvases(tmp_path, folder, budget):
         (["policy.samples=1"], "policy.samples = 1 should be at least 2 for policy.rloo"),
         (["policy.temperature=0"], "policy.temperature = 0.0 should be in 0.001…1"),
         (["policy.temperature=1.5"], "policy.temperature = 1.5 should be in 0.001…1"),
+        (["policy.spread=-1"], "policy.spread = -1.0 should be in 0…10"),
         (["finetune.distill=1.5"], "finetune.distill = 1.5 should be in 0…1"),
         (["backbone.patch_drop=1"], "backbone.patch_drop = 1.0 should be in 0…0.99"),
     ],

@@ -11,6 +11,7 @@ from planted import PLANTED, learn, planted_images, untrained_model
 import iared2
 from iared2 import keyed
 from iared2.model.decide import keep_all, sample
+from iared2.model.dither import pattern
 from iared2.train import policy_gradient
 from iared2.train.finetune import FinetuneStage
 from iared2.train.policy_gradient import PolicyConfig, PolicyGradientStage, budget_shift, policy_gradient_loss
@@ -277,6 +278,33 @@ def test_probabilities_are_sharpened_as_the_stage_goes_on(enumerated):
     enumerated[0].requires_grad_(True)
 
 
+@pytest.mark.parametrize("keep", [(), (0.4, 0.4, 0.4)])
+def test_what_is_drawn_is_spread_as_what_is_deployed(keep):
+    """One distribution: p = sigmoid(logit I − s logit d + shift), whose sharpened form is the greedy decision."""
+    model = untrained_model()
+    model.spread = 0.8
+    patches = model.num_patches
+    scores = torch.rand(3, patches, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    alive = torch.rand(3, patches, generator=torch.Generator().manual_seed(1)) < 0.8
+    want = scores.logit() - 0.8 * pattern(model.grid_size).logit().float()
+    stage = stage_of(model, PolicyConfig(keep=keep, temperature=1e-3))
+    probability, _ = stage.probability(scores, alive)
+    if not keep:
+        torch.testing.assert_close(probability[alive], want.sigmoid()[alive])
+        torch.testing.assert_close(
+            *(torch.autograd.grad(p[alive].sum(), scores) for p in (probability, want.sigmoid()))
+        )
+    else:
+        shift = (probability.logit() - want)[alive]
+        torch.testing.assert_close(shift, shift[0].expand_as(shift), atol=1e-4, rtol=0)
+        assert (probability * alive).mean().item() == pytest.approx(0.4, abs=1e-4)
+    stage.progress = 1.0
+    sharp, _ = stage.probability(scores, alive)
+    greedy = stage.greedy(scores.detach(), alive)
+    assert ((sharp > 0.5)[alive] != greedy[alive]).sum() <= 1
+    assert torch.equal(greedy, model.decision(scores.detach(), alive, 0)) or keep
+
+
 def test_what_all_scores_have_in_common_is_pulled_back_and_makes_no_difference(enumerated):
     stage = stage_of(enumerated[0], PolicyConfig(keep=(0.5, 0.5, 0.5)))
     alive = torch.ones(4, 10, dtype=torch.bool)
@@ -371,8 +399,9 @@ def test_with_a_budget_and_no_labels_it_finds_the_patches_that_matter():
     assert after[others].mean() < 0.2
 
 
+@pytest.mark.parametrize("spread", [0.0, 1.0])
 @pytest.mark.parametrize("equal_counts", [True, False])
-def test_the_greedy_decision_is_the_deployed_one(equal_counts):
+def test_the_greedy_decision_is_the_deployed_one(equal_counts, spread):
     """Logged, the baseline, and what the calibrated model keeps of the same images."""
     torch.manual_seed(0)
     model = iared2.from_timm(
@@ -382,6 +411,7 @@ def test_the_greedy_decision_is_the_deployed_one(equal_counts):
         for name, p in model.named_parameters():
             if name.endswith(("query.weight", "key.weight", "pos_embed", "cls_token")):
                 p.normal_(std=0.5)
+    model.spread = spread
     images, share = torch.randn(6, 3, 32, 32), 0.92  # 59 of 64 patches
     policy = PolicyConfig(keep=(share,), equal_counts=equal_counts)
     stage = PolicyGradientStage(model, 0, RewardConfig(), policy).train()

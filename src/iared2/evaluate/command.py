@@ -37,6 +37,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--split", default="validation", help="split to evaluate on (default: validation, or test)")
     command.add_argument("--classes", nargs="+", default=[], help="use only these classes, in the model's order")
     command.add_argument("--threshold", type=float, nargs="+", help="one number, or one per group")
+    command.add_argument("--spread", type=float, help="spread the kept patches: 0 as published, 1 as if sampled")
     command.add_argument(
         "--budget",
         type=float,
@@ -65,6 +66,8 @@ def run(arguments: argparse.Namespace) -> int:
     model.pack_weights()
     if arguments.threshold:
         model.threshold = arguments.threshold
+    if arguments.spread is not None:
+        model.spread = arguments.spread
     _check(arguments, clip_length(model.pretrained_cfg))
     samples, train_samples = _open(arguments, model)
     if len(samples.class_names) != model.num_classes:

@@ -16,12 +16,13 @@ from .. import keyed
 from . import backbone as vit
 from .attention import attention_weights
 from .decide import SITE_RANDOM
+from .dither import pattern
 from .tokens import PackedTokens
 
 if TYPE_CHECKING:
     from .reduced import ReducedVisionTransformer
 
-KINDS = ("random", "attention", "centre")
+KINDS = ("random", "attention", "centre", "spread")
 
 
 class RandomScores(nn.Module):
@@ -39,18 +40,23 @@ class RandomScores(nn.Module):
         return keyed.uniform(keys, SITE_RANDOM + self.group, packed.num_patches) * packed.alive
 
 
-class CentreScores(nn.Module):
-    """Patches near the centre first, where photographers place the object."""
+class PlaceScores(nn.Module):
+    """The same scores for every image: ``scores (N,)``, by the position of a patch."""
 
-    def __init__(self, grid_size: tuple[int, ...]) -> None:
+    def __init__(self, scores: Tensor) -> None:
         super().__init__()
-        axes = [torch.linspace(-1, 1, size) if size > 1 else torch.zeros(1) for size in grid_size]
-        self.distance = torch.cartesian_prod(*axes).square().sum(1)  # a constant, not a buffer: weights stay timm's
+        self.scores = scores  # a constant, not a buffer: weights stay timm's
 
     def forward(self, packed: PackedTokens, has_class_token: bool = True) -> Tensor:
-        """``(B, N)``, 1 in the middle and 0 in the corners."""
-        scores = 1 - self.distance.to(packed.x.device) / self.distance.max()
-        return scores * packed.alive
+        """``(B, N)`` in [0, 1]."""
+        return self.scores.to(packed.x.device) * packed.alive
+
+
+def centre_scores(grid_size: tuple[int, ...]) -> Tensor:
+    """``(N,)``, 1 in the centre, where photographers place the object, and 0 in the corners."""
+    axes = [torch.linspace(-1, 1, size) if size > 1 else torch.zeros(1) for size in grid_size]
+    distance = torch.cartesian_prod(*axes).square().sum(1)
+    return 1 - distance / distance.max()
 
 
 class AttentionScores(nn.Module):
@@ -79,5 +85,7 @@ def baseline_scores(kind: str, model: ReducedVisionTransformer, group: int) -> n
     if kind == "random":
         return RandomScores(group)
     if kind == "centre":
-        return CentreScores(model.grid_size)
+        return PlaceScores(centre_scores(model.grid_size))
+    if kind == "spread":  # evenly over the grid, for any image
+        return PlaceScores(1 - pattern(model.grid_size).float())
     return AttentionScores(model.backbone.blocks[model.groups[group].start])

@@ -3,6 +3,7 @@
 Scores crowd around one value, and each group has its own crowd, so a number such as 0.51 says little about cost. Here
 each group's threshold is a quantile of the scores that living patches really have, taken group by group in one pass:
 the share kept over the whole sample is what was asked for, to a patch, and each image keeps more or less than that.
+With `Decision.spread` it is a quantile of the logits less the pattern, as a threshold.
 
 How a budget is spread over the groups follows from what the policy itself does: if it keeps the shares ``a_g`` at its
 own thresholds, the budgets are ``a_g ** alpha``, from everything (0) over its own (1) to ever less. A group that drops
@@ -134,10 +135,12 @@ def _at_shares(
     kept = []
     for group, share in enumerate(shares):
         scores = [model.score(packed, group) for packed in sample]
-        living = torch.cat([s[packed.alive] for s, packed in zip(scores, sample, strict=True)])
+        standing = map(model.decision.standing, scores)
+        living = torch.cat([s[packed.alive] for s, packed in zip(standing, sample, strict=True)])
         if living.isnan().any():
             raise InputError("the scores of some images are not numbers: look for nan or inf in the images")
-        thresholds.append(_quantile(living, round(share * sum(s.numel() for s in scores))))
+        level = _quantile(living, round(share * sum(s.numel() for s in scores)))
+        thresholds.append(model.decision.threshold_at(level))
         decide = model.decision.at(thresholds[-1])
         keep = [model.decide(s, p.alive, group, decide) for s, p in zip(scores, sample, strict=True)]
         sample = [
@@ -148,17 +151,17 @@ def _at_shares(
     return thresholds, torch.stack(kept).cpu()
 
 
-def _quantile(scores: Tensor, num_keep: int) -> float:
-    """The threshold that keeps ``num_keep`` of the scores; where equal scores straddle it, all or none of them."""
-    if num_keep >= len(scores):
-        return 0.0
+def _quantile(standing: Tensor, num_keep: int) -> float:
+    """The level above which ``num_keep`` of them stand; where equal ones straddle it, all or none of these."""
+    if num_keep >= len(standing):
+        return -math.inf
     if num_keep == 0:
-        return 1.0
-    first_to_go = scores.sort(descending=True).values[num_keep]
-    above, from_there = int((scores > first_to_go).sum()), int((scores >= first_to_go).sum())
+        return math.inf
+    first_to_go = standing.sort(descending=True).values[num_keep]
+    above, from_there = int((standing > first_to_go).sum()), int((standing >= first_to_go).sum())
     if num_keep - above <= from_there - num_keep:
         return first_to_go.item()
-    return torch.nextafter(first_to_go, first_to_go.new_zeros(())).item()
+    return torch.nextafter(first_to_go, first_to_go.new_tensor(-math.inf)).item()
 
 
 def _solve(falls: Callable[[float], float], target: float) -> float:

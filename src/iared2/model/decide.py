@@ -3,13 +3,15 @@
 A decision is a function ``(scores, alive, group) -> keep``: scores ``(B, N)``, the rest bool of that shape. The loop in
 reduced.py does not know which one it runs. `Decision` is the one that is deployed, a value that a model holds and a
 file saves. Every decision here keeps a subset of ``alive``: a dropped patch never comes back.
+
+Not in the paper: `Decision.spread`, which makes the threshold depend on the position of a patch.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from numbers import Integral
 from typing import Any, TypeVar
 
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from .. import keyed
 from ..errors import InputError
+from .dither import pattern
 
 Decide = Callable[[Tensor, Tensor, int], Tensor]
 Number = TypeVar("Number", int, float)
@@ -26,6 +29,7 @@ Number = TypeVar("Number", int, float)
 SITE_SAMPLE = 1 << 20  # sites of keyed draws; block indices (stochastic depth) lie below
 SITE_RANDOM = 2 << 20
 DEFAULT_THRESHOLD = 0.5
+EPS = 1e-6  # scores that have rounded to 0 or 1 have no logit
 
 
 @dataclass(frozen=True, init=False)
@@ -38,20 +42,29 @@ class Decision:
         num_keep: every image keeps so many patches in each group, its best-scored ones. None where thresholds decide.
         max_tokens: at most so many patches of an image, the best-scored ones, leave each group; None: no limit. Bounds
             the worst case, which thresholds do not.
+        spread: s ≥ 0. A patch stays if ``logit score > logit threshold + s · logit d``, where d is the `pattern` of the
+            grid, in (0, 1) and the same for every image and group; counts and limit order the patches by
+            ``logit score − s · logit d``. 0 is the paper. With 1 and the threshold 0.5, a region keeps the share of its
+            patches that is its mean score, as if they were drawn with their scores as probabilities.
+        grid_size: over which d is laid; a model sets it. Not a part of the value.
 
     Raises:
-        InputError: thresholds and counts, a threshold that is not a number, or a count that is not 0 or more.
+        InputError: thresholds and counts, a threshold that is not a number, or a count or spread that is not 0 or more.
     """
 
     thresholds: tuple[float, ...] | None
     num_keep: tuple[int, ...] | None
     max_tokens: int | None
+    spread: float
+    grid_size: tuple[int, ...] | None = field(compare=False, repr=False)
 
     def __init__(
         self,
         thresholds: float | Sequence[float] | Tensor | None = None,
         num_keep: int | Sequence[int] | Tensor | None = None,
         max_tokens: int | None = None,
+        spread: float = 0.0,
+        grid_size: Sequence[int] | None = None,
     ) -> None:
         if thresholds is not None and num_keep is not None:
             raise InputError("a decision takes thresholds or num_keep, not both")
@@ -61,9 +74,11 @@ class Decision:
         object.__setattr__(self, "thresholds", None if thresholds is None else _thresholds(thresholds))
         object.__setattr__(self, "num_keep", None if num_keep is None else _counts("num_keep", num_keep))
         object.__setattr__(self, "max_tokens", None if max_tokens is None else _counts("max_tokens", [max_tokens])[0])
+        object.__setattr__(self, "spread", _spread(spread))
+        object.__setattr__(self, "grid_size", grid_size and tuple(grid_size))
 
-    def for_groups(self, num_groups: int) -> Decision:
-        """The same decision with one number per group.
+    def for_model(self, grid_size: Sequence[int], num_groups: int) -> Decision:
+        """The same decision with one number per group, on this grid of patches.
 
         Raises:
             InputError: it has other than 1 or ``num_groups`` numbers.
@@ -73,26 +88,59 @@ class Decision:
             name = "num_keep" if self.num_keep else "threshold"
             raise InputError(f"{name}={list(numbers)}: give one number, or {num_groups}, one per group")
         repeats = num_groups // len(numbers)
-        return Decision(
-            self.thresholds and self.thresholds * repeats, self.num_keep and self.num_keep * repeats, self.max_tokens
-        )
+        thresholds, num_keep = (n and n * repeats for n in (self.thresholds, self.num_keep))
+        return self.but(thresholds=thresholds, num_keep=num_keep, grid_size=grid_size)
 
     def at(self, thresholds: float | Sequence[float] | Tensor) -> Decision:
-        """These thresholds in place of its own, or of its counts; ``max_tokens`` stays."""
-        return Decision(thresholds, max_tokens=self.max_tokens)
+        """These thresholds in place of its own, or of its counts; the rest stays."""
+        return self.but(thresholds=thresholds, num_keep=None)
+
+    def but(self, **parts: Any) -> Decision:
+        """The same decision with other parts."""
+        return replace(self, **parts)
 
     def __call__(self, scores: Tensor, alive: Tensor, group: int) -> Tensor:
         """``scores (B, N)``, ``alive (B, N)`` bool -> ``keep (B, N)`` bool."""
+        standing = self.standing(scores)
         if self.num_keep is not None:
-            keep = top_k(scores, alive, _of(self.num_keep, group))
+            keep = top_k(standing, alive, _of(self.num_keep, group))
         else:
             assert self.thresholds is not None
             threshold = _of(self.thresholds, group)
-            if threshold <= 0:
-                keep = alive
-            else:
-                keep = alive & (scores > threshold) if threshold < 1 else torch.zeros_like(alive)
-        return keep if self.max_tokens is None else top_k(scores, keep, self.max_tokens)
+            keep = alive if threshold <= 0 else alive & (standing > self.level(threshold))
+        return keep if self.max_tokens is None else top_k(standing, keep, self.max_tokens)
+
+    def standing(self, scores: Tensor) -> Tensor:
+        """``(B, N)`` that orders the patches and is compared with `level`: scores, or with ``spread`` `logits`."""
+        return self.logits(scores) if self.spread else scores
+
+    def logits(self, scores: Tensor) -> Tensor:
+        """``logit score − spread · logit d (B, N)``; `sample` draws with the sigmoid of them."""
+        logits = scores.logit(eps=EPS)
+        return logits - self.offsets(logits) if self.spread else logits
+
+    def offsets(self, like: Tensor) -> Tensor:
+        """``spread · logit d (N,)``, for scores like these ``(..., N)``.
+
+        Raises:
+            InputError: the decision has no grid, or one of another number of patches.
+        """
+        if math.prod(self.grid_size or ()) != like.shape[-1]:
+            raise InputError(
+                f"spread={self.spread:g} is laid over a grid of {self.grid_size}, not over {like.shape[-1]} patches:"
+                " set it in model.decision, and give images of the model's own size"
+            )
+        return (self.spread * pattern(self.grid_size or ()).logit()).to(like)
+
+    def level(self, threshold: float) -> float:
+        """What `standing` is compared with, for a threshold above 0."""
+        if threshold >= 1:
+            return math.inf
+        return math.log(threshold / (1 - threshold)) if self.spread else threshold
+
+    def threshold_at(self, level: float) -> float:
+        """The threshold whose `level` this is: 0 and 1 for −∞ and ∞."""
+        return torch.tensor(level, dtype=torch.float64).sigmoid().item() if self.spread else min(max(level, 0.0), 1.0)
 
 
 def _of(numbers: tuple[Number, ...], group: int) -> Number:
@@ -102,7 +150,7 @@ def _of(numbers: tuple[Number, ...], group: int) -> Number:
 def _thresholds(values: Any) -> tuple[float, ...]:
     try:
         numbers = tuple(np.asarray(_plain(values), dtype=np.float64).ravel().tolist())
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         numbers = ()
     if not numbers or not all(map(math.isfinite, numbers)):
         raise InputError(f"threshold={values}: give a finite number, or one per group")
@@ -115,6 +163,13 @@ def _counts(name: str, values: Any) -> tuple[int, ...]:
     if not isinstance(numbers, Sequence) or not numbers or not all(map(_is_count, numbers)):
         raise InputError(f"{name}={values}: give a number of patches, 0 or more" + ", or None" * (name == "max_tokens"))
     return tuple(int(n) for n in numbers)
+
+
+def _spread(value: Any) -> float:
+    number = _plain(value)
+    if not isinstance(number, (int, float)) or isinstance(number, bool) or not 0 <= number <= np.finfo(float).max:
+        raise InputError(f"spread={value}: give a finite number, 0 or more")
+    return float(number)
 
 
 def _plain(values: Any) -> Any:
@@ -131,9 +186,9 @@ def keep_all(scores: Tensor, alive: Tensor, group: int) -> Tensor:
     return alive
 
 
-def by_share(keep: Sequence[float]) -> Decide:
-    """Keep the best-scored share of each image's patches: one number per group, of all N patches."""
-    return lambda scores, alive, group: top_k(scores, alive, round(keep[group] * alive.shape[1]))
+def by_share(keep: Sequence[float], standing: Callable[[Tensor], Tensor] = lambda scores: scores) -> Decide:
+    """Keep a share of each image's patches, the best-scored or by `Decision.standing`: one number per group, of N."""
+    return lambda scores, alive, group: top_k(standing(scores), alive, round(keep[group] * alive.shape[1]))
 
 
 def sample(probability: Tensor, alive: Tensor, keys: Tensor, group: int, samples: int = 1) -> Tensor:

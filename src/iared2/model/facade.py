@@ -60,7 +60,7 @@ class Facade(nn.Module):
 
     @decision.setter
     def decision(self, decision: Decision) -> None:
-        self._decision = decision.for_groups(self.num_groups)
+        self._decision = decision.for_model(self.grid_size, self.num_groups)
 
     @property
     def threshold(self) -> float | tuple[float, ...] | None:
@@ -88,7 +88,7 @@ class Facade(nn.Module):
     @num_keep.setter
     def num_keep(self, num_keep: int | Sequence[int] | Tensor | None) -> None:
         if num_keep is not None:
-            self.decision = Decision(num_keep=num_keep, max_tokens=self.max_tokens)
+            self.decision = self.decision.but(thresholds=None, num_keep=num_keep)
         elif self.num_keep is not None:
             self.decision = self.decision.at(DEFAULT_THRESHOLD)
 
@@ -99,7 +99,16 @@ class Facade(nn.Module):
 
     @max_tokens.setter
     def max_tokens(self, max_tokens: int | None) -> None:
-        self.decision = Decision(self.thresholds, self.num_keep, max_tokens)
+        self.decision = self.decision.but(max_tokens=max_tokens)
+
+    @property
+    def spread(self) -> float:
+        """How far the threshold depends on the position of a patch; 0, as in the paper: not at all."""
+        return self.decision.spread
+
+    @spread.setter
+    def spread(self, spread: float) -> None:
+        self.decision = self.decision.but(spread=spread)
 
     # ---- the engine -----------------------------------------------------------------------------------------------
 
@@ -173,7 +182,9 @@ class Facade(nn.Module):
     @property
     def grid_size(self) -> tuple[int, ...]:
         """Rows and columns of patches; of clips, times, rows and columns. Patches are numbered in that order."""
-        return tuple(self.backbone.patch_embed.grid_size)
+        embed = self.backbone.patch_embed
+        padded = getattr(embed, "dynamic_img_pad", False)  # timm's grid_size leaves the padding out
+        return tuple(embed.dynamic_feat_size(embed.img_size) if padded else embed.grid_size)
 
     @property
     def pretrained_cfg(self) -> dict[str, Any]:

@@ -47,6 +47,7 @@ CONFIG: dict[str, Any] = {
     "threshold": float | list[float] | None,
     "num_keep": list[int] | None,
     "max_tokens": int | None,
+    "spread": float,
     "class_names": list[str] | None,
     "pretrained_cfg": dict,
 }
@@ -164,6 +165,7 @@ def config_of(model: ReducedVisionTransformer) -> dict[str, Any]:
         "threshold": model.thresholds,
         "num_keep": model.num_keep,
         "max_tokens": model.max_tokens,
+        "spread": model.spread,
         "class_names": model.class_names,
         "pretrained_cfg": {key: cfg.get(key) for key in PRETRAINED_CFG},
     }
@@ -185,7 +187,8 @@ def check(config: dict[str, Any]) -> dict[str, Any]:
         InputError: an entry of the configuration is missing, unknown or invalid; names the entry.
     """
     # the first files did not have all of these
-    config |= {"interpreter": "sigmoid", "dropped": "gone", "num_keep": None, "max_tokens": None} | config
+    late = {"interpreter": "sigmoid", "dropped": "gone", "num_keep": None, "max_tokens": None, "spread": 0.0}
+    config |= late | config
     if missing := CONFIG.keys() - config.keys():
         raise InputError(f"{min(missing)} is missing")
     _check_types(config, CONFIG)

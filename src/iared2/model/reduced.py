@@ -62,8 +62,8 @@ class ReducedVisionTransformer(Facade):
     Attributes:
         decision: a `Decision`, replaced as a whole. Set it at any time: it trades accuracy against compute. A
             ``decide`` that is passed to a call takes its place.
-        threshold, thresholds, num_keep, max_tokens: shorthands for parts of the decision. Setting ``threshold``
-            resets ``num_keep``, and vice versa; both keep ``max_tokens``.
+        threshold, thresholds, num_keep, max_tokens, spread: shorthands for parts of the decision. Setting ``threshold``
+            resets ``num_keep``, and vice versa; both keep the rest.
         dropped: see above.
         engine: how blocks run: "auto" takes oneDNN's fused layers for inference on a CPU and the plain layers
             elsewhere; "plain", "onednn" (refuses where it cannot) or "compiled" (``torch.compile``, for a GPU).

@@ -51,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-t", "--threshold", nargs="+", metavar="T", help="keep patches that score above T: one number or one per group"
     )
+    parser.add_argument("--spread", help="spread the kept patches: 0 as published, 1 as if sampled")
     parser.add_argument("-g", "--group", help="group whose scores make the heat map, from 1 (default: 2)")
     parser.add_argument("--colormap", default="jet", help="a colormap of matplotlib (default: %(default)s)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda if there is one)")
@@ -63,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
         args.output,
         checkpoint=args.checkpoint,
         threshold=None if args.threshold is None else [_number(text, float, "threshold") for text in args.threshold],
+        spread=None if args.spread is None else _number(args.spread, float, "spread"),
         group=None if args.group is None else _number(args.group, int, "group"),
         colormap=args.colormap,
         device=args.device,
@@ -75,6 +77,7 @@ def interpret(
     *,
     checkpoint: str | Path | None = None,
     threshold: float | Sequence[float] | None = None,
+    spread: float | None = None,
     group: int | None = None,
     colormap: str = "jet",
     device: str | None = None,
@@ -87,6 +90,7 @@ def interpret(
         output: created if missing. Other files in it are kept.
         checkpoint: for `iared2.load`.
         threshold: one number or one per group; the model's own if None.
+        spread: see `model.decide.Decision`; the model's own if None.
         group: the group whose scores make the heat map, from 1; the second if None.
         colormap: a colormap of matplotlib.
         device: for torch; if None, `cuda` if available, else `cpu`.
@@ -103,6 +107,8 @@ def interpret(
     colors(colormap)
     torch_device = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = load(checkpoint)
+    if spread is not None:
+        model.spread = spread
     if group is not None and not 1 <= group <= model.num_groups:
         raise InputError(f"there is no group {group}; the model has groups 1 to {model.num_groups}")
     predictor = (VideoPredictor if model.is_video else Predictor)(model, torch_device, checkpoint)

@@ -199,7 +199,7 @@ class BasePredictor:
             "macs": int(output.macs[0]),
             "dense_macs": self.model.dense_macs,
             "milliseconds": 1000 * seconds,
-            "model": self._about,
+            "model": self._about | ({"spread": decision.spread} if decision.spread else {}),
         }
 
     def on_device(self, one: Tensor) -> Tensor:

@@ -54,13 +54,14 @@ def _load_ours(path: Path) -> ReducedVisionTransformer:
     tensors, config = saved.read(path)
     try:
         tensors = dequantized(tensors)
-        arguments = saved.check(config)
+        arguments, num_keep = saved.check(config), config["num_keep"]
+        threshold = config["threshold"] if num_keep is None else None
+        decision = Decision(threshold, num_keep, config["max_tokens"], config["spread"])
     except InputError as error:
         raise InputError(f"{path} does not describe a model: {error}") from None
     saved.check_values(tensors, path)
     model = filled(arguments, tensors, path)
-    num_keep = config["num_keep"]
-    model.decision = Decision(config["threshold"] if num_keep is None else None, num_keep, config["max_tokens"])
+    model.decision = decision
     model.backbone.pretrained_cfg = {**model.backbone.pretrained_cfg, **config["pretrained_cfg"]}
     model.class_names = tuple(config["class_names"] or ()) or None
     return model

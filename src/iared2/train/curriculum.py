@@ -57,7 +57,7 @@ def stages_of(recipe: Recipe, model: ReducedVisionTransformer, teacher: nn.Modul
     policy, learns = recipe.policy, recipe.policy.decisions not in BASELINES
     dense = partial(FinetuneStage, model, None, patch_drop=recipe.backbone.patch_drop)
     stages = [Stage("backbone", None, recipe.backbone, dense, model.backbone, policy=False)]
-    decide = None if learns else by_share(policy.keep)
+    decide = None if learns else by_share(policy.keep, model.decision.standing)
     learn: type[PolicyGradientStage] = GumbelStage if policy.decisions == "gumbel" else PolicyGradientStage
     for i, interpreter in enumerate(model.interpreters):
         if policy.keep and policy.keep[i] == (1, *policy.keep)[i]:
@@ -97,6 +97,7 @@ def build_model(recipe: Recipe, num_classes: int, weights: bool = True) -> Reduc
         num_classes=num_classes,
         **config.timm,
     )
+    model.spread = recipe.policy.spread
     if config.checkpoint and weights:
         load_backbone_weights(model.backbone, config.checkpoint)
         model.start_interpreters()
@@ -264,7 +265,7 @@ def _saved(output: Path, identity: dict[str, Any]) -> State | None:
     if not (output / STATE).exists():
         return None
     state = load_state(output / STATE)
-    saved = _renamed(state.identity)
+    saved = _completed(state.identity, _comparable(Recipe()))
     if differing := ", ".join(key for key in identity if saved.get(key) != identity[key]):
         raise InputError(f"{output} holds a run of another recipe (other {differing}); give another --output")
     return state
@@ -319,6 +320,8 @@ def _comparable(recipe: Recipe) -> dict[str, Any]:
     return json.loads(json.dumps(tree))
 
 
-def _renamed(tree: dict[str, Any]) -> dict[str, Any]:
-    """The identity that an earlier version saved, with the current names of the settings."""
-    return {RENAMED.get(k, k): _renamed(v) if isinstance(v, dict) else v for k, v in tree.items()}
+def _completed(tree: Any, defaults: Any) -> Any:
+    """The identity that an earlier version saved, with the current names and the defaults of later settings."""
+    if not isinstance(tree, dict) or not isinstance(defaults, dict):
+        return tree
+    return defaults | {(k := RENAMED.get(old, old)): _completed(v, defaults.get(k, {})) for old, v in tree.items()}

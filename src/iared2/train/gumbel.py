@@ -34,7 +34,7 @@ class GumbelStage(PolicyGradientStage):
         scores = model.score(packed, group)
         # the difference of two Gumbel draws is logistic: one draw decides between keep and drop
         draws = keyed.uniform(keys, SITE_SAMPLE + group, scores.shape[1]).clamp(1e-6, 1 - 1e-6)
-        soft = (scores.logit(eps=1e-6) + draws.logit()).sigmoid()
+        soft = (model.decision.logits(scores) + draws.logit()).sigmoid()
         hard = (soft > 0.5).to(soft.dtype)
         mask = (hard - soft.detach() + soft) * alive  # straight through
 

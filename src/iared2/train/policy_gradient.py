@@ -20,7 +20,8 @@ Deviations from the paper, all of them settings that are off by default:
    as the threshold.
 3. ``samples`` and ``rloo``: several decisions per image; the baseline of each is the mean reward of the others (Kool et
    al., 2019). The greedy decision is then not run.
-4. ``reward.label`` and ``reward.soft_reward``: which prediction is correct, and how correct (reward.py).
+4. ``spread``: `Decision.spread` shifts the logits of draws and of the deployed decision by the same pattern.
+5. ``reward.label`` and ``reward.soft_reward``: which prediction is correct, and how correct (reward.py).
 """
 
 from __future__ import annotations
@@ -43,13 +44,16 @@ class PolicyConfig:
 
     decisions: str = "learned"
     """"learned" by REINFORCE; "gumbel": by straight-through Gumbel-softmax; or a baseline without a policy, which
-    is fine-tuned with its own decisions: "random", "attention" (of the class token), "centre"."""
+    is fine-tuned with its own decisions: "random", "attention" (of the class token), "centre", "spread"."""
     keep: tuple[float, ...] = ()
     """Shares of the patches alive after each group, D numbers that do not rise: the budget of the draws and of the
     threshold, or of a baseline. A group that drops nothing has no stages. Empty: the threshold is 0.5."""
     equal_counts: bool = False
     """Every image keeps the same number of patches, its best-scored ones (``num_keep`` of the model), and the draws
     meet the budget per image; false: one threshold for all images. Needs keep."""
+    spread: float = 0.0
+    """Spreads kept patches over the image: draws and thresholds depend on the position of a patch (`Decision.spread`).
+    0: as published; 1: as if patches were drawn with their scores as probabilities."""
     samples: int = 1
     """Sampled decisions per image and step."""
     rloo: bool = False
@@ -150,8 +154,10 @@ class PolicyGradientStage(nn.Module):
 
         With ``equal_counts``, the share is per image; otherwise it is of the batch, as in calibration.
         """
+        decision = self.model.decision
         if not self.policy.keep:
-            return self.model.decision(scores, alive, self.group)
+            return decision(scores, alive, self.group)
+        scores = decision.standing(scores)
         rows = len(scores) if self.policy.equal_counts else 1
         ranked, living = scores.reshape(rows, -1), alive.reshape(rows, -1)
         num_keep = round(self.policy.keep[self.group] * ranked.shape[1])
@@ -163,10 +169,10 @@ class PolicyGradientStage(nn.Module):
         Also returns a small loss that moves the logits by the shift. Without it, a common shift of all scores
         would not affect the draws, and would drift to where sigmoids are flat.
         """
-        policy, none = self.policy, scores.new_zeros(())
-        if policy.temperature == 1 and not policy.keep:
+        policy, decision, none = self.policy, self.model.decision, scores.new_zeros(())
+        if policy.temperature == 1 and not policy.keep and not decision.spread:
             return scores, none
-        logits = scores.masked_fill(~alive, 0.5).logit(eps=1e-6) / policy.temperature**self.progress
+        logits = decision.logits(scores.masked_fill(~alive, 0.5)) / policy.temperature**self.progress
         if not policy.keep:
             return logits.sigmoid(), none
         shift = budget_shift(logits.detach(), alive, policy.keep[self.group], policy.equal_counts)
