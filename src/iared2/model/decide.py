@@ -10,6 +10,7 @@ Not in the paper: `Decision.spread`, which makes the threshold depend on the pos
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral
@@ -167,7 +168,7 @@ def _counts(name: str, values: Any) -> tuple[int, ...]:
 
 def _spread(value: Any) -> float:
     number = _plain(value)
-    if not isinstance(number, (int, float)) or isinstance(number, bool) or not 0 <= number <= np.finfo(float).max:
+    if not isinstance(number, (int, float)) or isinstance(number, bool) or not 0 <= number <= sys.float_info.max:
         raise InputError(f"spread={value}: give a finite number, 0 or more")
     return float(number)
 
