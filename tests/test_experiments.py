@@ -61,6 +61,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_tables_from_command_to_files(experiments: Any, data: Path, tmp_path: Path, monkeypatch: Any) -> None:
     iared2.from_timm("deit_tiny_patch16_224", num_classes=40, **SMALL).save(tmp_path / "backbone.safetensors")
     settings = [
@@ -94,6 +95,7 @@ def test_tables_from_command_to_files(experiments: Any, data: Path, tmp_path: Pa
     assert experiments.main() == 1
 
 
+@pytest.mark.slow
 def test_moving_from_command_to_files(experiments: Any, data: Path, tmp_path: Path, monkeypatch: Any) -> None:
     import moving
 

@@ -11,6 +11,7 @@ from nbclient import NotebookClient
 NOTEBOOK = Path(__file__).resolve().parents[1] / "examples" / "notebook.ipynb"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of Jupyter's own making; the kernel is another process
 def test_the_example_notebook_runs():
     notebook = nbformat.read(NOTEBOOK, 4)

@@ -129,6 +129,7 @@ def test_a_run_has_all_stages_and_its_model_loads(finished):
     assert list((finished / "tensorboard").iterdir())
 
 
+@pytest.mark.slow
 def test_killed_anywhere_it_ends_with_the_same_weights(tmp_path, folder, recipe, finished):
     """SIGKILL in the middle of several stages, then go on: the weights agree bit for bit."""
     output = tmp_path / "run"
@@ -154,6 +155,7 @@ def test_killed_anywhere_it_ends_with_the_same_weights(tmp_path, folder, recipe,
     assert [{k: v for k, v in r.items() if k != "images_per_second"} for r in records(output)] == timeless
 
 
+@pytest.mark.slow
 def test_two_processes_take_the_same_steps_as_one(tmp_path, folder, recipe):
     """Same global batch, so the same gradient; dropout and mixup are off, since their draws belong to a process."""
     off = ["backbone.mixup=0.0", "backbone.epochs=1", "model.timm.proj_drop_rate=0.0", "finetune.grad_accum_steps=1"]

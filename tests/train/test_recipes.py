@@ -162,6 +162,7 @@ def test_shards_are_the_same_as_a_folder(shards: Path, backbone: Path, tmp_path:
     assert all(torch.equal(weights[name], tensor) for name, tensor in alone.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("machines", [1, 2])
 def test_two_processes_of_torchrun_are_the_same_as_one(
     machines: int, shards: Path, backbone: Path, tmp_path: Path, alone: dict[str, torch.Tensor]

@@ -95,6 +95,7 @@ PLACES = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_signal_anywhere_leaves_a_checkpoint_from_which_the_run_goes_on_exactly(tmp_path, train, capsys, monkeypatch):
     assert train("whole") == 0
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
