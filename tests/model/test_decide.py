@@ -78,6 +78,8 @@ def test_counts_are_whatever_holds_counts(number):
         ("threshold", "half"),
         ("threshold", None),
         ("dropped", "nonsense"),
+        ("decision", 0.4),
+        ("decision", None),
     ],
 )
 def test_senseless_settings_are_refused_when_they_are_set(name, value):

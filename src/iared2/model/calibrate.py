@@ -50,7 +50,7 @@ def thresholds_for(
         model: a `ReducedVisionTransformer` in evaluation mode. Its ``max_tokens`` holds.
         images: ``(B, in_chans, height, width)``, a sample of what the model will see; a few hundred are plenty.
         keep: share of the patches that the blocks run on, 0…1, mean over blocks and images. Or D shares, one a group.
-        gmacs: mean multiply-adds of an image in 10⁹, interpreters included.
+        gmacs: mean 10⁹ MACs per image, including the interpreters.
         latency_ms: milliseconds of a forward pass of one image alone, median over the first images of the sample, on
             the device where the model is. Measured, so it is as steady as the machine.
 

@@ -60,6 +60,8 @@ class Facade(nn.Module):
 
     @decision.setter
     def decision(self, decision: Decision) -> None:
+        if not isinstance(decision, Decision):
+            raise InputError(f"decision={decision!r:.100}: give a Decision; numbers go to threshold or num_keep")
         self._decision = decision.for_model(self.grid_size, self.num_groups)
 
     @property
