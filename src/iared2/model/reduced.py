@@ -179,16 +179,14 @@ class ReducedVisionTransformer(Facade):
         """``num_kept (D, B)`` patches in each group -> ``(B,)`` int64 MACs, including the interpreters (`macs`)."""
         return macs.reduced_macs(self, num_kept, num_patches or self.num_patches)
 
-    def calibrate(
-        self,
-        images: Tensor,
-        *,
-        keep: float | Sequence[float] | None = None,
-        gmacs: float | None = None,
-        latency_ms: float | None = None,
-    ) -> tuple[float, ...]:
-        """Set and return the thresholds that meet one budget on ``images`` (`calibrate.thresholds_for`)."""
-        self.threshold = calibrate.thresholds_for(self, images, keep=keep, gmacs=gmacs, latency_ms=latency_ms)
+    def calibrate(self, images: Tensor, **budget: Any) -> tuple[float, ...]:
+        """Set and return the thresholds that meet one budget on ``images``.
+
+        Args:
+            images: ``(B, in_chans, height, width)``, a sample of what the model will see.
+            budget: one of ``keep``, ``gmacs`` and ``latency_ms``, as for `calibrate.thresholds_for`.
+        """
+        self.threshold = calibrate.thresholds_for(self, images, **budget)
         return self.thresholds or ()
 
     def save(self, path: Path | str, half: bool = False, int8: bool = False) -> None:

@@ -80,7 +80,7 @@ def measure(
     num_patches = model.backbone.patch_embed.num_patches
     num_keep = round(keep_ratio * num_patches)
 
-    policy = PolicyGradientStage(_keeping(model, keep_ratio), group, RewardConfig()).train()
+    policy = PolicyGradientStage(_keeping(model, keep_ratio), [group], RewardConfig()).train()
     finetune = FinetuneStage(_keeping(model, keep_ratio), group).train()
     dense = FinetuneStage(deepcopy(model), group).train()  # for its choice of what learns
     whole = deepcopy(model).eval()
