@@ -38,6 +38,9 @@ LOADER = {
     *("scriptable", "exportable", "no_jit", "use_naflex", "out_indices", "device", "dtype"),
 }
 """Arguments that describe the source of weights, not the model; files of version 0.1.0 may contain them."""
+POLICY = "interpreters."
+"""Prefix of the tensors of the policy."""
+FINGERPRINT = "fingerprint"
 CONFIG: dict[str, Any] = {
     "architecture": str,
     "model_args": dict,
@@ -78,6 +81,25 @@ def save(model: ReducedVisionTransformer, path: Path | str, half: bool = False, 
         tensors = {name: t.half() if t.is_floating_point() else t for name, t in tensors.items()}
     check_values(tensors, path)
     write(path, quantized(tensors) if int8 else tensors, config_of(model))
+
+
+def save_policy(model: ReducedVisionTransformer, path: Path | str) -> None:
+    """Write the interpreters alone, with the configuration of the model and a `fingerprint` of the backbone.
+
+    Raises:
+        InputError: as for `save`.
+    """
+    tensors = {name: t for name, t in model.state_dict().items() if name.startswith(POLICY)}
+    check_values(tensors, path)
+    write(path, tensors, {**config_of(model), FINGERPRINT: fingerprint(model.backbone)})
+
+
+def fingerprint(backbone: Any) -> list[float]:
+    """Mean magnitudes of the weights of each block and of the head: alike for the same weights rounded to 8 bits."""
+    parts = [list(part.parameters()) for part in (*backbone.blocks, backbone.head)]
+    with torch.no_grad():
+        means = [torch.cat([p.float().abs().flatten() for p in part]).mean().item() for part in parts if part]
+    return [round(mean, 6) for mean in means]
 
 
 def write(path: Path | str, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
@@ -191,7 +213,7 @@ def check(config: dict[str, Any]) -> dict[str, Any]:
     config |= late | config
     if missing := CONFIG.keys() - config.keys():
         raise InputError(f"{min(missing)} is missing")
-    _check_types(config, CONFIG)
+    _check_types(config, {**CONFIG, FINGERPRINT: list[float]})
     _check_types(config["pretrained_cfg"], PRETRAINED_CFG, "pretrained_cfg.")
     args = {key: value for key, value in config["model_args"].items() if key not in LOADER}
     _check_types(args, architectural(), "model_args.")

@@ -192,3 +192,7 @@ class ReducedVisionTransformer(Facade):
     def save(self, path: Path | str, half: bool = False, int8: bool = False) -> None:
         """Write weights and configuration to one file (`file.save`); ``iared2.load`` reads it."""
         file.save(self, path, half, int8)
+
+    def save_policy(self, path: Path | str) -> None:
+        """Write the interpreters alone (`file.save_policy`), for ``iared2.load(path, backbone)``."""
+        file.save_policy(self, path)

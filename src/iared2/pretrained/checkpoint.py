@@ -6,7 +6,8 @@ import importlib.resources
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile, is_zipfile
@@ -32,39 +33,89 @@ MAX_DEPTH, MAX_VALUES = 1000, 1 << 27
 """Limits for a model in a file: its blocks, and the numbers that it needs besides its weights."""
 
 
-def load(path: Path | str | None = None) -> ReducedVisionTransformer:
+def load(
+    path: Path | str | None = None, backbone: nn.Module | Path | str | None = None, pretrained: bool = False
+) -> ReducedVisionTransformer:
     """Load a reduced model, in evaluation mode, on the CPU.
 
     Args:
         path: a file of ``model.save``, a folder with such a ``model.safetensors`` (a run of ``iared2 train``), or a
             file in the layout of the authors' interpretation tool; detected by content, not by name. None, or the
             string ``"box"``: the model in the box, even if there is a file of that name; for the file, use ``"./box"``.
+            Or a file of ``model.save_policy``, which needs one of the following.
+        backbone: the timm model on whose weights the policy was trained, which is used unchanged, or a file of these
+            weights.
+        pretrained: these are timm's own weights: download them.
 
     Raises:
         InputError: no such file, not a checkpoint, or a tensor is missing, unexpected, of the wrong shape or kind, or
-            not finite.
+            not finite. Or a backbone is missing, superfluous, or not the one of the policy.
     """
     if path is None or path == BOX:
         path = str(importlib.resources.files("iared2") / "box")
     path = Path(path, "model.safetensors") if os.path.isdir(path) else Path(path)
-    return (_load_ours if saved.is_safetensors(path) else _load_authors)(path).eval()
+    tensors, config = saved.read(path) if saved.is_safetensors(path) else ({}, None)
+    if config and saved.FINGERPRINT in config:
+        return _load_policy(path, tensors, config, backbone, pretrained).eval()
+    if backbone is not None or pretrained:
+        raise InputError(f"{path} is not a policy alone: it has its own backbone, so give no other")
+    return (_load_authors(path) if config is None else _load_ours(path, tensors, config)).eval()
 
 
-def _load_ours(path: Path) -> ReducedVisionTransformer:
-    tensors, config = saved.read(path)
-    try:
-        tensors = dequantized(tensors)
-        arguments, num_keep = saved.check(config), config["num_keep"]
-        threshold = config["threshold"] if num_keep is None else None
-        decision = Decision(threshold, num_keep, config["max_tokens"], config["spread"])
-    except InputError as error:
-        raise InputError(f"{path} does not describe a model: {error}") from None
+def _load_ours(path: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> ReducedVisionTransformer:
+    with _describing(path):
+        tensors, arguments, decision = dequantized(tensors), saved.check(config), _decision(config)
     saved.check_values(tensors, path)
-    model = filled(arguments, tensors, path)
+    return _configured(filled(arguments, tensors, path), config, decision)
+
+
+def _load_policy(
+    path: Path, tensors: dict[str, Tensor], config: dict[str, Any], backbone: Any, pretrained: bool
+) -> ReducedVisionTransformer:
+    with _describing(path):
+        arguments, decision = saved.check(config), _decision(config)
+    saved.check_values(tensors, path)
+    if (backbone is not None) == pretrained:
+        raise InputError(
+            f"{path} is a policy alone: give backbone=, the {arguments['backbone']} on whose weights it was trained or"
+            " a file of them, or pretrained=True to download timm's"
+        )
+    tensors = {name.removeprefix(saved.POLICY): tensor for name, tensor in tensors.items()}
+    if isinstance(backbone, nn.Module):
+        model = from_timm(backbone, **{key: arguments[key] for key in ("groups", "interpreter", "dropped")})
+        load_strictly(model.interpreters, tensors, path)
+    else:
+        model = filled(arguments, tensors, path, lambda model: model.interpreters)
+        if pretrained:
+            model.backbone = from_timm(**arguments, pretrained=True).backbone
+        else:
+            load_backbone_weights(model.backbone, backbone)
+    found, expected = saved.fingerprint(model.backbone), config[saved.FINGERPRINT]
+    if len(found) != len(expected) or any(abs(a / b - 1) > 0.01 for a, b in zip(found, expected, strict=True) if b):
+        raise InputError(f"{path} is a policy for other weights than those of this backbone")
+    return _configured(model, config, decision)
+
+
+def _configured(
+    model: ReducedVisionTransformer, config: dict[str, Any], decision: Decision
+) -> ReducedVisionTransformer:
     model.decision = decision
     model.backbone.pretrained_cfg = {**model.backbone.pretrained_cfg, **config["pretrained_cfg"]}
     model.class_names = tuple(config["class_names"] or ()) or None
     return model
+
+
+def _decision(config: dict[str, Any]) -> Decision:
+    threshold = config["threshold"] if config["num_keep"] is None else None
+    return Decision(threshold, config["num_keep"], config["max_tokens"], config["spread"])
+
+
+@contextmanager
+def _describing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{path} does not describe a model: {error}") from None
 
 
 def filled(

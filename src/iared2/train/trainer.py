@@ -272,7 +272,7 @@ class Trainer:
         model, live, held = self.model, None, self.stop.held
         self.stop.held = False  # may take long; no process waits for another one before the end
         try:
-            if stage.policy and stage.budget:  # scores have moved since the thresholds were set
+            if stage.policy and self.recipe.policy.joint:  # scores have moved since the thresholds were set
                 self.calibrate(stage.budget)
             if learning.ema:  # judge the average, then put the live weights back
                 with self.stop.whole():
