@@ -73,7 +73,7 @@ def test_another_backbone_is_refused(model, tmp_path):
     for backbone in (other, head, deeper):
         with pytest.raises(iared2.InputError, match="for other weights"):
             iared2.load(path, backbone)
-    with pytest.raises(iared2.InputError, match="ResNet|support"):
+    with pytest.raises(iared2.InputError, match=r"ResNet|support"):
         iared2.load(path, timm.create_model("resnet10t"))
     with pytest.raises(iared2.InputError, match="does not fit the model"):
         iared2.load(path, timm.create_model(FAMILY[0], **{**FAMILY[1], "embed_dim": 64}))

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import keyed
@@ -22,7 +23,7 @@ from .tokens import PackedTokens
 if TYPE_CHECKING:
     from .reduced import ReducedVisionTransformer
 
-KINDS = ("random", "attention", "centre", "spread")
+KINDS = ("random", "attention", "centre", "spread", "shift", "similarity")
 
 
 class RandomScores(nn.Module):
@@ -80,6 +81,43 @@ class AttentionScores(nn.Module):
         return packed.to_dense(torch.cat(received))[:, packed.num_prefix_tokens :]
 
 
+class ShiftScores(nn.Module):
+    """How far the MLP of the following block moves a patch: the L2 norm of its branch, as a share of the largest.
+
+    The representation shift of Lee et al. (ICCV 2025), which needs no attention map. Theirs is taken in the block
+    before the decision, after its attention.
+
+    Args:
+        block: the first block of the group.
+    """
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        self._block = (block,)
+
+    def forward(self, packed: PackedTokens, has_class_token: bool = True) -> Tensor:
+        """``(B, N)`` in [0, 1]."""
+        block = self._block[0]
+        branch = block.ls2(block.mlp(block.norm2(packed.x))).float()
+        moved = packed.to_dense(branch.norm(dim=1))[:, packed.num_prefix_tokens :]
+        return moved / moved.amax(1, keepdim=True).clamp_min(1e-9)
+
+
+class SimilarityScores(nn.Module):
+    """How little a patch is like the most similar one of its image: token merging's order, but dropped (ToMe)."""
+
+    def forward(self, packed: PackedTokens, has_class_token: bool = True) -> Tensor:
+        """``(B, N)`` in [0, 1]: half of 1 − the largest cosine similarity to another patch alive."""
+        prefix, found = packed.num_prefix_tokens, []
+        for rows in packed.buckets(packed.x):
+            patches = F.normalize(rows[:, prefix:].float(), dim=2)
+            alike = patches @ patches.mT
+            alike.diagonal(dim1=1, dim2=2).fill_(-1)
+            largest = alike.amax(2) if patches.shape[1] else alike.new_zeros(len(rows), 0)
+            found.append(F.pad((1 - largest) / 2, (prefix, 0)).flatten())
+        return packed.to_dense(torch.cat(found))[:, prefix:]
+
+
 def baseline_scores(kind: str, model: ReducedVisionTransformer, group: int) -> nn.Module:
     """The scores of one of ``KINDS`` for one group of a `ReducedVisionTransformer`."""
     if kind == "random":
@@ -88,4 +126,7 @@ def baseline_scores(kind: str, model: ReducedVisionTransformer, group: int) -> n
         return PlaceScores(centre_scores(model.grid_size))
     if kind == "spread":  # evenly over the grid, for any image
         return PlaceScores(1 - pattern(model.grid_size).float())
-    return AttentionScores(model.backbone.blocks[model.groups[group].start])
+    if kind == "similarity":
+        return SimilarityScores()
+    block = model.backbone.blocks[model.groups[group].start]
+    return (ShiftScores if kind == "shift" else AttentionScores)(block)

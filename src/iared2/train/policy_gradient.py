@@ -51,7 +51,8 @@ class PolicyConfig:
 
     decisions: str = "learned"
     """"learned" by REINFORCE; "gumbel": by straight-through Gumbel-softmax; or a baseline without a policy, which
-    is fine-tuned with its own decisions: "random", "attention" (of the class token), "centre", "spread"."""
+    is fine-tuned with its own decisions: "random", "attention" (of the class token), "centre", "spread" (evenly),
+    "shift" (how far the following MLP moves a patch), "similarity" (the most similar go first)."""
     keep: tuple[float, ...] = ()
     """Shares of the patches alive after each group, D numbers that do not rise: the budget of the draws and of the
     threshold, or of a baseline. A group that drops nothing has no stages. Empty: the threshold is 0.5."""
