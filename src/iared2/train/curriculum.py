@@ -193,7 +193,7 @@ def train(recipe: Recipe, output: Path, data: RunData | None = None) -> Path:
     Args:
         recipe: the recipe.
         output: the run's folder: ``state.safetensors`` (resume), ``model.safetensors`` (result), ``metrics.jsonl`` and
-            ``tensorboard/``.
+            ``tensorboard/``; with a frozen backbone also ``policy.safetensors``, the policy alone.
         data: replaces the data of the recipe.
 
     Returns:
@@ -312,6 +312,8 @@ def _finish(trainer: Trainer) -> Path:
     if trainer.accelerator.is_main_process:
         model.eval().requires_grad_(True)
         model.save(path)
+        if not trainer.recipe.backbone.epochs and not trainer.recipe.finetune.epochs:
+            model.save_policy(trainer.output / "policy.safetensors")
     return path
 
 
