@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import keyed
-from . import backbone as vit
 from .attention import attention_weights
+from .block import before_attention
 from .decide import SITE_RANDOM
 from .dither import pattern
 from .tokens import PackedTokens
@@ -64,15 +64,16 @@ class AttentionScores(nn.Module):
 
     Args:
         block: the first block of the group.
+        index: its number in the backbone.
     """
 
-    def __init__(self, block: Any) -> None:
+    def __init__(self, block: Any, index: int) -> None:
         super().__init__()
-        self._block = (block,)  # in a tuple, so that its weights are not listed twice
+        self._block, self._index = (block,), index  # in a tuple, so that its weights are not listed twice
 
     def forward(self, packed: PackedTokens, has_class_token: bool = True) -> Tensor:
         """``(B, N)`` in [0, 1]; without a class token, the mean over all tokens as queries."""
-        q, k, _, _ = vit.before_attention(self._block[0], packed.x)
+        q, k, _, _ = before_attention(self._block[0], packed.x, packed.rotary_rows(self._index))
         received = []
         for weights in attention_weights(q, k, packed):  # (images, H, length, length)
             mean = weights.mean(1)
@@ -88,4 +89,5 @@ def baseline_scores(kind: str, model: ReducedVisionTransformer, group: int) -> n
         return PlaceScores(centre_scores(model.grid_size))
     if kind == "spread":  # evenly over the grid, for any image
         return PlaceScores(1 - pattern(model.grid_size).float())
-    return AttentionScores(model.backbone.blocks[model.groups[group].start])
+    index = model.groups[group].start
+    return AttentionScores(model.backbone.blocks[index], index)
