@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from oracle import masked_forward
 from timm.models.eva import EvaBlockPostNorm
-from timm.models.vision_transformer import ParallelThingsBlock, ResPostBlock
+from timm.models.vision_transformer import ResPostBlock
 from tiny import sharp_images, sharp_model
 from torch import Tensor
 
@@ -21,8 +21,6 @@ from iared2.explain.gradients import KIN, STEPS, grad_cam, integrated_gradients,
 from iared2.model.decide import Decision, keep_all
 
 TARGET = torch.tensor([3, 0, 6, 1, 5])
-BARE = ResPostBlock, EvaBlockPostNorm, ParallelThingsBlock
-"""Blocks with no norm before attention, or two: maps are of the tokens that enter."""
 
 
 def unit(maps: Tensor) -> Tensor:
@@ -33,30 +31,33 @@ def unit(maps: Tensor) -> Tensor:
 def plain_cam(model: ReducedVisionTransformer, images: Tensor, decide, method: str, block: int) -> Tensor:
     """The formulas of the papers on dense activations (B, C, rows, columns); those of dead patches are 0."""
     seen, there = [], model.backbone.blocks[block]
-    if type(there) in BARE:
-        hook = there.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    if type(there) in (ResPostBlock, EvaBlockPostNorm):  # no norm before attention
+        hooks = [there.register_forward_pre_hook(lambda _, args: seen.append(args[0]))]
     else:
-        norm = getattr(there, "in_norm", None) or there.norm1
-        hook = norm.register_forward_hook(lambda *args: seen.append(args[2]))
+        norms = [part.norm for part in there.attns] if hasattr(there, "attns") else [getattr(there, "in_norm", None)]
+        hooks = [(norm or there.norm1).register_forward_hook(lambda *args: seen.append(args[2])) for norm in norms]
     logits, _, kept = masked_forward(model, images, decide)
-    hook.remove()
+    for hook in hooks:
+        hook.remove()
     group = next(g for g, blocks in enumerate(model.groups) if block in blocks)
     chosen = logits.gather(1, TARGET[:, None]).sum()
-    grad = torch.autograd.grad(chosen, seen[0])[0]
-    a, g = (
-        (x[:, model.backbone.num_prefix_tokens :] * kept[group][..., None]).mT.unflatten(2, model.grid_size).detach()
-        for x in (seen[0], grad)
-    )
-    if method == "gradcam":
-        cam = (g.mean((2, 3), keepdim=True) * a).sum(1)
-    elif method == "gradcam++":
-        alpha = g**2 / (2 * g**2 + a.sum((2, 3), keepdim=True) * g**3 + 1e-6)
-        cam = ((torch.where(g != 0, alpha, 0) * g.relu()).sum((2, 3), keepdim=True) * a).sum(1)
-    elif method == "hirescam":
-        cam = (g * a).sum(1)
-    else:
-        cam = (g.relu() * a).sum(1)
-    return unit(F.interpolate(unit(cam.relu())[:, None], images.shape[-2:], mode="bilinear")[:, 0])
+    cams = []
+    for activations, gradient in zip(seen, torch.autograd.grad(chosen, seen), strict=True):
+        a, g = (
+            (x[:, model.backbone.num_prefix_tokens :] * kept[group][..., None]).mT.unflatten(2, model.grid_size)
+            for x in (activations.detach(), gradient)
+        )
+        if method == "gradcam":
+            cam = (g.mean((2, 3), keepdim=True) * a).sum(1)
+        elif method == "gradcam++":
+            alpha = g**2 / (2 * g**2 + a.sum((2, 3), keepdim=True) * g**3 + 1e-6)
+            cam = ((torch.where(g != 0, alpha, 0) * g.relu()).sum((2, 3), keepdim=True) * a).sum(1)
+        elif method == "hirescam":
+            cam = (g * a).sum(1)
+        else:
+            cam = (g.relu() * a).sum(1)
+        cams.append(F.interpolate(unit(cam.relu())[:, None], images.shape[-2:], mode="bilinear")[:, 0])
+    return unit(sum(cams))
 
 
 @pytest.mark.parametrize("dense", [True, False], ids=["dense", "reduced"])
@@ -64,9 +65,7 @@ def test_grad_cam_and_its_kin_equal_the_oracle(family, dense):
     model, images = sharp_model(family), sharp_images()
     decide = keep_all if dense else Decision(model.thresholds)
     blocks = (len(model.backbone.blocks) - 1, 2)
-    # without a norm, Grad-CAM++ divides by sums close to zero, and rounding shows
-    kin = [m for m in KIN if m != "gradcam++" or type(model.backbone.blocks[0]) not in BARE]
-    for method, block in ((m, b) for m in kin for b in blocks):
+    for method, block in ((m, b) for m in KIN for b in blocks):
         found = grad_cam(model.backbone if dense else model, images, TARGET, method, block)
         expected = plain_cam(model, images, decide, method, block)
         torch.testing.assert_close(unit(found), expected, rtol=0, atol=1e-4)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..model import backbone as vit
-from ..model.block import parts
+from ..model.block import NOTHING, parts
 from ..model.decide import Decide
 from ..model.reduced import ReducedVisionTransformer
 from .forward import backbone_of, private_twin, tokens_by_block
@@ -44,7 +44,7 @@ def grad_cam(model: Any, images: Tensor, target: Tensor | None, method: str = "g
     """Grad-CAM (Selvaraju et al. 2017) on the input of the attention of a block: after its first norm.
 
     The package recommends this for vision transformers: after the last attention, the class token does not depend on
-    patches, so their gradient is 0. A block without such a norm, or with several: on its tokens as they enter.
+    patches, so their gradient is 0. In a post-norm block: on the tokens that enter; with several attentions: the mean.
 
     Args:
         model: reduced or dense.
@@ -60,7 +60,8 @@ def grad_cam(model: Any, images: Tensor, target: Tensor | None, method: str = "g
     twin = private_twin(model)
     network = _Classifier(twin, block % len(backbone_of(twin).blocks))
     attns = parts(backbone_of(twin).blocks[block]).attns
-    layer = network.entrance if len(attns) > 1 or type(attns[0].before) is nn.Identity else attns[0].before
+    # the package takes the mean over several layers
+    layers = [network.entrance if branch.before is NOTHING else branch.before for branch in attns]
     rows, columns = backbone_of(twin).patch_embed.dynamic_feat_size(images.shape[-2:])
 
     def grid(x: Tensor) -> Tensor:  # (T, C) -> (B, C, rows, columns), 0 where the patch was dropped
@@ -68,7 +69,7 @@ def grad_cam(model: Any, images: Tensor, target: Tensor | None, method: str = "g
         dense = packed.to_dense(x.float())[:, packed.num_prefix_tokens :]
         return dense.mT.unflatten(2, (rows, columns))
 
-    return run_cam(getattr(package, KIN[method]), network, [layer], images, target, grid)
+    return run_cam(getattr(package, KIN[method]), network, layers, images, target, grid)
 
 
 def run_cam(

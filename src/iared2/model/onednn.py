@@ -235,5 +235,6 @@ def linear_add(
     if type(after) is nn.Identity and _fits(layer, x):
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weights.weight(layer), layer.bias, "add")
     y = linear(layer, x, weights)
-    gamma: Any = after.gamma if type(after) is LayerScale else after
-    return torch.addcmul(residual, y, gamma) if isinstance(gamma, Tensor) else add(residual, y, gamma)
+    if isinstance(after, LayerScale):
+        after = after.gamma
+    return torch.addcmul(residual, y, after) if isinstance(after, Tensor) else add(residual, y, after)
