@@ -36,6 +36,15 @@ FAMILIES: dict[str, dict] = {
     "vit_base_patch16_siglip_224": {"depth": 6},  # no class token, attention pooling
     "vit_medium_patch16_gap_256": {"depth": 6},  # average pooling, no class token
     "vit_small_patch16_224": {"depth": 6, "qk_norm": True, "global_pool": "avg"},  # pools patches, has a class token
+    "vit_base_patch16_rpn_224": {"depth": 3},  # post-norm
+    "vit_small_patch16_18x2_224": {"depth": 3},  # two attentions, then two MLPs in parallel
+    "vit_base_patch16_xp_224": {"depth": 3},  # attention and MLP in parallel
+    "vit_small_patch16_dinov3": {"depth": 4, "global_pool": "token"},  # rotary, registers, layer scale
+    "eva02_tiny_patch14_224": {"depth": 3},  # rotary and absolute positions, gated MLP, average pooling
+    "eva02_base_patch14_448": {"depth": 3},  # split projections, norms in attention and MLP
+    "vit_pe_core_small_patch16_384": {"depth": 3},  # pools all tokens by attention
+    "vit_base_patch16_rope_mixed_224": {"depth": 3},  # angles are learned, per block and head
+    "vit_base_patch16_sapiens2": {"depth": 3, "num_kv_heads": (3, 1, 3)},  # keys shared by heads
 }
 
 
