@@ -140,9 +140,12 @@ def filled(
             raise InputError(f"inputs of {size} are too large")
     except InputError as error:
         raise InputError(f"{path} does not describe a model: {error}") from None
-    _check_fit(part(model), tensors, path)
-    model = from_timm(**arguments)
-    part(model).load_state_dict(tensors)
+    expected = _check_fit(part(model), tensors, path)
+    # without a second model, whose random weights would take most of the time of loading; a copy of what lies in the file
+    part(model).load_state_dict({n: t.to(expected[n].dtype, copy=True) for n, t in tensors.items()}, assign=True)
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):  # the file has not all of them
+        model = from_timm(**arguments)
+        part(model).load_state_dict(tensors)
     return model
 
 
@@ -156,7 +159,8 @@ def load_strictly(model: nn.Module, tensors: dict[str, Tensor], path: Path | str
     model.load_state_dict(tensors)
 
 
-def _check_fit(model: nn.Module, tensors: dict[str, Tensor], path: Path | str) -> None:
+def _check_fit(model: nn.Module, tensors: dict[str, Tensor], path: Path | str) -> dict[str, Tensor]:
+    """The tensors of the model, if those of the file fit."""
     expected, wrong = model.state_dict(), None
     missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or extra:
@@ -171,6 +175,7 @@ def _check_fit(model: nn.Module, tensors: dict[str, Tensor], path: Path | str) -
             wrong = wrong or f"{name} has numbers of {have.dtype}, expected {want.dtype}"
     if wrong:
         raise InputError(f"{path} does not fit the model: {wrong}")
+    return expected
 
 
 def load_backbone_weights(backbone: Any, path: Path | str) -> None:
