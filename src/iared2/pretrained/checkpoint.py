@@ -15,9 +15,10 @@ from zipfile import ZipFile, is_zipfile
 import torch
 from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
-from timm.models import clean_state_dict
+from timm.models import clean_state_dict, filter_pretrained_cfg
 from torch import Tensor, nn
 
+from ..data.batches import WHOLE
 from ..errors import InputError
 from ..model import file as saved
 from ..model.decide import Decision
@@ -66,7 +67,11 @@ def _load_ours(path: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -
     with _describing(path):
         tensors, arguments, decision = dequantized(tensors), saved.check(config), _decision(config)
     saved.check_values(tensors, path)
-    return _configured(filled(arguments, tensors, path), config, decision)
+    model = _configured(filled(arguments, tensors, path), config, decision)
+    # timm's entry of this name describes the weights of others
+    cfg = filter_pretrained_cfg(model.backbone.pretrained_cfg, remove_source=True)
+    model.backbone.pretrained_cfg = {**cfg, **WHOLE, "num_classes": model.num_classes, "license": None}
+    return model
 
 
 def _load_policy(
@@ -141,7 +146,7 @@ def filled(
     except InputError as error:
         raise InputError(f"{path} does not describe a model: {error}") from None
     expected = _check_fit(part(model), tensors, path)
-    # without a second model, whose random weights would take most of the time of loading; a copy of what lies in the file
+    # without a second model, whose random weights would take most of the time; copied, so that the file may change
     part(model).load_state_dict({n: t.to(expected[n].dtype, copy=True) for n, t in tensors.items()}, assign=True)
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):  # the file has not all of them
         model = from_timm(**arguments)
