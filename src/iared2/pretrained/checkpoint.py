@@ -16,11 +16,12 @@ from zipfile import ZipFile, is_zipfile
 
 import torch
 from safetensors.torch import load_file
-from timm.models import adapt_input_conv, clean_state_dict, eva, vision_transformer
+from timm.models import adapt_input_conv, clean_state_dict, eva, filter_pretrained_cfg, vision_transformer
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from ..data.batches import WHOLE
 from ..errors import InputError
 from ..model import file as saved
 from ..model.decide import Decision
@@ -72,7 +73,11 @@ def _load_ours(path: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -
     with _describing(path):
         tensors, arguments, decision = dequantized(tensors), saved.check(config), _decision(config)
     saved.check_values(tensors, path)
-    return _configured(filled(arguments, tensors, path), config, decision)
+    model = _configured(filled(arguments, tensors, path), config, decision)
+    # timm's entry of this name describes the weights of others
+    cfg = filter_pretrained_cfg(model.backbone.pretrained_cfg, remove_source=True)
+    model.backbone.pretrained_cfg = {**cfg, **WHOLE, "num_classes": model.num_classes, "license": None}
+    return model
 
 
 def _load_policy(
@@ -146,9 +151,12 @@ def filled(
             raise InputError(f"inputs of {size} are too large")
     except InputError as error:
         raise InputError(f"{path} does not describe a model: {error}") from None
-    _check_fit(part(model), tensors, path)
-    model = from_timm(**arguments)
-    part(model).load_state_dict(tensors)
+    expected = _check_fit(part(model), tensors, path)
+    # without a second model, whose random weights would take most of the time; copied, so that the file may change
+    part(model).load_state_dict({n: t.to(expected[n].dtype, copy=True) for n, t in tensors.items()}, assign=True)
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):  # the file has not all of them
+        model = from_timm(**arguments)
+        part(model).load_state_dict(tensors)
     return model
 
 
@@ -162,7 +170,8 @@ def load_strictly(model: nn.Module, tensors: dict[str, Tensor], path: Path | str
     model.load_state_dict(tensors)
 
 
-def _check_fit(model: nn.Module, tensors: dict[str, Tensor], path: Path | str) -> None:
+def _check_fit(model: nn.Module, tensors: dict[str, Tensor], path: Path | str) -> dict[str, Tensor]:
+    """The tensors of the model, if those of the file fit."""
     expected, wrong = model.state_dict(), None
     missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or extra:
@@ -177,6 +186,7 @@ def _check_fit(model: nn.Module, tensors: dict[str, Tensor], path: Path | str) -
             wrong = wrong or f"{name} has numbers of {have.dtype}, expected {want.dtype}"
     if wrong:
         raise InputError(f"{path} does not fit the model: {wrong}")
+    return expected
 
 
 def load_backbone_weights(backbone: Any, path: Path | str) -> None:
