@@ -11,6 +11,7 @@ from functools import cache
 from itertools import pairwise
 from typing import Any
 
+import timm
 import torch
 from timm.layers import Attention, DropPath, PatchEmbed
 from timm.models.deit import VisionTransformerDistilled
@@ -24,6 +25,23 @@ from . import onednn
 from .attention import Attend, attend, key_biases
 from .tokens import PackedTokens
 from .video_transformer import TubeletEmbed
+
+
+def create(name: str, pretrained: bool = False, **timm_kwargs: Any) -> Any:
+    """A timm model by its name.
+
+    Raises:
+        InputError: unknown name, arguments that timm refuses, or weights that are not available.
+    """
+    if not timm.is_model(name):
+        close = timm.list_models(f"*{name.split('_patch')[0]}*")[:3]
+        raise InputError(f"timm has no model {name!r}" + (f"; did you mean {', '.join(close)}?" if close else ""))
+    try:
+        return timm.create_model(name, pretrained=pretrained, **timm_kwargs)
+    except Exception as error:  # timm and custom layers raise anything; OSError: no network
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        what = "load the pretrained weights of" if pretrained and isinstance(error, OSError) else "build"
+        raise InputError(f"timm cannot {what} {name} with {timm_kwargs or 'its defaults'}: {reason}") from error
 
 
 def check_supported(backbone: Any) -> None:
