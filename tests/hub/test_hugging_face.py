@@ -101,7 +101,13 @@ class TestNames:
         monkeypatch.chdir(tmp_path)
         return model
 
-    @pytest.mark.parametrize("name", ["user/model", "user/model@v1", f"user/model@{COMMIT}"])
+    @pytest.mark.parametrize(
+        "name",
+        [
+            *("user/model", "user/model@v1", f"user/model@{COMMIT}"),
+            *("hf-hub:user/model@v1", "https://huggingface.co/user/model"),
+        ],
+    )
     def test_of_the_hub_are_found_in_the_cache(self, cached, images, name):
         for load in (iared2.load, ReducedVisionTransformer.from_pretrained):
             assert torch.equal(load(name)(images), cached(images))

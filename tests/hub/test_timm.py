@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -99,6 +101,12 @@ class TestTheBox:
         model = timm.create_model(BOX, pretrained=True, threshold=0.0).eval()
         torch.testing.assert_close(model(images_of(box)), box.backbone(images_of(box)))
         assert timm.create_model(BOX, pretrained=True, max_tokens=9).max_tokens == 9
+
+    def test_has_this_name_in_the_pages(self):
+        root = Path(__file__).parents[2]
+        for page in ("README.md", "docs/hub.md"):
+            names = set(re.findall(r"iared2_\w+\.box", (root / page).read_text(encoding="utf-8")))
+            assert names == {BOX}, page
 
 
 class TestFolders:

@@ -51,7 +51,7 @@ def model_card(
         InputError: ``figures`` cannot be read, or ``picture`` is no image.
     """
     if picture is not None and not hasattr(picture, "save"):
-        raise InputError(f"picture={picture!r:.80}: give a Pillow image, such as PIL.Image.open(file)")
+        raise InputError(f"picture={picture!r:.80}: give a Pillow image, such as Predictor(model)(photo).overlay()")
     task = "video-classification" if model.is_video else "image-classification"
     known: dict[str, Any] = {
         "library_name": "iared2",

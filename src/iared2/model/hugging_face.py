@@ -33,7 +33,7 @@ MODEL_TYPE = "iared2"
 CODE = "modeling_iared2"
 """The module that Transformers reads from the folder, with ``trust_remote_code=True``."""
 WEIGHTS = "model.safetensors"
-HUB_NAME = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>\w[\w./-]*))?")
+HUB_NAME = re.compile(r"(hf-hub:|https://huggingface\.co/)?(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>\w[\w./-]*))?")
 FILE_SUFFIXES = {".safetensors", ".pth", ".pt", ".ckpt", ".bin", ".tar"}
 
 Model = TypeVar("Model", bound="HubModel")
