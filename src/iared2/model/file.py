@@ -117,8 +117,12 @@ def write(path: Path | str, tensors: dict[str, Tensor], config: dict[str, Any]) 
         InputError: the folder does not exist or cannot be written.
     """
     with whole(path, errors=SafetensorError) as file:
-        contents = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-        save_file(contents, file, {"iared2": json.dumps(config)})
+        write_tensors(file, tensors, {"iared2": json.dumps(config)})
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
+    """Write a safetensors file. Raises OSError and SafetensorError."""
+    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path, header)
 
 
 def is_safetensors(path: Path | str) -> bool:
@@ -137,7 +141,7 @@ def is_safetensors(path: Path | str) -> bool:
 
 
 def read(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what ``write`` wrote.
+    """Read what ``write`` wrote, or a ``model.safetensors`` whose configuration is in the ``config.json`` beside it.
 
     Raises:
         InputError: no such file, or not a file of this format.
@@ -145,13 +149,35 @@ def read(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        config = json.loads(metadata.get("iared2", "null"))
+            # Transformers puts the name of the attribute before ours
+            tensors = {name.removeprefix("iared2."): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        config = json.loads(metadata["iared2"]) if "iared2" in metadata else read_config(Path(path).parent)
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is not a readable safetensors file ({error})") from None
     if not isinstance(config, dict):
-        raise InputError(f"{path} is a safetensors file, but not one that iared2 saved: it has no configuration")
+        raise InputError(
+            f"{path} is a safetensors file, but not one that iared2 saved: it has no configuration, nor is there a"
+            " config.json with one beside it"
+        )
     return tensors, config
+
+
+def read_config(folder: Path) -> Any:
+    """The entry ``iared2`` of a folder's ``config.json``, not checked; None if there is none.
+
+    Raises:
+        InputError: the file cannot be read, or is no JSON.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        return None
+    try:
+        if path.stat().st_size > LARGEST:
+            raise ValueError(f"it is larger than {LARGEST:,} bytes")
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from None
+    return config.get("iared2") if isinstance(config, dict) else None
 
 
 def check_values(tensors: dict[str, Any], path: Path | str) -> None:

@@ -18,6 +18,7 @@ from . import calibrate, file, macs
 from .block import attentions
 from .decide import Decide, Decision
 from .facade import Facade
+from .hugging_face import HubModel
 from .interpreter import MultiHeadInterpreter
 from .merge import merge
 from .tokens import PackedTokens
@@ -45,7 +46,7 @@ class Output:
         return self.kept.float().mean(-1)
 
 
-class ReducedVisionTransformer(Facade):
+class ReducedVisionTransformer(Facade, HubModel):
     """A timm vision transformer that drops uninformative patches at the entrance of each group.
 
     ``model.backbone`` is the timm model, untouched: ``model.backbone.load_state_dict`` takes timm weights as they are.

@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="images, or videos for a video model; folders or quoted globs of them",
     )
+    parser.add_argument("-r", "--recursive", action="store_true", help="also the subfolders of folders")
     parser.add_argument(
         "-o", "--output", required=True, help="folder for the results; several files get one subfolder each"
     )
@@ -68,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
         group=None if args.group is None else _number(args.group, int, "group"),
         colormap=args.colormap,
         device=args.device,
+        recursive=args.recursive,
     )
 
 
@@ -81,6 +83,7 @@ def interpret(
     group: int | None = None,
     colormap: str = "jet",
     device: str | None = None,
+    recursive: bool = False,
 ) -> int:
     """Interpret photos, or videos for a model of clips, write the results, and print a few lines for each.
 
@@ -94,6 +97,7 @@ def interpret(
         group: the group whose scores make the heat map, from 1; the second if None.
         colormap: a colormap of matplotlib.
         device: for torch; if None, `cuda` if available, else `cpu`.
+        recursive: also the files in subfolders of folders.
 
     Returns:
         0, or 1 if some files could not be read; each is named on stderr, and the others are processed.
@@ -113,7 +117,7 @@ def interpret(
         raise InputError(f"there is no group {group}; the model has groups 1 to {model.num_groups}")
     predictor = (VideoPredictor if model.is_video else Predictor)(model, torch_device, checkpoint)
     thresholds = predictor.thresholds(threshold)
-    files = (find_videos if model.is_video else find_photos)(patterns)
+    files = (find_videos if model.is_video else find_photos)(patterns, recursive)
     is_one = files == list(map(Path, patterns)) and len(files) == 1  # a file, not a folder or glob of one
     folders = [output] if is_one else [output / name for name in folder_names(files)]
     kind = ClipInterpretation if model.is_video else Interpretation

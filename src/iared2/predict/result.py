@@ -26,6 +26,7 @@ from ..errors import InputError
 from ..explain.heatmap import clamp_below, grid_of, lowest_kept, upsample
 from ..model.decide import Decide
 from ..model.reduced import Output, ReducedVisionTransformer
+from ..pretrained.checkpoint import load
 from .output import check_not_read
 
 RESULT = "result.json"
@@ -42,7 +43,8 @@ class Result:
         grid: rows and columns of patches that cover the photo, see ``explain.heatmap.grid_of``.
         thresholds: one per group; for a model with counts, the lowest score that was kept, 0 if all were.
         macs, dense_macs: MACs of this result, and of the dense model without interpreters.
-        milliseconds: time of the forward pass alone, after a warm-up, without reading and resizing.
+        milliseconds: time of the forward pass alone, after a warm-up, without reading and resizing; of a batch, its
+            share.
         model: the model, for `result.json`: architecture, input size, checkpoint.
         file: the input file, if any.
     """
@@ -140,18 +142,27 @@ class BasePredictor:
     """"photos" or "videos"."""
 
     def __init__(
-        self, model: ReducedVisionTransformer, device: str | torch.device = "cpu", checkpoint: str | Path | None = None
+        self,
+        model: ReducedVisionTransformer | str | Path | None = None,
+        device: str | torch.device = "cpu",
+        checkpoint: str | Path | None = None,
     ) -> None:
         """Prepare the model for calls.
 
         Args:
-            model: set to evaluation mode and moved to the device. Its decision may be changed between calls.
+            model: set to evaluation mode and moved to the device. Its decision may be changed between calls. Or what
+                `iared2.load` takes: a file, a folder, ``user/model`` of the Hugging Face Hub; None: the model in the
+                box.
             device: anything that `torch.device` takes.
             checkpoint: the source of the model, only for `result.json`.
 
         Raises:
-            InputError: the device is missing, or the model does not take RGB photos (`VideoPredictor`: RGB clips).
+            InputError: the device is missing, the model cannot be loaded, or it does not take RGB photos
+                (`VideoPredictor`: RGB clips).
         """
+        if not isinstance(model, ReducedVisionTransformer):
+            checkpoint = checkpoint or model
+            model = load(model)
         cfg = model.pretrained_cfg
         channels, *size = cfg["input_size"]
         if (takes := "videos" if model.is_video else "photos") != self.TAKES:
@@ -184,19 +195,23 @@ class BasePredictor:
             raise InputError(f"threshold {threshold}: give one finite number, or {groups}, one for each group")
         return values * (groups // len(values))
 
-    def predict(self, inputs: Tensor, thresholds: list[float] | None) -> dict[str, Any]:
-        """The fields of ``Result`` except `file`, from the output of ``on_device`` and `thresholds`."""
+    def predict(self, inputs: Tensor, thresholds: list[float] | None) -> list[dict[str, Any]]:
+        """The fields of ``Result`` except `file`, for each photo or clip of a batch of ``on_device``."""
         decision = self.model.decision
         output, seconds = self._trace(inputs, decision if thresholds is None else decision.at(thresholds))
-        scores, kept = output.scores[:, 0], output.kept[:, 0]
+        return [self._fields(output, i, thresholds, seconds / len(inputs)) for i in range(len(inputs))]
+
+    def _fields(self, output: Output, i: int, thresholds: list[float] | None, seconds: float) -> dict[str, Any]:
+        decision = self.model.decision
+        scores, kept = output.scores[:, i], output.kept[:, i]
         own = decision.thresholds or lowest_kept(scores, kept).tolist()
         return {
-            "top5": self._top5(output.logits[0]),
+            "top5": self._top5(output.logits[i]),
             "scores": scores.cpu().numpy(),
             "kept": kept.cpu().numpy(),
             "grid": self._grid,
             "thresholds": tuple(thresholds or own),
-            "macs": int(output.macs[0]),
+            "macs": int(output.macs[i]),
             "dense_macs": self.model.dense_macs,
             "milliseconds": 1000 * seconds,
             "model": self._about | ({"spread": decision.spread} if decision.spread else {}),

@@ -128,5 +128,5 @@ class VideoPredictor(BasePredictor):
                 shown.append(frame)
                 advance(1)
 
-        fields = self.predict(self.on_device(self._transform(frames())), thresholds)
+        [fields] = self.predict(self.on_device(self._transform(frames())), thresholds)
         return ClipInterpretation(video=video, indices=indices, frames=shown, file=str(path), **fields)

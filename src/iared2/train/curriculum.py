@@ -36,8 +36,9 @@ from ..model.baselines import baseline_scores
 from ..model.decide import by_share
 from ..model.file import config_of
 from ..model.reduced import ReducedVisionTransformer
+from ..model.restore import load_strictly
 from ..pretrained.build import from_timm
-from ..pretrained.checkpoint import load_backbone_weights, load_strictly
+from ..pretrained.checkpoint import load_backbone_weights
 from .finetune import FinetuneStage
 from .gumbel import GumbelStage
 from .log import RunLog
