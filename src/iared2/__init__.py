@@ -3,6 +3,7 @@
 from .errors import InputError
 from .explain.methods import heatmap
 from .model.reduced import Output, ReducedVisionTransformer
+from .predict.batch import BatchPredictor
 from .predict.photo import Interpretation, Predictor
 from .pretrained.build import from_timm
 from .pretrained.checkpoint import load
@@ -10,6 +11,7 @@ from .pretrained.convert import from_timesformer, from_videomae
 
 __version__ = "0.1.0"
 __all__ = [
+    "BatchPredictor",
     "InputError",
     "Interpretation",
     "Output",
