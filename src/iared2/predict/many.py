@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
     predictor = BatchPredictor(arguments.checkpoint, device, **wanted)
     photos = open_photos(arguments.photos, arguments.image_column, arguments.split)
     for path in arguments.photos:
-        if output.resolve() in (Path(path).resolve(), Path(path, "data").resolve(), Path(path).resolve().parent):
+        if output.resolve() in (Path(path).resolve(), Path(path, "data").resolve()):
             raise InputError(f"{output}: photos are read from there; choose another output")
     plan = Plan(output, len(photos), arguments.shard_size, arguments.batch_size)
     plan.begin(photos, predictor)
@@ -134,9 +134,10 @@ class Plan:
             "dense_macs": model.dense_macs,
             "class_names": model.class_names and list(model.class_names),
         }
-        if not file.exists():
-            if there := next(iter(sorted(self.output.glob("*.parquet"))), None):
-                raise InputError(f"{there}: a Parquet file that is not of this run; choose another output")
+        there = next(self.output.glob("*.parquet"), None)
+        if not file.exists():  # asked after the glob: another process may just write both
+            if there:
+                raise InputError(f"{there}: a Parquet file of something else; choose another output")
             write(file, to_json(about) + "\n", parents=True)
         try:
             found = json.loads(file.read_text(encoding="utf-8"))
@@ -144,9 +145,7 @@ class Plan:
         except (OSError, ValueError, AttributeError, RecursionError) as error:
             raise InputError(f"{file}: cannot be read ({error!r:.200}); choose another output") from None
         if other:
-            raise InputError(
-                f"{self.output} has another run, which differs in {', '.join(other)}; choose another output"
-            )
+            raise InputError(f"{self.output}: has another run, with other {', '.join(other)}; choose another output")
 
     def summary(self, failed: int) -> str:
         """What is there now; ``failed`` photos of this process could not be read."""
