@@ -142,17 +142,26 @@ def read_photo(path: str | Path) -> Image.Image:
     try:
         with path.open("rb") as file:
             return to_rgb(upright(load_image(file)))
-    except Image.DecompressionBombError:
-        raise InputError(f"{path}: {TOO_LARGE}") from None
-    except UnidentifiedImageError:
-        raise InputError(f"{path}: not an image that can be read here; convert it to JPEG or PNG") from None
     except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error, zlib.error, IndexError, …
-        raise InputError(f"{path}: the image is cut short or damaged ({reason(error)}); copy it again") from None
+        raise InputError(f"{path}: {fault(error)}") from None
+
+
+def fault(error: Exception) -> str:
+    """What is wrong with a photo that could not be read, and what to do; the same for the same file."""
+    if isinstance(error, InputError):
+        return str(error)
+    if isinstance(error, Image.DecompressionBombError):
+        return TOO_LARGE
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image that can be read here; convert it to JPEG or PNG"
+    if isinstance(error, OSError) and error.errno:
+        return f"cannot be read ({error.strerror}); make it readable for you"
+    return f"the image is cut short or damaged ({reason(error)}); copy it again"
 
 
 def reason(error: Exception) -> str:
-    """The message of an exception, in one line."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """The message of an exception, in one line, without addresses in memory."""
+    return re.sub(r" at 0x[0-9a-f]+", "", " ".join(str(error).split())) or type(error).__name__
 
 
 def check_file(path: Path, what: str) -> None:

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..errors import InputError
 from .images import Transform
-from .photo import load_image, reason, to_rgb, upright
+from .photo import fault, load_image, to_rgb, upright
 from .unlabelled import Photos
 
 
@@ -55,7 +55,7 @@ def read_images(photos: Iterable[Any], transform: Transform) -> tuple[Tensor, li
             images.append(transform(_as_rgb(photo() if callable(photo) else photo)))
             errors.append(None)
         except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error, zlib.error, …
-            errors.append(reason(error))
+            errors.append(fault(error))
     return torch.stack(images) if images else torch.empty(0), errors
 
 
