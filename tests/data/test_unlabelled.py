@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
 from pictures import jpeg, write_folder, write_parquet, write_shard
+from PIL import Image
 
 from iared2 import InputError
 from iared2.data.batches import eval_transform

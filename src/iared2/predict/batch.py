@@ -98,9 +98,7 @@ class BatchPredictor:
         pa = _arrow()
         wanted = IMAGE_COLUMNS if self.image_column is None else (self.image_column,)
         if (column := next((name for name in wanted if name in batch), None)) is None:
-            raise InputError(
-                f"no column {' or '.join(wanted)} of photos, there is {', '.join(batch)}; set image_column"
-            )
+            raise InputError(f"no column {' or '.join(wanted)}, there is {', '.join(batch)}; set image_column")
         images, errors = read_images(batch[column], self.transform)
         found, others = self.predict(images, errors), {}
         for name in set(batch) - {column} - set(found.schema.names):
