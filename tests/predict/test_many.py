@@ -220,13 +220,6 @@ def test_wrong_use_is_one_line_and_writes_nothing(predict, capsys, options, mess
 def test_a_model_of_clips_is_refused(predict, tmp_path, capsys):
     size = {"img_size": (4, 16, 16), "patch_size": (1, 8, 8), "embed_dim": 24, "depth": 3, "num_heads": 3}
     clips = iared2.from_timm("timesformer_joint_base_patch16_224", **size)
-        "timesformer_joint_base_patch16_224",
-        img_size=(4, 16, 16),
-        patch_size=(1, 8, 8),
-        embed_dim=24,
-        depth=3,
-        num_heads=3,
-    )
     clips.save(tmp_path / "clips.safetensors")
     assert predict("out", "-c", "clips.safetensors") == 1
     assert capsys.readouterr().err == "error: the model takes videos, not photos; give it to VideoPredictor\n"
