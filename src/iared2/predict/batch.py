@@ -17,6 +17,7 @@ from ..data.batches import model_transform
 from ..data.photo_batches import read_images
 from ..errors import InputError
 from ..model import backbone as vit
+from ..model import onednn
 from ..model.reduced import ReducedVisionTransformer
 from ..pretrained.checkpoint import load
 from .photo import Predictor
@@ -35,7 +36,7 @@ class BatchPredictor:
     a list of D int32, the patches alive after each group; ``macs``, int64, including the interpreters; ``embedding``,
     C float32, the pooled features before the classifier, on request; ``scores``, D × N float16 in (0, 1), 0 where a
     patch was already dropped, on request; and ``error``, why a photo could not be read, in which case the others are
-    null. The result of a photo does not depend on the rest of its batch, except for rounding on some devices.
+    null. The rest of the batch has no influence on a row, except for rounding.
 
     Args:
         model: a model, or a checkpoint for `iared2.load`; None: the model in the box.
@@ -60,6 +61,7 @@ class BatchPredictor:
         image_column: str | None = None,
     ) -> None:
         _arrow()
+        onednn.forget_shapes()
         own = not isinstance(model, ReducedVisionTransformer)
         loaded: ReducedVisionTransformer = load(model) if own else model  # type: ignore[arg-type, assignment]
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
