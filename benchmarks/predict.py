@@ -36,9 +36,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("photos", help="as for `iared2 predict`")
     parser.add_argument("-c", "--checkpoint", help="a model (default: the one in the box)")
-    parser.add_argument("--number", type=int, default=2048, help="photos per measurement")
+    parser.add_argument("--number", type=int, default=1024, help="photos per measurement")
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
 
     predictor, photos = BatchPredictor(arguments.checkpoint, "cpu"), open_photos([arguments.photos])
@@ -66,7 +66,8 @@ def main() -> None:
 
     runs = {"forward": forward, "decode": decode, "predict": whole}
     measured: dict[str, list[float]] = {name: [] for name in runs}
-    forward()  # warm-up
+    for run in runs.values():  # warm-up
+        run()
     for _ in track(range(arguments.rounds), "measuring"):
         for name, run in runs.items():
             measured[name].append(number / seconds(run))
