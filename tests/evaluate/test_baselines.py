@@ -21,7 +21,14 @@ def make(name="deit_tiny_patch16_224", **kwargs):
 
 @pytest.mark.parametrize("baseline", [baselines.masked, baselines.padded])
 @pytest.mark.parametrize(
-    "name", ["deit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2", "vit_medium_patch16_gap_256"]
+    "name",
+    [
+        "deit_tiny_patch16_224",
+        "vit_small_patch14_reg4_dinov2",
+        "vit_medium_patch16_gap_256",
+        "vit_small_patch16_dinov3",
+        "vit_base_patch16_rope_mixed_224",
+    ],
 )
 @pytest.mark.parametrize("fast", [True, False])
 def test_same_logits(baseline, name, fast, monkeypatch):

@@ -19,6 +19,7 @@ from iared2.explain.gradients import KIN
 from iared2.explain.heatmap import upsample
 from iared2.explain.methods import METHODS, interpreter_map
 from iared2.model import backbone as vit
+from iared2.model.block import attentions
 
 QUICK = [m for m in dict.fromkeys((*METHODS, *KIN)) if m != "memorability"]  # that one has a file of its own
 SMALL = "deit_tiny_patch16_224", {"img_size": 32, "patch_size": 8, "depth": 4, "embed_dim": 48, "num_heads": 3}
@@ -34,8 +35,8 @@ def cases(model):
 @pytest.mark.parametrize(("size", "fused"), [((48, 32), True), ((32, 32), False)], ids=["48x32", "square, not fused"])
 def test_shape_range_and_batch_equals_single(family, size, fused):
     model = sharp_model(family, img_size=size)
-    for block in model.backbone.blocks:
-        block.attn.fused_attn = fused
+    for attn in (attn for block in model.backbone.blocks for attn in attentions(block)):
+        attn.fused_attn = fused
     images = sharp_images(16, *size)
     target = torch.arange(16) % 7
     for who, method in cases(model):

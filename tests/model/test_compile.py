@@ -34,7 +34,16 @@ def ragged(model, images):
         return Decision(float(model.trace(images).scores[0].median()))
 
 
-@pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "deit3_small_patch16_224", "vit_small_patch14_reg4_dinov2"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "deit_tiny_patch16_224",
+        "deit3_small_patch16_224",
+        "vit_small_patch14_reg4_dinov2",
+        "vit_small_patch16_dinov3",
+        "vit_base_patch16_18x2_224",
+    ],
+)
 def test_same_logits_and_no_recompilation_as_counts_change(name, graphs):
     model = make(name)
     batches = [torch.randn(n, 3, 64, 64) for n in (2, 5, 3, 4, 1, 7)]

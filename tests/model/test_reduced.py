@@ -7,7 +7,7 @@ import timm
 import torch
 from oracle import masked_forward
 from timm.models.eva import Eva
-from timm.models.vision_transformer import DiffParallelScalingBlock, VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 
 import iared2
 from iared2.model.decide import Decision, keep_all
@@ -79,9 +79,12 @@ def test_packed_equals_masked_oracle_and_each_image_alone(family):
         ("vit_small_patch16_rope_ape_224", {"dynamic_img_size": True, "rope_rotate_half": True}),
         ("vit_pwee_patch16_reg1_gap_256", {}),  # parallel, with a scale
         ("vit_base_patch16_lingbot", {}),
+        ("aimv2_large_patch14_224", {}),
     ],
 )
 def test_more_of_timms_models(name, kwargs):
+    if not timm.is_model(name):
+        pytest.skip(f"this timm has no {name}")
     model = make((name, {"img_size": (48, 32), "patch_size": 8, "embed_dim": 48, "num_heads": 3, "depth": 3, **kwargs}))
     x = images()
     with torch.no_grad():
@@ -93,7 +96,30 @@ def test_more_of_timms_models(name, kwargs):
     torch.testing.assert_close(out.logits, logits, rtol=0, atol=1e-4)
 
 
-def test_the_largest_is_described(family):
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("vit_small_patch16_dinov3", {}),  # dynamic by default
+        ("vit_base_patch16_rope_mixed_224", {"dynamic_img_size": True}),
+        ("eva02_tiny_patch14_224", {"dynamic_img_size": True}),  # absolute positions are resampled as well
+        ("deit_tiny_patch16_224", {"dynamic_img_size": True}),
+    ],
+)
+def test_images_of_another_size_than_the_models(name, kwargs):
+    model = make((name, {"img_size": 32, "patch_size": 8, "embed_dim": 48, "num_heads": 3, "depth": 3, **kwargs}))
+    with torch.no_grad():
+        out = model.trace(images(), keep_all)
+        torch.testing.assert_close(out.logits, model.backbone(images()), rtol=0, atol=1e-4)
+        assert out.kept.shape == (3, 5, 24)
+        out, (logits, _, kept) = model.trace(images(), ragged()), masked_forward(model, images(), ragged())
+    assert torch.equal(out.kept, kept)
+    torch.testing.assert_close(out.logits, logits, rtol=0, atol=1e-4)
+    # the cost is that of these images, not that of the model's own size
+    same_size = make((name, {"img_size": (48, 32), "patch_size": 8, "embed_dim": 48, "num_heads": 3, "depth": 3}))
+    assert torch.equal(out.macs, same_size.count_macs(kept.sum(-1)))
+
+
+def test_the_largest_is_described():
     with torch.device("meta"):
         model = iared2.from_timm("vit_7b_patch16_dinov3", img_size=224, groups=4)
     # published: 6.7e9 parameters; two MACs per weight and token are one FLOP pair
@@ -153,15 +179,21 @@ def test_threshold_1_keeps_nothing_or_the_best_patch():
     assert out.kept[0].gather(1, best[:, None]).all()
 
 
+class OwnBlock(Block):
+    """It may do anything in its forward pass."""
+
+
 def test_groups_of_uneven_depth_and_refusals():
     model = make(("vit_tiny_patch16_224", {"depth": 8, "img_size": 32, "embed_dim": 48, "num_heads": 3}), groups=3)
     assert [len(g) for g in model.groups] == [3, 3, 2]
     small = {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 3}
+    odd = VisionTransformer(**small)
+    odd.blocks[1].attn = torch.nn.Identity()
     for module, why in (
         (timm.create_model("resnet18"), "ResNet is not supported: it is not a timm VisionTransformer or Eva"),
         (timm.create_model("swin_tiny_patch4_window7_224"), "not a timm VisionTransformer or Eva"),
-        (VisionTransformer(block_fn=DiffParallelScalingBlock, **small), "block 0 is a DiffParallelScalingBlock"),
-        (VisionTransformer(attn_layer="diff", **small), "attention of block 0 is a DiffAttention"),
+        (VisionTransformer(block_fn=OwnBlock, **small), "block 0 is a OwnBlock"),
+        (odd, "attention of block 1 is a Identity"),
         (Eva(patch_drop_rate=0.5, **small), "patch_drop_rate"),
         (Eva(global_pool="", **small), "global_pool"),
         (VisionTransformer(patch_drop_rate=0.5, **small), "patch_drop_rate"),

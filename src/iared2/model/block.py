@@ -88,8 +88,13 @@ def parts(block: Any) -> Parts:
 
 
 def attentions(block: Any) -> list[Any]:
-    """The attention modules of a block; they have ``num_heads`` and ``head_dim``."""
+    """The attention modules of a block; they have ``num_heads``, and `head_dim`."""
     return [branch.layer for branch in parts(block).attns]
+
+
+def head_dim(attn: Any) -> int:
+    """Width of a head; older versions of timm do not have it as an attribute everywhere."""
+    return round(attn.scale**-2)
 
 
 def is_touched(module: nn.Module) -> bool:
@@ -186,7 +191,7 @@ def _heads(attn: Any, y: Tensor, rotary: Tensor | None, layers: Layers) -> tuple
         if getattr(attn, "q_bias", None) is not None:
             bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
         rows = list(layers.linear(attn.qkv, y, bias).chunk(3, -1))
-    q, k, v = (row.unflatten(1, (-1, attn.head_dim)) for row in rows)
+    q, k, v = (row.unflatten(1, (-1, head_dim(attn))) for row in rows)
     q, k = attn.q_norm(q), attn.k_norm(k)
     if rotary is not None:
         q, k = (apply_rot_embed_cat(row, rotary, half=attn.rotate_half) for row in (q, k))

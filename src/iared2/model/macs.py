@@ -15,7 +15,7 @@ from timm.layers import AttentionPoolLatent
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from .block import attentions
+from .block import attentions, head_dim
 
 if TYPE_CHECKING:
     from .reduced import ReducedVisionTransformer
@@ -37,7 +37,7 @@ def blocks_macs(blocks: Iterable[Any], num_tokens: Tensor) -> Tensor:
     n = num_tokens.to(torch.int64)
     macs = torch.zeros_like(n)
     for block in blocks:
-        width = sum(attn.num_heads * attn.head_dim for attn in attentions(block))
+        width = sum(attn.num_heads * head_dim(attn) for attn in attentions(block))
         macs += n * linear_macs(block) + 2 * n * n * width
     return macs
 
