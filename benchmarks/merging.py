@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import Mlp
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from iared2.errors import InputError
@@ -29,7 +30,8 @@ def merging(model: Any, images: Tensor, r: int) -> Tensor:
     """
     backbone = model.backbone
     block = backbone.blocks[0]
-    plain = backbone.has_class_token and backbone.num_prefix_tokens == 1 and type(block.mlp) is Mlp
+    plain = type(block) is Block and vit.has_class_token(backbone) and backbone.num_prefix_tokens == 1
+    plain = plain and type(block.mlp) is Mlp
     if not plain or type(block.attn.q_norm) is not nn.Identity or getattr(block.attn, "gate", None) is not None:
         raise InputError("token merging is written for plain vision transformers with a class token alone")
     row = torch.empty(1, backbone.embed_dim, dtype=images.dtype)
@@ -40,7 +42,7 @@ def merging(model: Any, images: Tensor, r: int) -> Tensor:
 
 def _merging(model: Any, images: Tensor, r: int) -> Tensor:
     backbone, weights = model.backbone, model.packed_weights
-    x = vit.embed(backbone, images)
+    x, _ = vit.embed(backbone, images)
     size, bias = torch.ones_like(x[..., :1]), None
     for block in backbone.blocks:
         attn = block.attn

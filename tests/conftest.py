@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import sharp_images, sharp_model
 
 torch.set_num_threads(1)
 
@@ -36,6 +37,15 @@ FAMILIES: dict[str, dict] = {
     "vit_base_patch16_siglip_224": {"depth": 6},  # no class token, attention pooling
     "vit_medium_patch16_gap_256": {"depth": 6},  # average pooling, no class token
     "vit_small_patch16_224": {"depth": 6, "qk_norm": True, "global_pool": "avg"},  # pools patches, has a class token
+    "vit_base_patch16_rpn_224": {"depth": 3},  # post-norm
+    "vit_small_patch16_18x2_224": {"depth": 3},  # two attentions, then two MLPs in parallel
+    "vit_base_patch16_xp_224": {"depth": 3},  # attention and MLP in parallel
+    "vit_small_patch16_dinov3": {"depth": 4, "global_pool": "token"},  # rotary, registers, layer scale
+    "eva02_tiny_patch14_224": {"depth": 3},  # rotary and absolute positions, gated MLP, average pooling
+    "eva02_base_patch14_448": {"depth": 3},  # split projections, norms in attention and MLP
+    "vit_pe_core_small_patch16_384": {"depth": 3},  # pools all tokens by attention
+    "vit_base_patch16_rope_mixed_224": {"depth": 3},  # angles are learned, per block and head
+    "vit_base_patch16_sapiens2": {"depth": 3, "num_kv_heads": (3, 1, 3)},  # keys shared by heads
 }
 
 
@@ -53,3 +63,15 @@ def data_dir() -> Path:
     if not path:
         pytest.skip("real data: set IARED2_DATA to the folder that holds cifar10/ and tiny-imagenet-200/")
     return Path(path)
+
+
+@pytest.fixture(scope="session")
+def like_the_box(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of a small model with all that the one in the box has, for tests in which that one is incidental."""
+    size = {"img_size": 64, "patch_size": 8, "embed_dim": 48, "depth": 8, "num_heads": 3, "num_classes": 7}
+    model = sharp_model(("deit_tiny_patch16_224", size), groups=4)
+    model.class_names = ("ant", "bee", "cat", "dog", "elk", "fox", "gnu")
+    model.calibrate(sharp_images(64, 64, 64), keep=(1.0, 0.6, 0.4, 0.3))
+    path = tmp_path_factory.mktemp("like-the-box") / "model.safetensors"
+    model.save(path, int8=True)
+    return path

@@ -26,14 +26,28 @@ def plain_scores(interpreter, x, alive, prefix, has_class_token):
     return logits.sigmoid().mean(-1) * alive
 
 
+def dense_tokens(vit, images):
+    """``(B, S, C)`` and timm's rotary embedding of the patches, or None."""
+    x = vit._pos_embed(vit.patch_embed(images))
+    x, rope = x if isinstance(x, tuple) else (x, None)
+    return vit.norm_pre(x), rope
+
+
+def run_block(vit, index, x, rope, mask):
+    """timm's own forward pass of a block; a mixed rotary embedding has its own angles in each."""
+    if rope is None:
+        return vit.blocks[index](x, attn_mask=mask)
+    return vit.blocks[index](x, rope=rope[index] if getattr(vit, "rope_mixed", False) else rope, attn_mask=mask)
+
+
 def masked_forward(model, images, decide):
     """Logits, scores and decisions of the reduced model without removing a token."""
     vit, prefix = model.backbone, model.backbone.num_prefix_tokens
-    x = vit.norm_pre(vit._pos_embed(vit.patch_embed(images)))
+    x, rope = dense_tokens(vit, images)
     alive = torch.ones(x.shape[0], x.shape[1] - prefix, dtype=torch.bool)
     scores, kept = [], []
     for group, blocks in enumerate(model.groups):
-        score = plain_scores(model.interpreters[group], x, alive, prefix, vit.has_class_token)
+        score = plain_scores(model.interpreters[group], x, alive, prefix, vit.cls_token is not None)
         keep = decide(score.detach(), alive, group) & alive
         if vit.global_pool != "token":
             for b in range(len(keep)):
@@ -42,7 +56,7 @@ def masked_forward(model, images, decide):
         alive = keep
         tokens = torch.cat([torch.ones(len(alive), prefix, dtype=torch.bool), alive], 1)
         for i in blocks:
-            x = vit.blocks[i](x, attn_mask=tokens[:, None, None, :])
+            x = run_block(vit, i, x, rope, tokens[:, None, None, :])
         scores.append(score)
         kept.append(keep)
     # timm's head, image by image, on the living tokens

@@ -19,6 +19,7 @@ import iared2
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "iared2"
 PUBLIC = [
+    "BatchPredictor",
     "InputError",
     "Interpretation",
     "Output",

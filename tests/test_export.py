@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from tiny import sharp_images, sharp_model
 
 import iared2
 from iared2.cli import main
@@ -25,6 +26,7 @@ FAMILIES = {
     "vit_small_patch14_reg4_dinov2": {},  # registers, layer scale
     "vit_medium_patch16_gap_256": {},  # average pooling, no class token
     "vit_base_patch16_siglip_224": {},  # attention pooling
+    "vit_base_patch16_rope_mixed_224": {},  # rotary, angles per block and head
     "timesformer_joint_small_patch16_224": {"img_size": (4, 32, 32), "patch_size": (1, 8, 8)},  # clips
 }
 
@@ -45,6 +47,10 @@ def images(n, size=(3, 64, 64)):
 
 def by_count(scores, alive, group):
     return top_k(scores, alive, torch.full((len(scores),), COUNTS[group]))
+
+
+def by_few(scores, alive, group):
+    return top_k(scores, alive, torch.full((len(scores),), (15, 9, 4)[group]))
 
 
 def spread_by_count(scores, alive, group):
@@ -83,6 +89,17 @@ def check(logits, ids, output, n):
 def test_fixed_count_is_the_models_own_top_k(fixed):
     _, form, output = fixed
     check(*form(images(4, form.input_size)), output, 4)
+
+
+def test_both_forms_of_every_family(family):
+    model, x = sharp_model(family), sharp_images(4)
+    with torch.no_grad():
+        output = model.trace(x, by_few)
+        check(*FixedCount(model, (15, 9, 4))(x), output, 4)
+        if model.backbone.global_pool == "token":
+            model.threshold = [float(s[s > 0].median()) + 1e-5 for s in model.trace(x).scores]
+            logits, ids = Adaptive(model)(x[:1])
+            check(logits, ids[None], model.trace(x[:1]), 1)
 
 
 @pytest.mark.parametrize("batch_size", [1, None])

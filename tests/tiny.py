@@ -22,9 +22,9 @@ def sharp_model(family: tuple[str, dict], **kwargs: Any) -> ReducedVisionTransfo
     model = iared2.from_timm(name, **{**timm_kwargs, **kwargs})
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith(("attn.qkv.weight", "query.weight", "key.weight")):
+            if name.endswith(("attn.qkv.weight", "q_proj.weight", "k_proj.weight", "query.weight", "key.weight")):
                 parameter *= 8
-            elif name.endswith("gamma"):  # layer scale, which is born so small that no block does anything
+            elif name.endswith(("gamma", "gamma_1", "gamma_2")):  # layer scale, born so small that no block acts
                 parameter.fill_(0.5)
             elif name.endswith(("_token", "head.weight", "head_dist.weight")):
                 parameter.normal_(std=0.5)

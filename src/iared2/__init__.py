@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .errors import InputError
     from .explain.methods import heatmap
     from .model.reduced import Output, ReducedVisionTransformer
+    from .predict.batch import BatchPredictor
     from .predict.photo import Interpretation, Predictor
     from .pretrained.build import from_timm
     from .pretrained.checkpoint import load
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "BatchPredictor",
     "InputError",
     "Interpretation",
     "Output",
@@ -37,6 +39,7 @@ _HOMES = {
     "errors": ["InputError"],
     "explain.methods": ["heatmap"],
     "model.reduced": ["Output", "ReducedVisionTransformer"],
+    "predict.batch": ["BatchPredictor"],
     "predict.photo": ["Interpretation", "Predictor"],
     "pretrained.build": ["from_timm"],
     "pretrained.checkpoint": ["load"],

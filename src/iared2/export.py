@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from .atomic import whole
 from .errors import InputError
 from .model import backbone as vit
+from .model.block import attentions, run_module
 from .model.decide import EPS
 from .model.reduced import ReducedVisionTransformer
 from .pretrained.checkpoint import load
@@ -38,7 +39,7 @@ class _Dense(nn.Module):
         model = copy.deepcopy(model).eval().requires_grad_(False).float().cpu()
         self.backbone: Any = model.backbone
         self.interpreters: Any = model.interpreters
-        self.groups, self.num_heads = model.groups, model.backbone.blocks[0].attn.num_heads
+        self.groups, self.num_heads = model.groups, attentions(model.backbone.blocks[0])[0].num_heads
         self.prefix, self.merged = model.backbone.num_prefix_tokens, model.dropped == "merged"
         self.decision = model.decision
         places = torch.empty(math.prod(model.grid_size))
@@ -55,7 +56,7 @@ class _Dense(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """``(B, in_chans, height, width) -> logits (B, K), patch_ids (B, number left)``."""
-        x = vit.embed(self.backbone, images)
+        x, rotary = vit.embed(self.backbone, images)
         sizes = torch.ones_like(x[..., 0])
         ids = torch.arange(x.shape[1] - self.prefix, device=x.device).expand(x.shape[0], -1)
         for group, indices in enumerate(self.groups):
@@ -64,8 +65,10 @@ class _Dense(nn.Module):
                 x, sizes = self.drop(x, sizes, keep)
             # whole: torch 2.10 cannot tell whether an unknown number of tokens is 1, and would be broadcast
             bias = sizes.log()[:, None, None].expand(-1, self.num_heads, x.shape[1], -1) if self.merged else None
+            rows = F.pad(ids + self.prefix, (self.prefix, 0)) if rotary is not None else None
             for index in indices:
-                x = self.backbone.blocks[index](x, attn_mask=bias)
+                here = None if rotary is None else rotary[index % len(rotary)][rows]
+                x = run_module(self.backbone.blocks[index], x, here, bias)
         return self.backbone.forward_head(self.backbone.norm(x)), ids
 
     def score(self, x: Tensor, group: int) -> Tensor:
@@ -73,7 +76,7 @@ class _Dense(nn.Module):
         width, interpreter = x.shape[-1], self.interpreters[group]
         x = x.float()
         x_hat = F.layer_norm(x, (width,), eps=1e-5)
-        if self.backbone.has_class_token:
+        if vit.has_class_token(self.backbone):
             p_hat = x_hat[:, 0]
         else:
             p_hat = F.layer_norm(x[:, self.prefix :].mean(1), (width,), eps=1e-5)

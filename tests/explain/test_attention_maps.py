@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from oracle import masked_forward
@@ -10,33 +12,28 @@ from torch import Tensor
 
 from iared2 import ReducedVisionTransformer
 from iared2.explain.attention_maps import raw_attention, rollout
+from iared2.model.block import attentions
 from iared2.model.decide import Decision, keep_all
 
 
 def plain_attention(model: ReducedVisionTransformer, images: Tensor, dense: bool) -> tuple[list[Tensor], Tensor]:
     """Of each block ``(B, S, S)``, mean over heads, dead tokens attended to by nobody; and who lives at the end."""
-    found = []
-
-    def look(block, args, kwargs):
-        x, mask = block.norm1(args[0]), kwargs["attn_mask"][:, 0]
-        q, k, _ = block.attn.qkv(x).unflatten(2, (3, block.attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k = block.attn.q_norm(q), block.attn.k_norm(k)
-        logits = torch.einsum("bhqd,bhkd->bhqk", q, k) / q.shape[-1] ** 0.5
-        found.append(logits.masked_fill(~mask[:, None], -torch.inf).softmax(-1).mean(1))
-
-    hooks = [block.register_forward_pre_hook(look, with_kwargs=True) for block in model.backbone.blocks]
+    model, weights = copy.deepcopy(model), []
+    for block in model.backbone.blocks:
+        weights.append([])
+        for attn in attentions(block):  # timm's plain attention drops its weights
+            attn.fused_attn = False
+            attn.attn_drop.register_forward_hook(lambda _, args, out, seen=weights[-1]: seen.append(out))
     with torch.no_grad():
         _, _, kept = masked_forward(model, images, keep_all if dense else Decision(model.thresholds))
-    for hook in hooks:
-        hook.remove()
-    return found, kept
+    return [torch.cat(seen, 1).mean(1) for seen in weights], kept
 
 
 def plain_queries(model: ReducedVisionTransformer, alive: Tensor) -> Tensor:
     """``(B, S)``: the class token, or every living patch alike."""
     patches = alive / alive.sum(1, keepdim=True).clamp_min(1)
     prefix = torch.zeros(len(alive), model.backbone.num_prefix_tokens)
-    if model.backbone.has_class_token:
+    if model.backbone.cls_token is not None:
         prefix[:, 0] = 1
         patches = 0 * patches
     return torch.cat([prefix, patches], 1)
@@ -90,6 +87,7 @@ def test_it_does_not_matter_whether_timm_fuses_attention(case):
     found = []
     for fused in (True, False):
         for block in backbone.blocks:
-            block.attn.fused_attn = fused
+            for attn in attentions(block):
+                attn.fused_attn = fused
         found.append((raw_attention(asked, images, 1), rollout(asked, images)))
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)

@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracle import masked_forward
+from timm.models.eva import EvaBlockPostNorm
+from timm.models.vision_transformer import ResPostBlock
 from tiny import sharp_images, sharp_model
 from torch import Tensor
 
@@ -28,27 +30,34 @@ def unit(maps: Tensor) -> Tensor:
 
 def plain_cam(model: ReducedVisionTransformer, images: Tensor, decide, method: str, block: int) -> Tensor:
     """The formulas of the papers on dense activations (B, C, rows, columns); those of dead patches are 0."""
-    seen = []
-    hook = model.backbone.blocks[block].norm1.register_forward_hook(lambda *args: seen.append(args[2]))
+    seen, there = [], model.backbone.blocks[block]
+    if type(there) in (ResPostBlock, EvaBlockPostNorm):  # no norm before attention
+        hooks = [there.register_forward_pre_hook(lambda _, args: seen.append(args[0]))]
+    else:
+        norms = [part.norm for part in there.attns] if hasattr(there, "attns") else [getattr(there, "in_norm", None)]
+        hooks = [(norm or there.norm1).register_forward_hook(lambda *args: seen.append(args[2])) for norm in norms]
     logits, _, kept = masked_forward(model, images, decide)
-    hook.remove()
+    for hook in hooks:
+        hook.remove()
     group = next(g for g, blocks in enumerate(model.groups) if block in blocks)
     chosen = logits.gather(1, TARGET[:, None]).sum()
-    grad = torch.autograd.grad(chosen, seen[0])[0]
-    a, g = (
-        (x[:, model.backbone.num_prefix_tokens :] * kept[group][..., None]).mT.unflatten(2, model.grid_size).detach()
-        for x in (seen[0], grad)
-    )
-    if method == "gradcam":
-        cam = (g.mean((2, 3), keepdim=True) * a).sum(1)
-    elif method == "gradcam++":
-        alpha = g**2 / (2 * g**2 + a.sum((2, 3), keepdim=True) * g**3 + 1e-6)
-        cam = ((torch.where(g != 0, alpha, 0) * g.relu()).sum((2, 3), keepdim=True) * a).sum(1)
-    elif method == "hirescam":
-        cam = (g * a).sum(1)
-    else:
-        cam = (g.relu() * a).sum(1)
-    return unit(F.interpolate(unit(cam.relu())[:, None], images.shape[-2:], mode="bilinear")[:, 0])
+    cams = []
+    for activations, gradient in zip(seen, torch.autograd.grad(chosen, seen), strict=True):
+        a, g = (
+            (x[:, model.backbone.num_prefix_tokens :] * kept[group][..., None]).mT.unflatten(2, model.grid_size)
+            for x in (activations.detach(), gradient)
+        )
+        if method == "gradcam":
+            cam = (g.mean((2, 3), keepdim=True) * a).sum(1)
+        elif method == "gradcam++":
+            alpha = g**2 / (2 * g**2 + a.sum((2, 3), keepdim=True) * g**3 + 1e-6)
+            cam = ((torch.where(g != 0, alpha, 0) * g.relu()).sum((2, 3), keepdim=True) * a).sum(1)
+        elif method == "hirescam":
+            cam = (g * a).sum(1)
+        else:
+            cam = (g.relu() * a).sum(1)
+        cams.append(F.interpolate(unit(cam.relu())[:, None], images.shape[-2:], mode="bilinear")[:, 0])
+    return unit(sum(cams))
 
 
 @pytest.mark.parametrize("dense", [True, False], ids=["dense", "reduced"])

@@ -72,7 +72,7 @@ def test_attention_scores_are_the_raw_attention_of_the_groups_first_block(name):
             packed, _, _ = model.reduce(model.embed(images), range(group), keep_all)
             scores = model.score(packed, group)
             want = raw_attention(model, images, blocks.start)
-            if not model.backbone.has_class_token:
+            if model.backbone.cls_token is None:
                 torch.testing.assert_close(scores.sum(1), torch.ones(5))
             torch.testing.assert_close(scores, want, rtol=1e-5, atol=1e-7)
             assert scores.std(1).min() > 1e-4

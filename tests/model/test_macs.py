@@ -21,7 +21,7 @@ def test_equal_to_torchs_counter(family, dropped):
     name, kwargs = family
     model, x = iared2.from_timm(name, dropped=dropped, **kwargs).eval().requires_grad_(False), torch.randn(4, 3, 48, 32)
     assert count(lambda: model.backbone(x)) == 4 * model.dense_macs
-    model.threshold = float(model.trace(x).scores[0].median())
+    model.threshold = float(model.trace(x).scores[0].median()) + 1e-5  # not a score itself, lest rounding decides
     out = model.trace(x)
     assert out.kept.float().mean() < 0.9
     if dropped == "merged":

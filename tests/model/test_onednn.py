@@ -85,10 +85,10 @@ def test_training_and_autocast_take_the_plain_path(calls):
     assert not calls
 
 
-def tiny(num_classes=5):
+def tiny(num_classes=5, name="deit_tiny_patch16_224"):
     torch.manual_seed(0)
     return iared2.from_timm(
-        "deit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=48, num_heads=3, depth=3, num_classes=num_classes
+        name, img_size=32, patch_size=8, embed_dim=48, num_heads=3, depth=3, num_classes=num_classes
     ).eval()
 
 
@@ -128,11 +128,23 @@ def test_packed_weights_follow_a_change_of_the_weights(change):
     torch.testing.assert_close(logits(model, x), want, atol=1e-4, rtol=1e-4)
 
 
+PARTS = ["", "attn", "drop_path1", "mlp", "mlp.act", "mlp.drop1", "attn.proj_drop"]
+WATCHED = [("deit_tiny_patch16_224", where) for where in [*PARTS, "ls1"]]
+WATCHED += [("eva02_base_patch14_448", where) for where in [*PARTS, "attn.q_proj", "attn.norm", "mlp.fc1_g"]]
+WATCHED += [("vit_base_patch16_18x2_224", where) for where in ["", "attns.0", "attns.1.attn", "ffns.1.mlp", "ffns.0"]]
+WATCHED += [("vit_base_patch16_xp_224", where) for where in ["", "in_proj", "mlp_act", "mlp_drop", "ls", "drop_path"]]
+
+
 @pytest.mark.parametrize("engine", ["auto", "plain"])
-@pytest.mark.parametrize("where", ["", "attn", "drop_path1", "mlp", "mlp.act", "mlp.drop1", "attn.proj_drop", "ls1"])
-def test_every_part_of_a_block_can_be_watched_and_changed(where, engine):
+@pytest.mark.parametrize(("name", "where"), WATCHED)
+def test_every_part_of_a_block_can_be_watched_and_changed(name, where, engine):
     """A hook on ``Block`` or ``Attention`` never fired, and its change of the output was lost."""
-    model, x, seen = tiny(), torch.randn(3, 3, 32, 32), []
+    model, x, seen = tiny(name=name), torch.randn(3, 3, 32, 32), []
+    with torch.no_grad():
+        model.backbone.head.weight.normal_()
+        for parameter_name, parameter in model.named_parameters():
+            if parameter_name.endswith("gamma"):  # layer scale, born so small that no block acts
+                parameter.fill_(0.5)
     model.engine = engine
     decide = ragged(model, x)
     with torch.no_grad():
@@ -149,9 +161,13 @@ def test_every_part_of_a_block_can_be_watched_and_changed(where, engine):
 
 
 @pytest.mark.parametrize("dropped", ["gone", "merged"])
-def test_a_hooked_block_computes_what_it_computed(dropped):
-    """With ragged lengths, and where attention counts merged patches."""
-    model, x = tiny(), torch.randn(3, 3, 32, 32)
+@pytest.mark.parametrize(
+    "name",
+    ["deit_tiny_patch16_224", "vit_small_patch16_dinov3", "vit_base_patch16_rope_mixed_224", "vit_base_patch16_xp_224"],
+)
+def test_a_hooked_block_computes_what_it_computed(name, dropped):
+    """With ragged lengths, where attention counts merged patches, and where it rotates them."""
+    model, x = tiny(name=name), torch.randn(3, 3, 32, 32)
     model.dropped = dropped
     decide = ragged(model, x)
     with torch.no_grad():

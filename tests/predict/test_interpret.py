@@ -236,7 +236,7 @@ def test_a_photo_named_like_a_result_is_not_replaced(
     assert {path: path.read_bytes() for path in Path("out").rglob("*.*")} == before
     with pytest.raises(iared2.InputError, match="is read"):
         Predictor(iared2.load(checkpoint))("out/result.json").save("out")
-    assert main(["figure", "hierarchy", "photos/cat.png", "-o", "photos/cat.png"]) == 1
+    assert main(["figure", "hierarchy", "photos/cat.png", "-o", "photos/cat.png", "-c", str(checkpoint)]) == 1
     assert "photos/cat.png: is read" in capsys.readouterr().err
     with Image.open("photos/cat.png") as photo:
         assert photo.size == (600, 400)
@@ -256,7 +256,9 @@ def test_names_cannot_command_the_terminal(
     assert main(["interpret", "-p", f"{evil}.png", *options]) == 0
     assert main(["interpret", "-p", f"{evil}.png", f"{evil}.jpg", *options]) == 1
     assert main(["interpret", "-p", f"{evil}.jpg", *options]) == 1
-    assert main(["figure", "hierarchy", f"{evil}.png", f"{evil}.jpg", "-o", f"{evil}.pdf"]) == 1
+    assert (
+        main(["figure", "hierarchy", f"{evil}.png", f"{evil}.jpg", "-o", f"{evil}.pdf", "-c", "evil.safetensors"]) == 1
+    )
     printed, errors = capsys.readouterr()
     assert len(printed.splitlines()) == 11
     assert len(errors.splitlines()) == 4

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 
 import pytest
 import safetensors.torch
@@ -224,6 +225,80 @@ def test_position_embeddings_of_another_grid_are_resampled(name, tmp_path):
     assert iared2.from_timm(two)(torch.randn(1, 3, 24, 16)).shape == (1, 3)
 
 
+def rename(tensors, *pairs):
+    for old, new in pairs:
+        tensors = {re.sub(old, new, name): tensor for name, tensor in tensors.items()}
+    return tensors
+
+
+OPENCLIP = [  # timm's names -> OpenCLIP's
+    (r"^blocks\.", "transformer.resblocks."), (r"^patch_embed\.proj", "conv1"), (r"^pos_embed", "positional_embedding"),
+    (r"^cls_token", "class_embedding"), (r"^norm_pre", "ln_pre"), (r"^norm\.", "ln_post."), (r"\.norm", ".ln_"),
+    (r"attn\.qkv\.", "attn.in_proj_"), (r"attn\.proj", "attn.out_proj"), (r"fc1", "c_fc"), (r"fc2", "c_proj"),
+    (r"^", "visual."),
+]  # fmt: skip
+DINOV3 = [(r"gamma_(\d)", r"ls\1.gamma"), (r"^reg_token", "storage_tokens")]
+
+
+def as_openclip(tensors):
+    tensors = {**tensors, "cls_token": tensors["cls_token"][0, 0], "pos_embed": tensors["pos_embed"][0]}
+    tensors["proj"] = tensors.pop("head.weight").T
+    del tensors["head.bias"]
+    text = {"logit_scale": torch.ones(()), "transformer.resblocks.0.ln_1.weight": torch.ones(32)}
+    return {**rename(tensors, *OPENCLIP), **text}
+
+
+LAYOUTS = {
+    "vit_base_patch16_clip_224": as_openclip,
+    "vit_small_patch14_dinov2": lambda t: {**t, "mask_token": torch.zeros(1, 32)},
+    "deit3_small_patch16_224": lambda t: {"model": rename(t, (r"ls(\d)\.gamma", r"gamma_\1"))},
+    "vit_small_patch16_dinov3": lambda t: {**rename(t, *DINOV3), "mask_token": torch.zeros(1, 32),
+                                           "rope_embed.periods": torch.ones(4)},
+    "eva02_base_patch14_448": lambda t: {"module": rename(t, (r"attn\.norm", "attn.inner_attn_ln"),
+                                                          (r"mlp\.norm", "mlp.ffn_ln"), (r"fc1_g", "w1"),
+                                                          (r"fc1_x", "w2"), (r"mlp\.fc2", "mlp.w3"),
+                                                          (r"([qv])_proj\.bias", r"\1_bias"))},
+    "vit_pe_core_small_patch16_384": lambda t: t,
+}  # fmt: skip
+"""Names of timm, and what makes the layout of the original program out of timm's."""
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts_of_other_programs(name, tmp_path, capsys):
+    """They were refused: 'it lacks the tensor blocks.0.attn.proj.bias and 40 more'."""
+    one, two = (timm.create_model(name, **{**SMALL, "num_classes": 5}).eval() for _ in range(2))
+    with torch.no_grad():
+        for parameter in one.parameters():
+            parameter.normal_(std=0.2)
+        if name == "vit_base_patch16_clip_224":
+            one.head.bias.zero_()  # there, it has none
+    torch.save(LAYOUTS[name](one.state_dict()), tmp_path / "w.pth")
+    load_backbone_weights(two, tmp_path / "w.pth")
+    images = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(two(images), one(images))
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch14_dinov2", "eva02_tiny_patch14_224"])
+def test_patches_of_another_size_and_grey_images(name, tmp_path):
+    """As timm does it when it loads its own weights; they were refused for their shapes."""
+    one = timm.create_model(name, **{**SMALL, "patch_size": 8, "img_size": 32})
+    two = timm.create_model(name, **{**SMALL, "in_chans": 1})
+    torch.save(one.state_dict(), tmp_path / "w.pth")
+    load_backbone_weights(two, tmp_path / "w.pth")
+    weight = timm.layers.resample_patch_embed(one.patch_embed.proj.weight, [4, 4])
+    torch.testing.assert_close(two.patch_embed.proj.weight, weight.sum(1, keepdim=True))
+
+
+def test_patches_beyond_all_bounds_are_one_line(tmp_path):
+    """To resize them would take memory by the square of their size."""
+    backbone = timm.create_model("deit_tiny_patch16_224", **SMALL)
+    tensors = {**backbone.state_dict(), "patch_embed.proj.weight": torch.zeros(32, 3, 200, 1)}
+    torch.save(tensors, tmp_path / "w.pth")
+    with pytest.raises(InputError, match=r"patch_embed.proj.weight has shape \(32, 3, 200, 1\)"):
+        load_backbone_weights(backbone, tmp_path / "w.pth")
+
+
 def test_position_embeddings_that_cannot_be_resampled_are_one_clear_line(tmp_path):
     oblong = timm.create_model("deit_tiny_patch16_224", **{**SMALL, "img_size": (24, 16)})
     torch.save(oblong.state_dict(), tmp_path / "w.pth")
@@ -240,6 +315,22 @@ def test_model_in_the_box_loads():
     assert (out.macs <= model.dense_macs * 1.01).all()
 
 
+@pytest.mark.parametrize("kind", [{}, {"half": True}, {"int8": True}])
+def test_loading_draws_no_weights_and_holds_no_file(model, tmp_path, kind):
+    """A file that has every weight is not preceded by random ones, which took most of the time of loading."""
+    model.save(tmp_path / "m", **kind)
+    before = torch.get_rng_state()
+    loaded = iared2.load(tmp_path / "m")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+    assert all(p.requires_grad and p.is_leaf for p in loaded.parameters())
+    weights = {name: tensor.clone() for name, tensor in loaded.state_dict().items()}
+    with open(tmp_path / "m", "r+b") as file:
+        file.seek(-2000, 2)
+        file.write(b"\7" * 2000)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in loaded.state_dict().items())
+
+
 @pytest.mark.parametrize("name", ["m.pth", "m.bin", "m", "box", "m.safetensors.bak"])
 def test_any_name_will_do(model, images, tmp_path, name):
     model.save(tmp_path / name)
@@ -249,10 +340,11 @@ def test_any_name_will_do(model, images, tmp_path, name):
 def test_box_is_the_model_in_the_box_and_no_file(model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     model.save("box")
-    assert iared2.load("box").class_names == iared2.load().class_names
+    boxed = iared2.load("box")
+    assert boxed.class_names == iared2.load().class_names
     assert iared2.load("./box").class_names == tuple("abcde")
-    assert main(["export", "box", "m.pt2", "--num-keep", "9", "9", "9"]) == 1
-    assert "give 4 numbers" in capsys.readouterr().err, "the one in the box has 4 groups"
+    assert main(["export", "box", "m.pt2", "--num-keep", *["9"] * (boxed.num_groups + 1)]) == 1
+    assert f"give {boxed.num_groups} numbers" in capsys.readouterr().err, "as many as the one in the box has groups"
 
 
 def test_weights_of_a_checkpoint_are_saved_and_not_where_they_lay(images, tmp_path):

@@ -69,9 +69,9 @@ def cut_down(recipe: Recipe, backbone: Path, batch_size: int) -> list[str]:
     for stage in STAGES:
         if getattr(recipe, stage).epochs:
             settings += [f"{stage}.epochs=1", f"{stage}.batch_size={batch_size}"]
-    if recipe.model.checkpoint:  # of another architecture
+    if recipe.model.checkpoint and recipe.backbone.epochs:  # of another architecture
         settings.append('model.checkpoint=""')
-    elif recipe.model.pretrained or not recipe.backbone.epochs:  # the second: --set model.checkpoint, says the header
+    elif recipe.model.pretrained or not recipe.backbone.epochs:
         settings += ["model.pretrained=false", f"model.checkpoint={json.dumps(str(backbone))}"]
     if recipe.compile:  # takes minutes on a CPU; tests/model/test_compile.py does it
         settings.append("compile=false")
@@ -85,6 +85,9 @@ def test_it_runs(path: Path, tmp_path: Path, backbone: Path):
     each = 1 if recipe.data.classes else 3
     images = write_images(tmp_path / "images", classes, each)
     batch_size = len(classes) * each // STEPS
+    if recipe.model.checkpoint:
+        backbone = tmp_path / "backbone.pth"
+        torch.save(timm.create_model(recipe.model.backbone, **TINY).state_dict(), backbone)
     output = tmp_path / "run"
     arguments = cut_down(recipe, backbone, batch_size)
     assert main(["train", str(path), "--data", str(images), "-o", str(output), *arguments]) == 0

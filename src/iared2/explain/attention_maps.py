@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..model import backbone as vit
 from ..model.attention import attention_weights
+from ..model.block import before_attention
 from ..model.tokens import PackedTokens
 from .forward import backbone_of, tokens_by_block
 
@@ -33,7 +34,7 @@ def raw_attention(model: Any, images: Tensor, block: int) -> Tensor:
     """
     backbone = backbone_of(model)
     packed = next(islice(tokens_by_block(model, images), block, None))
-    attended = _attended(_readers(backbone, packed), backbone.blocks[block], packed)
+    attended = _attended(_readers(backbone, packed), backbone, block, packed)
     return packed.to_dense(attended)[:, packed.num_prefix_tokens :]
 
 
@@ -54,23 +55,23 @@ def rollout(model: Any, images: Tensor) -> Tensor:
     backbone = backbone_of(model)
     *entering, last = tokens_by_block(model, images)
     share = last.to_dense(_readers(backbone, last))  # (B, S)
-    for block, packed in zip(reversed(backbone.blocks), reversed(entering), strict=True):
+    for block, packed in reversed([*enumerate(entering)]):
         rows = share.flatten()[packed.token_ids]
-        share = packed.to_dense((rows + _attended(rows, block, packed)) / 2)
+        share = packed.to_dense((rows + _attended(rows, backbone, block, packed)) / 2)
     return share[:, last.num_prefix_tokens :]
 
 
 def _readers(backbone: Any, packed: PackedTokens) -> Tensor:
     """``(T,)`` weights of the tokens whose attention is requested; they sum to 1 per image."""
-    position = packed.token_ids % packed.num_tokens
-    if backbone.has_class_token:
+    position = packed.positions
+    if vit.has_class_token(backbone):
         return (position == 0).float()
     alive = packed.alive.sum(1).clamp_min(1)[packed.token_ids // packed.num_tokens]
     return (position >= packed.num_prefix_tokens) / alive
 
 
-def _attended(readers: Tensor, block: Any, packed: PackedTokens) -> Tensor:
+def _attended(readers: Tensor, backbone: Any, block: int, packed: PackedTokens) -> Tensor:
     """``(T,)`` attention of the tokens weighted by ``readers (T,)``, mean over the heads."""
-    q, k, _, _ = vit.before_attention(block, packed.x)
+    q, k, _, _ = before_attention(backbone.blocks[block], packed.x, packed.rotary_rows(block))
     runs = zip(packed.buckets(readers), attention_weights(q, k, packed), strict=True)
     return torch.cat([(run[:, None].to(w) @ w.mean(1)).flatten() for run, w in runs]).float()

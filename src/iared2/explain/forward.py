@@ -41,7 +41,7 @@ def tokens_by_block(model: Any, images: Tensor, decide: Decide | None = None) ->
         decide: for a reduced model; ``model.decision`` if None.
     """
     backbone = backbone_of(model)
-    packed = PackedTokens.from_dense(vit.embed(backbone, images), backbone.num_prefix_tokens)
+    packed = vit.embed_packed(backbone, images)
     groups = model.groups if isinstance(model, ReducedVisionTransformer) else [range(len(backbone.blocks))]
     for group, blocks in enumerate(groups):
         if isinstance(model, ReducedVisionTransformer):

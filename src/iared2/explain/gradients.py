@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..model import backbone as vit
+from ..model.block import NOTHING, parts
 from ..model.decide import Decide
 from ..model.reduced import ReducedVisionTransformer
 from .forward import backbone_of, private_twin, tokens_by_block
@@ -40,10 +41,10 @@ def optional(module: str, extra: str, package: str) -> Any:
 
 
 def grad_cam(model: Any, images: Tensor, target: Tensor | None, method: str = "gradcam", block: int = -1) -> Tensor:
-    """Grad-CAM (Selvaraju et al. 2017) on the input of the attention of a block: after its ``norm1``.
+    """Grad-CAM (Selvaraju et al. 2017) on the input of the attention of a block: after its first norm.
 
     The package recommends this for vision transformers: after the last attention, the class token does not depend on
-    patches, so their gradient is 0.
+    patches, so their gradient is 0. In a post-norm block: on the tokens that enter; with several attentions: the mean.
 
     Args:
         model: reduced or dense.
@@ -58,7 +59,9 @@ def grad_cam(model: Any, images: Tensor, target: Tensor | None, method: str = "g
     package = optional("pytorch_grad_cam", "explain", "grad-cam")
     twin = private_twin(model)
     network = _Classifier(twin, block % len(backbone_of(twin).blocks))
-    layer = backbone_of(twin).blocks[block].norm1
+    attns = parts(backbone_of(twin).blocks[block]).attns
+    # the package takes the mean over several layers
+    layers = [network.entrance if branch.before is NOTHING else branch.before for branch in attns]
     rows, columns = backbone_of(twin).patch_embed.dynamic_feat_size(images.shape[-2:])
 
     def grid(x: Tensor) -> Tensor:  # (T, C) -> (B, C, rows, columns), 0 where the patch was dropped
@@ -66,7 +69,7 @@ def grad_cam(model: Any, images: Tensor, target: Tensor | None, method: str = "g
         dense = packed.to_dense(x.float())[:, packed.num_prefix_tokens :]
         return dense.mT.unflatten(2, (rows, columns))
 
-    return run_cam(getattr(package, KIN[method]), network, [layer], images, target, grid)
+    return run_cam(getattr(package, KIN[method]), network, layers, images, target, grid)
 
 
 def run_cam(
@@ -85,13 +88,14 @@ class _Classifier(nn.Module):
 
     def __init__(self, model: Any, block: int) -> None:
         super().__init__()
-        self.model, self.block = model, block
+        self.model, self.block, self.entrance = model, block, nn.Identity()
 
     def forward(self, images: Tensor) -> Tensor:
         for index, packed in enumerate(tokens_by_block(self.model, images.detach())):
             if index == self.block:
                 packed.x.requires_grad_()  # nothing before it does, so the graph begins here
                 self.entering = packed
+                self.entrance(packed.x)
         return vit.head(backbone_of(self.model), packed).float()  # the package takes logits to numpy
 
 

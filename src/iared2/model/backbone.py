@@ -1,21 +1,21 @@
-"""A timm VisionTransformer as embed, blocks and head.
+"""A timm VisionTransformer or Eva as embed, blocks and head.
 
-Reads timm's modules, never changes them: no subclass, no hook, no renamed parameter. ``run_block`` is timm's
-``Block.forward`` for packed rows. It uses the block's own layers, so layer scale, query-key norm, gated MLPs,
-scaled norms and dropout are supported.
+Reads timm's modules, never changes them: no subclass, no hook, no renamed parameter. block.py says what a block is made
+of. Here, the blocks run on packed rows.
 """
 
 from __future__ import annotations
 
 from functools import cache
-from itertools import pairwise
+from itertools import pairwise, repeat
 from typing import Any
 
 import timm
 import torch
-from timm.layers import Attention, DropPath, PatchEmbed
+from timm.layers import DropPath, PatchEmbed
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -23,8 +23,22 @@ from .. import keyed
 from ..errors import InputError
 from . import onednn
 from .attention import Attend, attend, key_biases
+from .block import (
+    ATTENTIONS,
+    KINDS,
+    after_attention,
+    attentions,
+    before_attention,
+    bypassed,
+    is_touched,
+    parts,
+    run_module,
+)
 from .tokens import PackedTokens
 from .video_transformer import TubeletEmbed
+
+ROTARY = "RotaryEmbeddingCat", "RotaryEmbeddingDinoV3", "RotaryEmbeddingMixed", "RotaryEmbeddingMRope"
+"""Rotary embeddings that `rotary_table` can read; by name, since older versions of timm lack the last one."""
 
 
 def create(name: str, pretrained: bool = False, **timm_kwargs: Any) -> Any:
@@ -53,25 +67,27 @@ def check_supported(backbone: Any) -> None:
     name = type(backbone).__name__
 
     def refuse(why: str) -> None:
-        raise InputError(f"{name} is not supported: {why}. Use a timm VisionTransformer with standard blocks.")
+        raise InputError(f"{name} is not supported: {why}. Use a timm VisionTransformer or Eva with standard blocks.")
 
-    if not isinstance(backbone, VisionTransformer):
-        refuse("it is not a timm VisionTransformer (hierarchical, rotary and convolutional models have other tokens)")
-    for method in ("forward", "forward_features", "pool"):
-        if getattr(type(backbone), method) is not getattr(VisionTransformer, method):
+    family = next((kind for kind in (VisionTransformer, Eva) if isinstance(backbone, kind)), None)
+    if family is None:
+        refuse("it is not a timm VisionTransformer or Eva (hierarchical and convolutional models have other tokens)")
+    for method in ("forward", "forward_features", "pool", "forward_head"):
+        distilled = method == "forward_head" and isinstance(backbone, VisionTransformerDistilled)
+        if getattr(type(backbone), method) is not getattr(family, method) and not distilled:
             refuse(f"it overrides {method}()")
-    if not isinstance(backbone, VisionTransformerDistilled) and (
-        type(backbone).forward_head is not VisionTransformer.forward_head
-    ):
-        refuse("it overrides forward_head()")
     for i, block in enumerate(backbone.blocks):
-        if type(block) is not Block:
-            refuse(f"block {i} is a {type(block).__name__}, not timm's pre-norm Block")
-        if type(block.attn) is not Attention:
-            refuse(f"the attention of block {i} is a {type(block.attn).__name__}, not timm's Attention")
+        if type(block) not in KINDS:
+            refuse(f"block {i} is a {type(block).__name__}, which may mix tokens in other ways than attention")
+        for attn in attentions(block):
+            if type(attn) not in ATTENTIONS:
+                refuse(f"the attention of block {i} is a {type(attn).__name__}, not timm's Attention")
     if type(backbone.patch_embed) not in (PatchEmbed, TubeletEmbed):
         refuse(f"its patch embedding is a {type(backbone.patch_embed).__name__}")
-    if not isinstance(backbone.patch_drop, nn.Identity):
+    rope = getattr(backbone, "rope", None)
+    if rope is not None and type(rope).__name__ not in ROTARY:
+        refuse(f"its rotary embedding is a {type(rope).__name__}")
+    if not isinstance(backbone.patch_drop, nn.Identity | None):
         refuse("patch_drop_rate > 0 drops patches behind the interpreters' back")
     if not backbone.global_pool:
         refuse("global_pool='' returns every token, but the reduced model does not have them all")
@@ -90,21 +106,50 @@ def split_blocks(depth: int, groups: int) -> list[range]:
     return [range(a, b) for a, b in pairwise(bounds)]
 
 
-def pools_patches(backbone: VisionTransformer) -> bool:
+def pools_patches(backbone: Any) -> bool:
     """Whether the head pools patch tokens, so that an image must keep at least one."""
     return backbone.global_pool != "token"
 
 
-def embed(backbone: VisionTransformer, images: Tensor) -> Tensor:
-    """``(B, in_chans, height, width)``, or clips ``(B, in_chans, T, height, width)`` -> ``(B, S, C)``, prefix first."""
+def has_class_token(backbone: Any) -> bool:
+    """Whether the first prefix token is a class token."""
+    return backbone.cls_token is not None
+
+
+def embed(backbone: Any, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Images to dense tokens.
+
+    Args:
+        backbone: the timm model.
+        images: ``(B, in_chans, height, width)``, or clips ``(B, in_chans, T, height, width)``.
+
+    Returns:
+        ``(B, S, C)``, prefix tokens first, and `PackedTokens.rotary`, or None if the model has no rotary embedding.
+    """
     if images.ndim != 4 and not isinstance(backbone.patch_embed, TubeletEmbed):
         raise InputError(f"the model takes images (B, channels, height, width), not {tuple(images.shape)}")
-    x = backbone.patch_embed(images)
-    return backbone.norm_pre(backbone._pos_embed(x))
+    x, rotary = backbone._pos_embed(backbone.patch_embed(images)), None
+    if isinstance(backbone, Eva):
+        x, rope = x
+        rotary = None if rope is None else rotary_table(rope, backbone.num_prefix_tokens)
+    return backbone.norm_pre(x), rotary
+
+
+def rotary_table(rope: Tensor, num_prefix_tokens: int) -> Tensor:
+    """timm's ``(N, 2·head_dim)`` or ``(L, H, N, 2·head_dim)`` as `PackedTokens.rotary`; prefix tokens do not rotate."""
+    rope = (rope[None, None] if rope.ndim == 2 else rope).transpose(1, 2)
+    angle_0 = torch.cat([torch.zeros_like(rope[:1, :1, :1, ::2]), torch.ones_like(rope[:1, :1, :1, ::2])], -1)
+    return torch.cat([angle_0.expand(len(rope), num_prefix_tokens, *rope.shape[2:]), rope], 1)
+
+
+def embed_packed(backbone: Any, images: Tensor, keys: Tensor | None = None) -> PackedTokens:
+    """`embed` as packed rows, none dropped; ``keys (B,)`` see `PackedTokens`."""
+    x, rotary = embed(backbone, images)
+    return PackedTokens.from_dense(x, backbone.num_prefix_tokens, keys=keys, rotary=rotary)
 
 
 def run_blocks(
-    backbone: VisionTransformer,
+    backbone: Any,
     indices: range,
     packed: PackedTokens,
     engine: str = "auto",
@@ -126,7 +171,7 @@ def run_blocks(
     blocks = [backbone.blocks[index] for index in indices]
     if engine in ("auto", "onednn"):
         if all(onednn.can_run(block, packed.x) for block in blocks):
-            return packed.with_x(onednn.run_blocks(blocks, packed, weights))
+            return packed.with_x(onednn.run_blocks(blocks, indices, packed, weights))
         if engine == "onednn":
             raise InputError(
                 'engine="onednn" runs inference on a CPU in float32 or bfloat16, without gradients, autocast or hooks;'
@@ -144,53 +189,33 @@ def run_blocks(
 
 
 def run_block(
-    block: Block, x: Tensor, packed: PackedTokens, index: int, compiled: bool = False, attend: Attend = attend
+    block: Any, x: Tensor, packed: PackedTokens, index: int, compiled: bool = False, attend: Attend = attend
 ) -> Tensor:
-    """``x (T, C) -> (T, C)``: one MSA-FFN block on rows laid out as ``packed``.
+    """``x (T, C) -> (T, C)``: one block on rows laid out as ``packed``.
 
-    ``index`` keys the block's draws of stochastic depth. A block that carries a hook, or whose attention does, runs as
-    a timm module, once per bucket.
+    ``index`` keys the block's draws of stochastic depth and selects its rotation. A block that carries a hook, or whose
+    attention does, runs as a timm module, once per bucket.
     """
-    if any(map(onednn.is_touched, (block, block.attn, block.attn.attn_drop, block.drop_path1, block.drop_path2))):
+    rotary = packed.rotary_rows(index)
+    if any(map(is_touched, bypassed(block))):
+        turns = repeat(None) if rotary is None else packed.buckets(rotary)
         biases = key_biases(packed, x.dtype)
-        buckets = [block(rows, attn_mask=bias) for rows, bias in zip(packed.buckets(x), biases, strict=True)]
-        return torch.cat([rows.flatten(0, 1) for rows in buckets])
+        buckets = zip(packed.buckets(x), turns, biases, strict=False)
+        return torch.cat([run_module(block, *bucket).flatten(0, 1) for bucket in buckets])
     before, after = before_attention, after_attention
     if compiled:
         before, after = _compiled(before), _compiled(after)
-    q, k, v, y = before(block, x)
-    y_attn = attend(q, k, v, packed, block.attn.attn_drop.p if block.attn.training else 0.0)
-    scales = (drop_path_scale(d, packed, 2 * index + i, x) for i, d in enumerate((block.drop_path1, block.drop_path2)))
-    return after(block, x, y, y_attn, *scales)
+    q, k, v, rest = before(block, x, rotary)
+    attns, mlps = parts(block)
+    attn = attns[0].layer
+    y_attn = attend(q, k, v, packed, attn.attn_drop.p if attn.training else 0.0)
+    scales = [drop_path_scale(b.drop_path, packed, _site(index, i), x) for i, b in enumerate((*attns, *mlps))]
+    return after(block, x, rest, y_attn, scales)
 
 
-def before_attention(block: Block, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``x (T, C)`` -> q, k, v ``(T, H, head_dim)`` and the normalised tokens ``(T, C)``."""
-    attn = block.attn
-    y = block.norm1(x)
-    q, k, v = attn.qkv(y).unflatten(1, (3, attn.num_heads, attn.head_dim)).unbind(1)
-    return attn.q_norm(q), attn.k_norm(k), v, y
-
-
-def after_attention(
-    block: Block, x: Tensor, y: Tensor, y_attn: Tensor, scale1: Tensor | None, scale2: Tensor | None
-) -> Tensor:
-    """The rest of the block: projection, residual sums, MLP.
-
-    Args:
-        block: the block.
-        x, y: ``(T, C)`` the tokens, and the normalised tokens (a gate reads them).
-        y_attn: ``(T, H, head_dim)``.
-        scale1, scale2: ``(T, 1)`` of stochastic depth on the two branches, or None.
-    """
-    attn = block.attn
-    y_attn = attn.norm(y_attn.flatten(1))
-    if getattr(attn, "gate", None) is not None:
-        y_attn = y_attn * attn.gate(y).sigmoid()
-    branch = block.ls1(attn.proj_drop(attn.proj(y_attn)))
-    x = x + (branch if scale1 is None else branch * scale1)
-    branch = block.ls2(block.mlp(block.norm2(x)))
-    return x + (branch if scale2 is None else branch * scale2)
+def _site(index: int, branch: int) -> int:
+    """Of the draws of stochastic depth (keyed.py): different for all branches of all blocks."""
+    return 2 * index + branch % 2 + (branch // 2 << 12)
 
 
 @cache
@@ -216,14 +241,14 @@ def drop_path_scale(drop_path: nn.Module, packed: PackedTokens, site: int, x: Te
     return scale[packed.token_ids // packed.num_tokens, None]
 
 
-def head(backbone: VisionTransformer, packed: PackedTokens, pre_logits: bool = False) -> Tensor:
+def head(backbone: Any, packed: PackedTokens, pre_logits: bool = False) -> Tensor:
     """Final norm, pooling over the remaining tokens and classifier: ``(B, K)``, in the order of the dense batch."""
     if not pools_patches(backbone):  # then only the prefix tokens are read, and only they need the norm
         return backbone.forward_head(backbone.norm(packed.prefix()), pre_logits=pre_logits)
     return pool_head(backbone, packed.with_x(backbone.norm(packed.x)), pre_logits)
 
 
-def pool_head(backbone: VisionTransformer, packed: PackedTokens, pre_logits: bool = False) -> Tensor:
+def pool_head(backbone: Any, packed: PackedTokens, pre_logits: bool = False) -> Tensor:
     """timm's own head on normalised rows, bucket by bucket."""
     return packed.unsort(
         torch.cat([backbone.forward_head(rows, pre_logits=pre_logits) for rows in packed.buckets(packed.x)])

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import keyed
-from . import backbone as vit
+from ..errors import InputError
 from .attention import attention_weights
+from .block import before_attention, parts
 from .decide import SITE_RANDOM
 from .dither import pattern
 from .tokens import PackedTokens
@@ -65,15 +66,16 @@ class AttentionScores(nn.Module):
 
     Args:
         block: the first block of the group.
+        index: its number in the backbone.
     """
 
-    def __init__(self, block: Any) -> None:
+    def __init__(self, block: Any, index: int) -> None:
         super().__init__()
-        self._block = (block,)  # in a tuple, so that its weights are not listed twice
+        self._block, self._index = (block,), index  # in a tuple, so that its weights are not listed twice
 
     def forward(self, packed: PackedTokens, has_class_token: bool = True) -> Tensor:
         """``(B, N)`` in [0, 1]; without a class token, the mean over all tokens as queries."""
-        q, k, _, _ = vit.before_attention(self._block[0], packed.x)
+        q, k, _, _ = before_attention(self._block[0], packed.x, packed.rotary_rows(self._index))
         received = []
         for weights in attention_weights(q, k, packed):  # (images, H, length, length)
             mean = weights.mean(1)
@@ -89,17 +91,23 @@ class ShiftScores(nn.Module):
 
     Args:
         block: the first block of the group.
+
+    Raises:
+        InputError: the block has no MLP of its own.
     """
 
     def __init__(self, block: Any) -> None:
         super().__init__()
         self._block = (block,)
+        if not parts(block).mlps:
+            raise InputError(f"the representation shift is that of an MLP, and a {type(block).__name__} has none alone")
 
     def forward(self, packed: PackedTokens, has_class_token: bool = True) -> Tensor:
         """``(B, N)`` in [0, 1]."""
-        block = self._block[0]
-        branch = block.ls2(block.mlp(block.norm2(packed.x))).float()
-        moved = packed.to_dense(branch.norm(dim=1))[:, packed.num_prefix_tokens :]
+        (branch, *_) = parts(self._block[0]).mlps
+        y = branch.layer(branch.before(packed.x))
+        y = branch.after(y) if isinstance(branch.after, nn.Module) else y * branch.after
+        moved = packed.to_dense(y.float().norm(dim=1))[:, packed.num_prefix_tokens :]
         return moved / moved.amax(1, keepdim=True).clamp_min(1e-9)
 
 
@@ -128,5 +136,6 @@ def baseline_scores(kind: str, model: ReducedVisionTransformer, group: int) -> n
         return PlaceScores(1 - pattern(model.grid_size).float())
     if kind == "similarity":
         return SimilarityScores()
-    block = model.backbone.blocks[model.groups[group].start]
-    return (ShiftScores if kind == "shift" else AttentionScores)(block)
+    index = model.groups[group].start
+    block = model.backbone.blocks[index]
+    return ShiftScores(block) if kind == "shift" else AttentionScores(block, index)

@@ -18,11 +18,13 @@ import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from ..atomic import whole
 from ..errors import InputError
+from .block import attentions
 from .quantize import quantized
 from .video_transformer import VideoTransformer
 
@@ -41,6 +43,12 @@ LOADER = {
 POLICY = "interpreters."
 """Prefix of the tensors of the policy."""
 FINGERPRINT = "fingerprint"
+FAMILIES: dict[str, tuple[type, ...]] = {
+    "timm.models.vision_transformer": (VisionTransformer,),
+    "timm.models.deit": (VisionTransformer,),
+    "timm.models.eva": (Eva,),
+}
+"""The modules of timm whose models are supported, and the classes whose arguments these take."""
 CONFIG: dict[str, Any] = {
     "architecture": str,
     "model_args": dict,
@@ -201,7 +209,7 @@ def config_of(model: ReducedVisionTransformer) -> dict[str, Any]:
     name = ".".join(filter(None, (cfg["architecture"], cfg.get("tag"))))
     # timm >= 1.0.31 keeps the arguments itself, and adds to them what later changes of the model imply
     given = {**model.model_args, **getattr(backbone, "_model_args", {})}
-    args = {key: value for key, value in given.items() if key in architectural()}
+    args = {key: value for key, value in given.items() if key in architectural(name)}
     args |= {"num_classes": model.num_classes, "global_pool": backbone.global_pool}
     args |= {"img_size": backbone.patch_embed.img_size, "in_chans": cfg["input_size"][0]}
     config = {
@@ -242,7 +250,14 @@ def check(config: dict[str, Any]) -> dict[str, Any]:
     _check_types(config, {**CONFIG, FINGERPRINT: list[float]})
     _check_types(config["pretrained_cfg"], PRETRAINED_CFG, "pretrained_cfg.")
     args = {key: value for key, value in config["model_args"].items() if key not in LOADER}
-    _check_types(args, architectural(), "model_args.")
+
+    architecture = config["architecture"]
+    if not re.fullmatch(r"[\w.]+", architecture) or not timm.is_model(architecture):
+        raise InputError(f"timm has no model {architecture!r:.100}")
+    module = timm.model_entrypoint(architecture).__module__
+    if module.startswith("timm.") and module not in FAMILIES:
+        raise InputError(f"timm's {architecture} is not a plain vision transformer")
+    _check_types(args, architectural(architecture), "model_args.")
 
     groups, names, num_classes = config["groups"], config["class_names"], args.get("num_classes")
     mean, std = (config["pretrained_cfg"].get(key) or [1.0] for key in ("mean", "std"))
@@ -256,20 +271,15 @@ def check(config: dict[str, Any]) -> dict[str, Any]:
         if isinstance(config[name], (list, tuple)) and len(config[name]) != groups:
             raise InputError(f"{name} has {len(config[name])} numbers for {groups} groups")
 
-    name = config["architecture"]
-    if not re.fullmatch(r"[\w.]+", name) or not timm.is_model(name):
-        raise InputError(f"timm has no model {name!r:.100}")
-    module = timm.model_entrypoint(name).__module__
-    if module.startswith("timm.") and module not in ("timm.models.vision_transformer", "timm.models.deit"):
-        raise InputError(f"timm's {name} is not a plain vision transformer")
     kept = ("groups", "interpreter", "dropped")
-    return {"backbone": name, **{key: config[key] for key in kept}, **args}
+    return {"backbone": architecture, **{key: config[key] for key in kept}, **args}
 
 
 @cache
-def architectural() -> dict[str, Any]:
-    """The arguments of vision transformers that a file can contain, and their types, from the signatures."""
-    return get_type_hints(VisionTransformer.__init__) | get_type_hints(VideoTransformer.__init__)
+def architectural(name: str) -> dict[str, Any]:
+    """The arguments of a timm model that a file can contain, and their types, from the signatures."""
+    kinds = FAMILIES.get(timm.model_entrypoint(name).__module__, (VisionTransformer, VideoTransformer))
+    return {key: hint for kind in kinds for key, hint in get_type_hints(kind.__init__).items()}
 
 
 def _check_types(values: dict[str, Any], hints: dict[str, Any], where: str = "") -> None:
@@ -298,5 +308,7 @@ def _is(value: Any, hint: Any) -> bool:
 def _description(backbone: Any) -> list[Any]:
     """Everything that defines a backbone except its weights: layers and settings, shapes, heads, pooling."""
     shapes = [(name, tensor.shape) for name, tensor in backbone.state_dict().items()]
-    heads = [block.attn.num_heads for block in backbone.blocks]
-    return [str(backbone), shapes, heads, backbone.global_pool, backbone.pool_include_prefix]
+    heads = [attn.num_heads for block in backbone.blocks for attn in attentions(block)]
+    rope = {} if getattr(backbone, "rope", None) is None else vars(backbone.rope)
+    angles = {key: value for key, value in rope.items() if key[0] != "_" and key != "training"}
+    return [str(backbone), shapes, heads, angles, backbone.global_pool, getattr(backbone, "pool_include_prefix", None)]

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from ..device import without_autocast
@@ -46,11 +47,14 @@ class MultiHeadInterpreter(nn.Module):
         Raises:
             InputError: the attention of the block is not a plain product of linear queries and keys.
         """
-        norm, attn = block.norm1, block.attn
-        if not isinstance(norm, nn.LayerNorm) or not all(type(n) is nn.Identity for n in (attn.q_norm, attn.k_norm)):
+        if type(block) is not Block or not isinstance(block.norm1, nn.LayerNorm):
             raise InputError(
-                "an interpreter cannot start as this attention: it normalises queries or keys, or has no LayerNorm"
+                f"an interpreter cannot start as the attention of a {type(block).__name__}: it needs timm's Block,"
+                " which neither rotates queries and keys nor has parallel branches, with a LayerNorm before attention"
             )
+        norm, attn = block.norm1, block.attn
+        if not all(type(n) is nn.Identity for n in (attn.q_norm, attn.k_norm)):
+            raise InputError("an interpreter cannot start as this attention: it normalises queries or keys")
         with torch.no_grad():
             weight = attn.qkv.weight[: 2 * attn.qkv.in_features].float()
             bias = weight.new_zeros(len(weight)) if attn.qkv.bias is None else attn.qkv.bias[: len(weight)].float()

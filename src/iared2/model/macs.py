@@ -15,6 +15,8 @@ from timm.layers import AttentionPoolLatent
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from .block import attentions
+
 if TYPE_CHECKING:
     from .reduced import ReducedVisionTransformer
 
@@ -35,7 +37,8 @@ def blocks_macs(blocks: Iterable[Any], num_tokens: Tensor) -> Tensor:
     n = num_tokens.to(torch.int64)
     macs = torch.zeros_like(n)
     for block in blocks:
-        macs += n * linear_macs(block) + 2 * n * n * block.attn.num_heads * block.attn.head_dim
+        width = sum(attn.num_heads * attn.head_dim for attn in attentions(block))
+        macs += n * linear_macs(block) + 2 * n * n * width
     return macs
 
 
@@ -60,7 +63,8 @@ def head_macs(backbone: VisionTransformer, num_tokens: Tensor) -> Tensor:
     pool = backbone.attn_pool
     if pool is None:
         return macs
-    keys = n if backbone.pool_include_prefix else n - backbone.num_prefix_tokens
+    # Eva has no such switch: its pooling reads all tokens
+    keys = n if getattr(backbone, "pool_include_prefix", True) else n - backbone.num_prefix_tokens
     if isinstance(pool, AttentionPoolLatent):
         queries, per_key = pool.latent_len, linear_macs(pool.kv)
         macs += queries * (linear_macs(pool) - per_key) + keys * per_key

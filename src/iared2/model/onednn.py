@@ -10,17 +10,24 @@ they are missing, or an argument does not fit, the plain block runs.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from timm.layers import Mlp
+from timm.layers import GluMlp, LayerScale, Mlp, SwiGLU
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
 from .attention import Attend, attend
+from .block import PLAIN, Branch, Layers, add, after_attention, before_attention, bypassed, is_touched, parts
 from .tokens import PackedTokens
+
+ACTIVATIONS: dict[type, str] = {nn.GELU: "gelu", nn.SiLU: "swish"}
+"""Activations that oneDNN fuses into the layer before them, and its names for them."""
+MLPS = Mlp, GluMlp, SwiGLU
+"""MLPs whose layers run with oneDNN. Another one runs as a module."""
 
 CHUNK_BYTES = 16 << 20
 """Size of the hidden layer of the images that run at once, see `run_blocks`."""
@@ -67,7 +74,7 @@ class PackedWeights:
     def pack(self, blocks: Iterable[Any]) -> None:
         """Lay out the weights of the layers that `run_block` runs with oneDNN, if it has a kernel for them."""
         for layer in _layers(blocks):
-            if type(layer) is nn.Linear and _has_kernel(layer.weight) and not layer.weight.is_inference():
+            if _has_kernel(layer.weight) and not layer.weight.is_inference():
                 weight = layer.weight.detach()
                 self._of[layer] = weight, weight._version, torch.ops.mkldnn._reorder_linear_weight(weight, None)
 
@@ -93,33 +100,47 @@ class PackedWeights:
 NOTHING_PACKED = PackedWeights()
 
 
+def forget_shapes(capacity: int = 8) -> None:
+    """Keep kernels for so many shapes only, in this process, unless the user has set the variables.
+
+    Torch and oneDNN each keep the last 1,024, with their buffers, and ragged batches hardly repeat a shape: for the
+    model in the box, 640 MB more after 20,000 photos than after 2,000. Eight are enough for the layers of one group.
+    Has an effect only before the first use of oneDNN.
+    """
+    for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+        os.environ.setdefault(name, str(capacity))
+
+
 def can_run(block: Any, x: Tensor) -> bool:
     """Whether `run_block` gives the result of the plain block.
 
     This requires eager inference on a CPU in float32 or bfloat16. Layers that are fused must carry no hook and be
     unchanged, and no part of the block may be in training mode (Monte Carlo dropout, stochastic depth).
     """
-    mlp = block.mlp
-    fused = [block, block.attn, block.attn.attn_drop, block.attn.proj_drop, block.ls1, block.ls2, mlp]
-    fused += [block.drop_path1, block.drop_path2]
-    if type(mlp) is Mlp:
-        fused += [mlp.act, mlp.drop1, mlp.norm, mlp.drop2]
     return (
         _has_kernel(x)
         and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
         and bool(torch.backends.mkldnn.enabled)
         and not torch.compiler.is_compiling()
-        and not any(module.training or is_touched(module) for module in fused)
+        and not any(module.training or is_touched(module) for module in _fused(block))
     )
 
 
-def is_touched(module: nn.Module) -> bool:
-    """Whether the module has a hook or its own ``forward``: then the module itself must be called."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(hooks) or "forward" in vars(module)
+def _fused(block: Any) -> Iterator[nn.Module]:
+    """The modules of a block that `run_block` does not call."""
+    yield from bypassed(block)
+    attns, mlps = parts(block)
+    yield from (branch.after for branch in (*attns, *mlps) if isinstance(branch.after, nn.Module))
+    yield from (branch.layer.proj_drop for branch in attns if hasattr(branch.layer, "proj_drop"))
+    for mlp in (branch.layer for branch in mlps):
+        yield mlp
+        if type(mlp) in MLPS:
+            yield from (mlp.act, mlp.drop1, mlp.norm, mlp.drop2)
 
 
-def run_blocks(blocks: Sequence[Any], packed: PackedTokens, weights: PackedWeights = NOTHING_PACKED) -> Tensor:
+def run_blocks(
+    blocks: Sequence[Any], indices: Sequence[int], packed: PackedTokens, weights: PackedWeights = NOTHING_PACKED
+) -> Tensor:
     """``(T, C)``: the tokens after some blocks; a large batch runs a few images at a time.
 
     glibc returns allocations of 32 MB and more to the system at once, so every layer of a large batch would map new
@@ -128,42 +149,66 @@ def run_blocks(blocks: Sequence[Any], packed: PackedTokens, weights: PackedWeigh
     parts = []
     for part in packed.split(rows_at_once(blocks[0], packed.x)):
         x = part.x
-        for block in blocks:
-            x = run_block(block, x, part, weights)
+        for block, index in zip(blocks, indices, strict=True):
+            x = run_block(block, x, part, index, weights)
         parts.append(x)
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def rows_at_once(block: Any, x: Tensor) -> int:
     """Rows of ``x (T, C)`` whose hidden layer takes `CHUNK_BYTES`."""
-    # an adapter in place of fc1 need not have this attribute
-    hidden = getattr(getattr(block.mlp, "fc1", None), "out_features", 4 * x.shape[1])
+    hidden = max((layer.out_features for layer in _layers([block])), default=4 * x.shape[1])
     return CHUNK_BYTES // (hidden * x.element_size())
 
 
 def run_block(
-    block: Any, x: Tensor, packed: PackedTokens, weights: PackedWeights = NOTHING_PACKED, attend: Attend = attend
+    block: Any,
+    x: Tensor,
+    packed: PackedTokens,
+    index: int,
+    weights: PackedWeights = NOTHING_PACKED,
+    attend: Attend = attend,
 ) -> Tensor:
-    """``x (T, C) -> (T, C)``: one MSA-FFN block in evaluation mode, without a graph."""
-    attn, mlp = block.attn, block.mlp
-    y = block.norm1(x)
-    q, k, v = linear(attn.qkv, y, weights).unflatten(1, (3, attn.num_heads, attn.head_dim)).unbind(1)
-    y_attn = attn.norm(attend(attn.q_norm(q), attn.k_norm(k), v, packed, 0.0).flatten(1))
-    if getattr(attn, "gate", None) is not None:
-        y_attn = y_attn * linear(attn.gate, y, weights).sigmoid()
-    x = linear_add(attn.proj, y_attn, block.ls1, x, weights)
-    y = block.norm2(x)
-    if type(mlp) is Mlp and type(mlp.act) is nn.GELU and type(mlp.norm) is nn.Identity:
-        return linear_add(mlp.fc2, linear(mlp.fc1, y, weights, mlp.act), block.ls2, x, weights)
-    return x + block.ls2(mlp(y))
+    """``x (T, C) -> (T, C)``: one block in evaluation mode, without a graph; ``index`` selects its rotation."""
+    layers = FusedLayers(weights)
+    q, k, v, rest = before_attention(block, x, packed.rotary_rows(index), layers)
+    return after_attention(block, x, rest, attend(q, k, v, packed, 0.0), layers=layers)
 
 
-def _layers(blocks: Iterable[Any]) -> Iterator[Any]:
+class FusedLayers(Layers):
+    """The layers of a block in evaluation mode, run by oneDNN: activation, layer scale and residual sum are fused."""
+
+    def __init__(self, weights: PackedWeights = NOTHING_PACKED) -> None:
+        self.weights = weights
+
+    def linear(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """See `Layers`."""
+        return linear(layer, x, self.weights, bias=bias)
+
+    def project(self, layer: Any, rows: Tensor, branch: Branch, x: Tensor, scale: Tensor | None) -> Tensor:
+        """See `Layers`; ``scale`` is None in evaluation mode."""
+        return linear_add(layer, rows, branch.after, x, self.weights)
+
+    def mlp(self, branch: Branch, y: Tensor, x: Tensor, scale: Tensor | None) -> Tensor:
+        """See `Layers`."""
+        mlp = branch.layer
+        if type(mlp) not in MLPS:
+            return super().mlp(branch, y, x, scale)
+        if type(mlp) is Mlp:
+            hidden = linear(mlp.fc1, y, self.weights, mlp.act)
+        elif type(mlp) is SwiGLU:
+            hidden = linear(mlp.fc1_g, y, self.weights, mlp.act) * self.linear(mlp.fc1_x, y)
+        else:
+            gate, rows = self.linear(mlp.fc1, y).chunk(2, -1)
+            if mlp.gate_last:
+                gate, rows = rows, gate
+            hidden = mlp.act(gate) * rows
+        return linear_add(mlp.fc2, mlp.norm(hidden), branch.after, x, self.weights)
+
+
+def _layers(blocks: Iterable[Any]) -> Iterator[nn.Linear]:
     """The layers that `run_block` runs with oneDNN."""
-    for block in blocks:
-        yield from (block.attn.qkv, block.attn.proj)
-        if type(block.mlp) is Mlp:
-            yield from (block.mlp.fc1, block.mlp.fc2)
+    return (module for block in blocks for module in block.modules() if type(module) is nn.Linear)
 
 
 def _fits(layer: Any, x: Tensor) -> bool:
@@ -177,18 +222,31 @@ def _fits(layer: Any, x: Tensor) -> bool:
     )
 
 
-def linear(layer: Any, x: Tensor, weights: PackedWeights = NOTHING_PACKED, gelu: nn.GELU | None = None) -> Tensor:
-    """``layer(x)``, or ``gelu(layer(x))``."""
+def linear(
+    layer: Any,
+    x: Tensor,
+    weights: PackedWeights = NOTHING_PACKED,
+    act: nn.Module | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """``layer(x)``, or ``act(layer(x))``; with a ``bias`` in place of the layer's own."""
     if not _fits(layer, x):
-        return layer(x) if gelu is None else gelu(layer(x))
-    activation, algorithm = ("none", "") if gelu is None else ("gelu", gelu.approximate)
-    return torch.ops.mkldnn._linear_pointwise(x, weights.weight(layer), layer.bias, activation, [], algorithm)
+        y = PLAIN.linear(layer, x, bias)
+        return y if act is None else act(y)
+    if act is not None and type(act) not in ACTIVATIONS:
+        return act(linear(layer, x, weights, bias=bias))
+    activation, algorithm = "none" if act is None else ACTIVATIONS[type(act)], getattr(act, "approximate", "")
+    bias = layer.bias if bias is None else bias
+    return torch.ops.mkldnn._linear_pointwise(x, weights.weight(layer), bias, activation, [], algorithm)
 
 
 def linear_add(
-    layer: Any, x: Tensor, layer_scale: nn.Module, residual: Tensor, weights: PackedWeights = NOTHING_PACKED
+    layer: Any, x: Tensor, after: nn.Module | Tensor, residual: Tensor, weights: PackedWeights = NOTHING_PACKED
 ) -> Tensor:
-    """``residual + layer_scale(layer(x))``."""
-    if type(layer_scale) is nn.Identity and _fits(layer, x):
+    """``residual + after(layer(x))``; ``after`` as in `Branch`."""
+    if type(after) is nn.Identity and _fits(layer, x):
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weights.weight(layer), layer.bias, "add")
-    return residual + layer_scale(linear(layer, x, weights))
+    y = linear(layer, x, weights)
+    if isinstance(after, LayerScale):
+        after = after.gamma
+    return torch.addcmul(residual, y, after) if isinstance(after, Tensor) else add(residual, y, after)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from . import backbone as vit
 from . import calibrate, file, macs
+from .block import attentions
 from .decide import Decide, Decision
 from .facade import Facade
 from .hugging_face import HubModel
@@ -52,7 +53,7 @@ class ReducedVisionTransformer(Facade, HubModel):
     ``model.interpreters`` are ours. Threshold 0 gives the backbone's own logits.
 
     Args:
-        backbone: a timm ``VisionTransformer`` with standard blocks.
+        backbone: a timm ``VisionTransformer`` or ``Eva`` with standard blocks (`backbone.check_supported`).
         groups: D; the blocks are split into D groups. If D does not divide the depth, the first ones have one more.
         threshold: a shorthand for ``decision=Decision(threshold)``.
         interpreter: "sigmoid", the paper's, or "attention": relative scores, which start as the attention of the class
@@ -88,7 +89,7 @@ class ReducedVisionTransformer(Facade, HubModel):
         self.backbone, self.groups = backbone, vit.split_blocks(len(backbone.blocks), groups)
         self.interpreter, self.dropped = interpreter, dropped
         self.decision = decision or Decision() if threshold is None else Decision(threshold)
-        num_heads, like = backbone.blocks[0].attn.num_heads, next(backbone.blocks[0].parameters())
+        num_heads, like = attentions(backbone.blocks[0])[0].num_heads, next(backbone.blocks[0].parameters())
         self.interpreters = nn.ModuleList(
             MultiHeadInterpreter(backbone.embed_dim, num_heads, interpreter == "attention").to(like)
             for _ in range(groups)
@@ -123,7 +124,7 @@ class ReducedVisionTransformer(Facade, HubModel):
 
     def embed(self, images: Tensor, keys: Tensor | None = None) -> PackedTokens:
         """Images to tokens, none dropped. With ``keys (B,)``, random draws are a function of the image (keyed.py)."""
-        return PackedTokens.from_dense(vit.embed(self.backbone, images), self.backbone.num_prefix_tokens, keys=keys)
+        return vit.embed_packed(self.backbone, images, keys)
 
     def reduce(
         self, packed: PackedTokens, groups: range | None = None, decide: Decide | None = None
@@ -144,7 +145,7 @@ class ReducedVisionTransformer(Facade, HubModel):
 
     def score(self, packed: PackedTokens, group: int) -> Tensor:
         """``(B, N)`` informativeness of the patches at the entrance of ``group``, 0 where a patch was dropped."""
-        return self.interpreters[group](packed, self.backbone.has_class_token)
+        return self.interpreters[group](packed, vit.has_class_token(self.backbone))
 
     def decide(self, scores: Tensor, alive: Tensor, group: int, decide: Decide) -> Tensor:
         """``(B, N)`` bool, the patches that stay, or ``(k·B, N)``: k decisions, if ``decide`` gives as many.

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from timm.models import filter_pretrained_cfg
 from torch import Tensor, nn
 
 from ..errors import InputError
@@ -22,6 +23,8 @@ from .quantize import dequantized
 if TYPE_CHECKING:
     from .reduced import ReducedVisionTransformer
 
+WHOLE = {"crop_pct": 1.0, "crop_mode": "squash"}
+"""What timm calls it if an image is resized as a whole, without keeping its proportions: `data.batches` does so."""
 MAX_DEPTH, MAX_VALUES = 1000, 1 << 27
 """Limits for a model in a file: its blocks, and the numbers that it needs besides its weights."""
 
@@ -93,7 +96,11 @@ def restored(kind: type[Model], path: Path, tensors: dict[str, Any], config: dic
         InputError: see `checked`; or the file contradicts itself.
     """
     tensors, arguments = checked(path, tensors, config)
-    return configure(filled(kind, arguments, tensors, path), config)
+    model = configure(filled(kind, arguments, tensors, path), config)
+    # timm's entry of this name describes the weights of others
+    cfg = filter_pretrained_cfg(model.backbone.pretrained_cfg, remove_source=True)
+    model.backbone.pretrained_cfg = {**cfg, **WHOLE, "num_classes": model.num_classes, "license": None}
+    return model
 
 
 def filled(
@@ -112,9 +119,12 @@ def filled(
         model = on_meta(kind, arguments)
     except InputError as error:
         raise InputError(f"{path} does not describe a model: {error}") from None
-    check_fit(part(model), tensors, path)
-    model = build(kind, **arguments)
-    part(model).load_state_dict(tensors)
+    expected = check_fit(part(model), tensors, path)
+    # without a second model, whose random weights would take most of the time; copied, so that the file may change
+    part(model).load_state_dict({n: t.to(expected[n].dtype, copy=True) for n, t in tensors.items()}, assign=True)
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):  # the file has not all of them
+        model = build(kind, **arguments)
+        part(model).load_state_dict(tensors)
     return model
 
 
@@ -145,8 +155,8 @@ def load_strictly(model: nn.Module, tensors: dict[str, Tensor], path: Path | str
     model.load_state_dict(tensors)
 
 
-def check_fit(model: nn.Module, tensors: dict[str, Tensor], path: Path | str) -> None:
-    """Compare names, shapes and types of tensors with a model.
+def check_fit(model: nn.Module, tensors: dict[str, Tensor], path: Path | str) -> dict[str, Tensor]:
+    """Compare names, shapes and types of tensors with a model, and return those of the model.
 
     Raises:
         InputError: names the tensor that is missing, unexpected, or of the wrong shape or type.
@@ -165,3 +175,4 @@ def check_fit(model: nn.Module, tensors: dict[str, Tensor], path: Path | str) ->
             wrong = wrong or f"{name} has numbers of {have.dtype}, expected {want.dtype}"
     if wrong:
         raise InputError(f"{path} does not fit the model: {wrong}")
+    return expected

@@ -38,6 +38,8 @@ class PackedTokens:
         alive: ``(B, N)`` bool, the patches that are not dropped.
         keys: ``(B,)`` int64 keys of the images' random draws (keyed.py), or None for torch's generator.
         sizes: ``(T,)`` float32, the number of patches of which each row is the mean (merge.py), or None: one.
+        rotary: ``(L or 1, S, H or 1, 2·head_dim)``, sine and cosine of the angles by which attention rotates queries
+            and keys at each position of an image: in each of L blocks and H heads, or in all alike. None: no rotation.
     """
 
     x: Tensor
@@ -49,10 +51,16 @@ class PackedTokens:
     alive: Tensor
     keys: Tensor | None = None
     sizes: Tensor | None = None
+    rotary: Tensor | None = None
 
     @classmethod
     def from_dense(
-        cls, x: Tensor, num_prefix_tokens: int, alive: Tensor | None = None, keys: Tensor | None = None
+        cls,
+        x: Tensor,
+        num_prefix_tokens: int,
+        alive: Tensor | None = None,
+        keys: Tensor | None = None,
+        rotary: Tensor | None = None,
     ) -> PackedTokens:
         """Pack ``x (B, S, C)``; ``alive (B, N)`` bool leaves out the patches where it is False."""
         num_images, num_tokens, width = x.shape
@@ -65,6 +73,7 @@ class PackedTokens:
             num_patches=num_tokens - num_prefix_tokens,
             alive=torch.ones(num_images, num_tokens - num_prefix_tokens, dtype=torch.bool, device=x.device),
             keys=keys,
+            rotary=rotary,
         )
         return packed if alive is None else packed.select(alive)
 
@@ -103,6 +112,21 @@ class PackedTokens:
     def log_sizes(self) -> Tensor | None:
         """``(T,)`` float32, the bias that attention adds to the logit of each row as a key."""
         return None if self.sizes is None else self.sizes.log()
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """``(T,)`` int64, the position of each row in its image: 0…P−1 for prefix tokens, P…S−1 for patches."""
+        return self.token_ids % self.num_tokens
+
+    def rotary_rows(self, block: int) -> Tensor | None:
+        """``(T, H or 1, 2·head_dim)``: ``rotary`` of each row in the block of this index."""
+        if self.rotary is None or len(self.rotary) == 1:
+            return self._rotary_rows
+        return self.rotary[block][self.positions]
+
+    @cached_property
+    def _rotary_rows(self) -> Tensor | None:
+        return None if self.rotary is None else self.rotary[0][self.positions]
 
     @cached_property
     def bucket_sizes(self) -> list[tuple[int, int]]:

@@ -10,6 +10,7 @@ import urllib.request
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from html import escape
 from pathlib import Path
 from typing import Any, BinaryIO, overload
@@ -166,9 +167,13 @@ class Predictor(BasePredictor):
         """An RGB photo as the model's input ``(1, 3, height, width)``: resized whole, normalised, on the device."""
         return self.on_device(self._transform(photo))
 
-    def _class_name(self, index: int) -> str:
+    def class_name(self, index: int) -> str:
+        """The model's own name, that of ImageNet for a model with as many classes, or else the number."""
         subset = None if self.model.class_names else infer_imagenet_subset(self.model)  # by their number: 1k, 12k, …
-        return ImageNetInfo(subset).index_to_description(index) if subset else super()._class_name(index)
+        return _imagenet(subset).index_to_description(index) if subset else super().class_name(index)
+
+
+_imagenet = cache(ImageNetInfo)  # reads files
 
 
 def _inline(picture: Image.Image, width: int, name: str) -> str:

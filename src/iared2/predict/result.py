@@ -235,9 +235,10 @@ class BasePredictor:
         if not self.model.num_classes:  # the output is features, not logits
             return []
         probabilities, classes = logits.float().softmax(0).topk(min(5, len(logits)))
-        return [(self._class_name(c), p) for c, p in zip(classes.tolist(), probabilities.tolist(), strict=True)]
+        return [(self.class_name(c), p) for c, p in zip(classes.tolist(), probabilities.tolist(), strict=True)]
 
-    def _class_name(self, index: int) -> str:
+    def class_name(self, index: int) -> str:
+        """The name of a class, or its number if it has none."""
         return self.model.class_names[index] if self.model.class_names else str(index)
 
 

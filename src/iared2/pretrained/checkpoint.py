@@ -6,14 +6,19 @@ import importlib.resources
 import math
 import os
 import re
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from functools import partial
+from io import StringIO
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile, is_zipfile
 
 import torch
 from safetensors.torch import load_file
-from timm.layers import resample_abs_pos_embed
-from timm.models import clean_state_dict
+from timm.models import adapt_input_conv, clean_state_dict, eva, vision_transformer
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ..errors import InputError
@@ -22,12 +27,15 @@ from ..model.hugging_face import fetch, is_hub_name
 from ..model.quantize import dequantized
 from ..model.reduced import ReducedVisionTransformer
 from ..model.restore import checked, configure, filled, load_strictly, restored
+from ..model.video_transformer import VideoTransformer
 from .build import from_timm
 
 BOX = "box"
 """The name under which ``load`` finds the model that comes with the package."""
-WRAPPERS = "state_dict_ema", "model_ema", "state_dict", "model", "model_state"
+WRAPPERS = "state_dict_ema", "model_ema", "state_dict", "model", "model_state", "module", "encoder"
 """Keys under which checkpoints of training programs keep their weights, the best first."""
+MAX_PATCH = 128
+"""Limit for the patches of foreign weights, in pixels."""
 
 
 def load(
@@ -98,8 +106,9 @@ def box_folder() -> str:
 def load_backbone_weights(backbone: Any, path: Path | str) -> None:
     """Load foreign weights, or the backbone of a model of ours (``.pth``, ``.safetensors``), into a timm backbone.
 
-    A head with another number of classes is not loaded. Position embeddings of another square grid are resampled, as
-    in timm.
+    timm converts the weights as for its own pretrained models: layouts of other programs (OpenCLIP, DINOv2, DINOv3,
+    EVA, DeiT-III …), position embeddings of another grid, patches of another size, another number of channels. A head
+    with another number of classes is not loaded.
 
     Raises:
         InputError: no such file, or the weights do not fit.
@@ -111,19 +120,37 @@ def load_backbone_weights(backbone: Any, path: Path | str) -> None:
 
 
 def fitted(tensors: dict[str, Tensor], backbone: Any) -> dict[str, Tensor]:
-    """Weights of another backbone, with positions for this grid, and with this head if classes differ, as in timm."""
-    own = backbone.state_dict()
-    old, new = tensors.get("pos_embed"), own.get("pos_embed")
-    if old is not None and new is not None and old.ndim == 3 and old.shape != new.shape:
-        prefix = 0 if backbone.no_embed_class else backbone.num_prefix_tokens
-        patches = old.shape[1] - prefix
-        if patches > 0 and math.isqrt(patches) ** 2 == patches:  # timm assumes that the old grid is square
-            grid = list(backbone.patch_embed.grid_size)
-            tensors["pos_embed"] = resample_abs_pos_embed(old, grid, num_prefix_tokens=prefix)
+    """Weights of another backbone, converted by timm, and with this head if classes differ."""
+    tensors, own = converted(tensors, backbone), backbone.state_dict()
     heads = [name for name in own if name.split(".")[0] in ("head", "head_dist")]
     if any(name not in tensors or own[name].shape != tensors[name].shape for name in heads):
         body = {name: tensor for name, tensor in tensors.items() if name.split(".")[0] not in ("head", "head_dist")}
         tensors = {**body, **{name: own[name] for name in heads}}
+    return tensors
+
+
+def converted(tensors: dict[str, Tensor], backbone: Any) -> dict[str, Tensor]:
+    """The tensors by timm's names and in the shapes of the backbone, as far as timm can convert them."""
+    convert: Callable[..., dict[str, Tensor]]
+    if isinstance(backbone, Eva):
+        convert = eva.checkpoint_filter_fn
+    elif isinstance(backbone, VisionTransformer) and not isinstance(backbone, VideoTransformer):
+        convert = partial(vision_transformer.checkpoint_filter_fn, adapt_layer_scale=True)
+    else:
+        return tensors
+    if any(max(t.shape[2:]) > MAX_PATCH for t in tensors.values() if t.ndim == 4):
+        return tensors  # a resize takes memory by the square of the size
+    old, new = tensors.get("pos_embed"), getattr(backbone, "pos_embed", None)
+    try:
+        with redirect_stdout(StringIO()):  # timm prints what it leaves out
+            tensors = convert(dict(tensors), backbone)
+        if old is not None and new is not None and old.shape == new.shape:
+            tensors["pos_embed"] = old  # timm would take a grid of the same size for that of its own weights
+        name, in_chans = "patch_embed.proj.weight", backbone.patch_embed.proj.in_channels
+        if tensors[name].shape[1] != in_chans:
+            tensors[name] = adapt_input_conv(in_chans, tensors[name])
+    except Exception:  # from shapes that no model has; the caller names the tensor that does not fit
+        pass
     return tensors
 
 

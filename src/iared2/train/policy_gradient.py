@@ -128,11 +128,11 @@ class PolicyGradientStage(nn.Module):
             for i, group in enumerate(self.groups)
         ]
         weights = torch.tensor([len(images[i::several]) / len(images) for i in range(several)]).to(images.device)
-        loss = torch.stack([loss for loss, _ in parts]) @ weights.to(parts[0][0].dtype)
+        loss = (torch.stack([loss for loss, _ in parts]) * weights).sum()
         metrics = {}
         for name in parts[0][1]:
             values = torch.stack([found[name] for _, found in parts])
-            metrics[name] = values @ weights.to(values.dtype)
+            metrics[name] = (values * weights).sum()
         return loss, metrics
 
     def of_group(self, group: int, images: Tensor, labels: Tensor, keys: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -6,6 +6,7 @@ dropped patches differs, so the benchmark shows the effect of removing them.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ def masked(model: ReducedVisionTransformer, images: Tensor, decide: Decide) -> T
         scores = model.score(packed, group) * alive
         alive = model.decide(scores, alive, group, decide)
         tokens = torch.cat([alive.new_ones(len(alive), packed.num_prefix_tokens), alive], 1)
-        packed = packed.with_x(_run_group(model, group, packed.x, tokens))
+        packed = packed.with_x(_run_group(model, group, packed, tokens))
     return model.head(packed.select(alive))
 
 
@@ -41,22 +42,24 @@ def padded(model: ReducedVisionTransformer, images: Tensor, decide: Decide) -> T
         place = torch.arange(packed.max_seqlen, device=images.device)
         tokens = place < torch.tensor(packed.lengths, device=images.device)[:, None]  # (B, longest)
         rows = (packed.first_rows[:, None] + place).clamp_max(len(packed.x) - 1)
-        x = _run_group(model, group, packed.x[rows.flatten()], tokens)
-        packed = packed.with_x(x[tokens.flatten()])
+        rows, lengths = rows.flatten(), (packed.max_seqlen,) * packed.num_images
+        long = replace(packed, x=packed.x[rows], token_ids=packed.token_ids[rows], lengths=lengths)
+        packed = packed.with_x(_run_group(model, group, long, tokens)[tokens.flatten()])
     return model.head(packed)
 
 
-def _run_group(model: ReducedVisionTransformer, group: int, x: Tensor, tokens: Tensor) -> Tensor:
-    """The blocks of a group on ``x (B·L, C)``, where ``tokens (B, L)`` marks valid rows; in pieces, as ours."""
-    blocks = [model.backbone.blocks[index] for index in model.groups[group]]
-    images = max(1, onednn.rows_at_once(blocks[0], x) // tokens.shape[1]) if x.device.type == "cpu" else len(tokens)
-    parts = []
-    for piece, there in zip(x.split(images * tokens.shape[1]), tokens.split(images), strict=True):
-        attend = _attend_where(there)
-        for block in blocks:
-            piece = _run_block(block, piece, attend, model.packed_weights)
-        parts.append(piece)
-    return torch.cat(parts)
+def _run_group(model: ReducedVisionTransformer, group: int, packed: PackedTokens, tokens: Tensor) -> Tensor:
+    """The blocks of a group on B images of L rows, of which ``tokens (B, L)`` are valid; in pieces, as ours."""
+    blocks, x = model.backbone.blocks, packed.x
+    at_once = onednn.rows_at_once(blocks[0], x) if x.device.type == "cpu" else len(x)
+    pieces, first = [], 0
+    for piece in packed.split(at_once):
+        attend = _attend_where(tokens[first : first + len(piece.lengths)])
+        first += len(piece.lengths)
+        for index in model.groups[group]:
+            piece = piece.with_x(_run_block(blocks[index], piece, index, attend, model.packed_weights))
+        pieces.append(piece.x)
+    return torch.cat(pieces)
 
 
 def _attend_where(tokens: Tensor) -> Attend:
@@ -75,9 +78,8 @@ def _attend_where(tokens: Tensor) -> Attend:
     return attend
 
 
-def _run_block(block: Any, x: Tensor, attend: Attend, weights: onednn.PackedWeights) -> Tensor:
+def _run_block(block: Any, packed: PackedTokens, index: int, attend: Attend, weights: onednn.PackedWeights) -> Tensor:
     """One block in evaluation mode with the fastest available layers and the given attention."""
-    nothing: Any = None  # only `attend` depends on the layout of the rows
-    if onednn.can_run(block, x):
-        return onednn.run_block(block, x, nothing, weights, attend)
-    return vit.run_block(block, x, nothing, 0, attend=attend)
+    if onednn.can_run(block, packed.x):
+        return onednn.run_block(block, packed.x, packed, index, weights, attend)
+    return vit.run_block(block, packed.x, packed, index, attend=attend)
