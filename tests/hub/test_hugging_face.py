@@ -115,6 +115,16 @@ class TestNames:
             ReducedVisionTransformer.from_pretrained("user/model", revision="v1")(images), cached(images)
         )
 
+    def test_with_other_weights_are_refused(self, cached, tmp_path):
+        file = tmp_path / "cache" / "models--user--model" / "snapshots" / COMMIT / "model.safetensors"
+        torch.save(cached.state_dict(), file)
+        for load in (iared2.load, ReducedVisionTransformer.from_pretrained):
+            with pytest.raises(InputError, match="not in that format, and no other is read"):
+                load("user/model")
+        file.unlink()
+        with pytest.raises(InputError, match="there is no checkpoint"):
+            iared2.load("user/model")
+
     @pytest.mark.parametrize("name", ["user/other", "user/model@v2"])
     def test_that_are_not_there_are_named(self, cached, name):
         with pytest.raises(InputError, match=f"no file or folder {name}, and the Hugging Face Hub gives no such model"):

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import iared2
 import iared2.hub
 from iared2 import InputError, ReducedVisionTransformer
+from iared2.model.names import short_name
 
 BOX = iared2.hub.BOX_NAME
 NAME = "iared2_vit_tiny_patch16_224"
@@ -46,6 +47,10 @@ class TestTheBox:
         (patch, _), (_, side, _) = box.backbone.patch_embed.patch_size, box.pretrained_cfg["input_size"]
         assert BOX.endswith(f"_patch{patch}_{side}.box")
         assert timm.list_models("iared2*.box", pretrained=True) == [BOX]
+
+    def test_of_the_reference_model_will_be_called_by_its_sizes(self):
+        config = {"architecture": "vit_small_patch14_dinov2.lvd142m", "model_args": {"img_size": [224, 224]}}
+        assert short_name(config) == "iared2_vit_small_patch14_224"
 
     def test_is_the_default_of_its_architecture(self, box):
         model = timm.create_model(BOX.removesuffix(".box"), pretrained=True).eval()
@@ -127,6 +132,14 @@ class TestFolders:
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         loaded = timm.create_model("hf-hub:user/model", pretrained=True, cache_dir=tmp_path).eval()
         assert torch.equal(loaded(images_of(model)), model(images_of(model)))
+
+    def test_of_videos_are_read_by_timm(self, tmp_path):
+        small = {"img_size": (4, 32, 32), "patch_size": (2, 16, 16), "embed_dim": 48, "num_heads": 3, "depth": 3}
+        model = timm.create_model("iared2_videomae_base_patch16_224", num_classes=5, **small).eval()
+        model.save_pretrained(tmp_path)
+        clips = torch.randn(1, 3, 4, 32, 32)
+        loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+        assert torch.equal(loaded(clips), model(clips))
 
     def test_are_checked_as_by_load(self, tmp_path):
         tiny().save_pretrained(tmp_path)

@@ -68,6 +68,10 @@ class TestModels:
         with pytest.raises(InputError, match="no checkpoint"):
             Predictor(tmp_path / "none.safetensors")
 
+    def test_of_timm_are_refused_with_what_to_do(self, predictor):
+        with pytest.raises(InputError, match=r"a VisionTransformer drops no patches: give iared2\.from_timm\(model\)"):
+            Predictor(predictor.model.backbone)
+
 
 class TestLists:
     def test_are_one_batch(self, predictor, monkeypatch):

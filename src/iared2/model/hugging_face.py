@@ -146,19 +146,22 @@ def fetch(name: str, revision: str | None = None, **hub_kwargs: Any) -> Path:
         hub_kwargs: of ``huggingface_hub.snapshot_download``.
 
     Raises:
-        InputError: not a name of this form, no such model, or it cannot be reached.
+        InputError: not a name of this form, no such model, it cannot be reached, or its weights are not safetensors.
     """
     match = HUB_NAME.fullmatch(name)
     if not match:
         raise InputError(f"there is no file or folder {name}, and a model on the Hugging Face Hub is called user/model")
     hub_kwargs = {"revision": revision or match["revision"], **hub_kwargs}
     try:
-        return Path(snapshot_download(match["repo"], allow_patterns=["config.json", WEIGHTS], **hub_kwargs))
+        folder = Path(snapshot_download(match["repo"], allow_patterns=["config.json", WEIGHTS], **hub_kwargs))
     except Exception as error:  # the client has its own, and those of its HTTP library
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise InputError(
             f"there is no file or folder {name}, and the Hugging Face Hub gives no such model: {reason}"
         ) from error
+    if not file.is_safetensors(folder / WEIGHTS):
+        raise InputError(f"{name} of the Hugging Face Hub: its {WEIGHTS} is not in that format, and no other is read")
+    return folder
 
 
 def folder_config(model: ReducedVisionTransformer) -> dict[str, Any]:

@@ -160,6 +160,8 @@ class BasePredictor:
             InputError: the device is missing, the model cannot be loaded, or it does not take RGB photos
                 (`VideoPredictor`: RGB clips).
         """
+        if isinstance(model, torch.nn.Module) and not isinstance(model, ReducedVisionTransformer):
+            raise InputError(f"a {type(model).__name__} drops no patches: give iared2.from_timm(model)")
         if not isinstance(model, ReducedVisionTransformer):
             checkpoint = checkpoint or model
             model = load(model)
