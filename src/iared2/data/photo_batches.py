@@ -103,7 +103,9 @@ def photo_batches(
         workers: reading processes; 0: this process reads.
         pin_memory: see `torch.utils.data.DataLoader`.
     """
+    reading = _Reading(photos, transform, batches)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "This DataLoader will create")  # also read in parallel on a single core
-        reading = _Reading(photos, transform, batches)
-        yield from DataLoader(reading, batch_size=None, num_workers=workers, pin_memory=pin_memory)
+        warnings.filterwarnings("ignore", "This process .* is multi-threaded")  # readers do not use threads of Arrow
+        loader = iter(DataLoader(reading, batch_size=None, num_workers=workers, pin_memory=pin_memory))
+    yield from loader
