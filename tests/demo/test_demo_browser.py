@@ -27,6 +27,7 @@ from PIL import Image
 from serving import Server, served
 
 import iared2
+from iared2.explain.figures import result_figure
 
 pytest.importorskip("gradio", reason="the page: pip install 'iared2[demo]'")
 playwright = pytest.importorskip("playwright.sync_api", reason="the browser: pip install playwright")
@@ -173,8 +174,8 @@ def test_budget(new_page: NewPage) -> None:
     page = new_page()
     expect(page.locator("#budget")).to_be_hidden()
     page.get_by_label("Budget of MACs").click()
-    expect(page.locator("#budget")).to_be_visible()
-    expect(page.locator("#threshold")).to_be_hidden()
+    expect(page.locator("#budget")).to_be_visible(timeout=WAIT)
+    expect(page.locator("#threshold")).to_be_hidden(timeout=WAIT)
     for percent in (30, 60):
         number = page.locator("#budget input[type=number]")
         number.fill(str(percent))
@@ -270,7 +271,7 @@ def test_download(new_page: NewPage, predictor: iared2.Predictor) -> None:
     with zipfile.ZipFile(download.value.path()) as archive:
         files = ("heatmap.png", "hierarchy.png", "result.json")
         assert archive.namelist() == [f"{folder}/{file}" for folder in ("astronaut", "coffee") for file in files]
-        assert np.array_equal(Image.open(archive.open("coffee/heatmap.png")), expected.figure())
+        assert Image.open(archive.open("coffee/heatmap.png")) == result_figure(expected.photo, expected.heatmap())
         assert np.array_equal(Image.open(archive.open("coffee/hierarchy.png")), expected.hierarchy())
         result = json.loads(archive.read("coffee/result.json"))
     assert result["after"]["macs"] == expected.macs

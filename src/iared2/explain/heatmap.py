@@ -24,6 +24,15 @@ CLAMP = 0.48
 PHOTO_SHARE = 0.6  # share of the photo in the overlay; the rest is colour
 
 
+def default_group(num_groups: int) -> int:
+    """The group whose scores make the heat map, from 0: the last, or of fewer than four the second, as in the paper.
+
+    The first group is blind, since the class token has not attended to any patch. With three groups, the last has few
+    patches left to compare; with four or more, it localises best (docs/results.md).
+    """
+    return num_groups - 1 if num_groups > 3 else min(1, num_groups - 1)
+
+
 def clamp_below(threshold: float) -> float:
     """The lower clamp of the heat map of a group with this threshold."""
     return min(CLAMP, threshold - 0.02)

@@ -22,9 +22,9 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 
 from ..data.clips import is_video
 from ..data.photo import fault, find_photos, load_image, read_photo, reason, to_rgb, upright
-from ..errors import InputError
+from ..errors import InputError, printable
 from ..explain import figures
-from ..explain.heatmap import overlay
+from ..explain.heatmap import default_group, overlay
 from ..model.reduced import ReducedVisionTransformer
 from .result import BasePredictor, Result, png
 
@@ -46,7 +46,7 @@ class Interpretation(Result):
     photo: Image.Image
 
     def heatmap(self, group: int | None = None) -> np.ndarray:
-        """``(H, W)`` float32 in [0, 1]: the scores of a group, by default the second, see ``Result.map``."""
+        """``(H, W)`` float32 in [0, 1]: the scores of a group, see ``Result.map``."""
         return self.map(group, self.photo)
 
     def overlay(self, group: int | None = None, colormap: str = "jet") -> Image.Image:
@@ -54,12 +54,27 @@ class Interpretation(Result):
         return overlay(self.photo, self.heatmap(group), colormap)
 
     def figure(self, group: int | None = None, colormap: str = "jet") -> Image.Image:
-        """The overlay with a colour bar."""
-        return figures.result_figure(self.photo, self.heatmap(group), colormap)
+        """The overlay with a colour bar, and what it shows below; a small photo is enlarged."""
+        photo = figures.enlarged(self.photo)
+        number = default_group(len(self.scores)) if group is None else group
+        what = f"colour: the scores by which group {number + 1} of {len(self.scores)} keeps patches"
+        return figures.result_figure(photo, self.map(group, photo), colormap, [*self._words()[-1:], what])
 
     def hierarchy(self) -> Image.Image:
-        """The photo, then the patches kept by each group."""
-        return figures.hierarchy_figure(self.photo, self.kept, self.grid)
+        """The photo, then the patches kept by each group, with their share, the class, and a legend."""
+        return figures.hierarchy_figure(self.photo, self.kept, self.grid, self._words())
+
+    def _words(self) -> list[str]:
+        """The class and the cost: with all patches, if known, and with those that were kept."""
+        found = []
+        for what, best, macs in (
+            ("with every patch", self.dense_top5, self.dense_macs),
+            ("with the kept patches", self.top5, self.macs),
+        ):
+            for name, p in (best or ())[:1]:
+                share = macs / self.dense_macs
+                found.append(f"{what}: {printable(name):.60} {100 * p:.0f} %, {100 * share:.0f} % of the MACs")
+        return found
 
     def pictures(self, group: int | None, colormap: str) -> list[bytes]:
         """`interpret-result.png`, the figure, and `hierarchy.png`."""

@@ -23,7 +23,7 @@ from ..atomic import to_json, whole
 from ..data.batches import model_transform
 from ..device import timed, usable_device
 from ..errors import InputError
-from ..explain.heatmap import clamp_below, grid_of, lowest_kept, upsample
+from ..explain.heatmap import clamp_below, default_group, grid_of, lowest_kept, upsample
 from ..model.decide import Decide
 from ..model.reduced import Output, ReducedVisionTransformer
 from ..pretrained.checkpoint import load
@@ -38,6 +38,7 @@ class Result:
 
     Attributes:
         top5: the most probable classes and their probabilities, best first; fewer for a model with fewer classes.
+        dense_top5: the same with every patch kept; None if nobody asked.
         scores: ``(D, N)`` float32 in (0, 1), 0 where the patch was already dropped.
         kept: ``(D, N)`` bool, the patches on which each group's blocks ran.
         grid: rows and columns of patches that cover the photo, see ``explain.heatmap.grid_of``.
@@ -62,6 +63,7 @@ class Result:
     milliseconds: float
     model: dict[str, Any]
     file: str | None = None
+    dense_top5: list[tuple[str, float]] | None = None
 
     @property
     def grid_size(self) -> tuple[int, ...]:
@@ -82,23 +84,26 @@ class Result:
     def map(self, group: int | None, shown: Image.Image) -> np.ndarray:
         """The scores of a group as a heat map of the size of ``shown``, ``(H, W)``, for clips ``(T', H, W)``.
 
-        The default is the second group, as in the authors' tool: the first is blind, since the class token has not
-        attended to any patch. A model with one group uses that.
+        The default is the last group; of fewer than four groups, the second (`explain.heatmap.default_group`).
 
         Raises:
             InputError: there is no such group.
         """
         if group is None:
-            group = min(1, len(self.scores) - 1)
+            group = default_group(len(self.scores))
         if not 0 <= group < len(self.scores):
             raise InputError(f"there is no group {group}; the model has groups 0 to {len(self.scores) - 1}")
         scores, low = torch.from_numpy(self.scores[group]), clamp_below(self.thresholds[group])
         return upsample(scores, self.grid, (shown.height, shown.width), low).numpy()
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything except the pictures, as JSON types. Patches are listed row by row, for a clip also by time."""
+        """Everything except the pictures, as JSON types: docs/interpret.md says what each is, and its unit.
+
+        Patches are listed row by row, for a clip also by time.
+        """
+        classes = {"top5": self.top5} | ({"dense_top5": self.dense_top5} if self.dense_top5 is not None else {})
         return {
-            "top5": [{"class": name, "probability": round(p, 6)} for name, p in self.top5],
+            **{key: [{"class": name, "probability": round(p, 6)} for name, p in best] for key, best in classes.items()},
             "grid_size": list(self.grid_size),
             "groups": [
                 {"threshold": t, "keep_ratio": float(k.mean()), "scores": s.round(6).tolist(), "kept": k.tolist()}
@@ -127,7 +132,7 @@ class Result:
         with whole(Path(folder, RESULT), parents=True) as result:
             for name, picture in zip(self.PICTURES, pictures, strict=True):
                 result.with_name(name).write_bytes(picture)
-            result.write_text(to_json(self.to_dict()) + "\n", encoding="utf-8")
+            result.write_text(to_json(self.to_dict(), indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def files(cls, folder: str | Path) -> list[Path]:

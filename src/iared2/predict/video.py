@@ -45,7 +45,7 @@ class ClipInterpretation(Result):
         return np.repeat(by_time, len(self.frames) // self.grid_size[0], 1)
 
     def heatmap(self, group: int | None = None) -> np.ndarray:
-        """``(T, H, W)`` float32 in [0, 1], of the size of ``frames``: the scores of a group, by default the second.
+        """``(T, H, W)`` float32 in [0, 1], of the size of ``frames``: the scores of a group, see ``Result.map``.
 
         The maps are normalised over the clip, so that frames can be compared.
         """
