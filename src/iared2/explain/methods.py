@@ -20,7 +20,7 @@ from ..model.reduced import ReducedVisionTransformer
 from .attention_maps import raw_attention, rollout
 from .forward import backbone_of, private_twin
 from .gradients import KIN, grad_cam, integrated_gradients
-from .heatmap import clamp_below, default_group, grid_of, lowest_kept, upsample
+from .heatmap import default_group, grid_of, lowest_kept, score_map, upsample
 from .memorability import memorability
 
 METHODS = (
@@ -115,8 +115,8 @@ def interpreter_map(
 ) -> Tensor:
     """Our heat map from the scores of an existing forward pass, so only the rendering takes time.
 
-    One group: its scores, clamped below and normalised as in the authors' tool (``heatmap.upsample``). A patch that was
-    dropped before has the minimum.
+    One group: its scores, clamped below and normalised as in the authors' tool (``heatmap.score_map``). A patch that
+    was dropped before has the minimum; with ``model.spread``, what is around it counts.
 
     All groups: the number of groups that kept a patch, plus its score in the last one that scored it. A group has no
     scores for patches dropped earlier, so no single group ranks all patches. The sum does: a patch that was dropped
@@ -138,7 +138,7 @@ def interpreter_map(
         group = _index("group", group, len(scores), default_group(len(scores)))
         own = model.thresholds
         thresholds = lowest_kept(scores[group], kept[group]).tolist() if own is None else [own[group]]
-        return upsample(scores[group], grid, size, torch.tensor([[clamp_below(t)] for t in thresholds]))
+        return score_map(scores[group].float(), grid, size, thresholds, model.spread)
     every = torch.stack(list(scores))
     depth = every.gt(0).sum(0) - 1  # a score is 0 if and only if the patch was dropped before
     last = every.gather(0, depth.clamp_min(0)[None])[0]

@@ -23,7 +23,7 @@ from ..atomic import to_json, whole
 from ..data.batches import model_transform
 from ..device import timed, usable_device
 from ..errors import InputError
-from ..explain.heatmap import clamp_below, default_group, grid_of, lowest_kept, upsample
+from ..explain.heatmap import default_group, grid_of, lowest_kept, score_map
 from ..model.decide import Decide
 from ..model.reduced import Output, ReducedVisionTransformer
 from ..pretrained.checkpoint import load
@@ -93,8 +93,9 @@ class Result:
             group = default_group(len(self.scores))
         if not 0 <= group < len(self.scores):
             raise InputError(f"there is no group {group}; the model has groups 0 to {len(self.scores) - 1}")
-        scores, low = torch.from_numpy(self.scores[group]), clamp_below(self.thresholds[group])
-        return upsample(scores, self.grid, (shown.height, shown.width), low).numpy()
+        scores, spread = torch.from_numpy(self.scores[group])[None], self.model.get("spread", 0.0)
+        size = shown.height, shown.width
+        return score_map(scores, self.grid, size, self.thresholds[group : group + 1], spread)[0].numpy()
 
     def to_dict(self) -> dict[str, Any]:
         """Everything except the pictures, as JSON types: docs/interpret.md says what each is, and its unit.
