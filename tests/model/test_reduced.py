@@ -10,6 +10,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import Block, VisionTransformer
 
 import iared2
+from iared2.model.backbone import run_block
 from iared2.model.decide import Decision, keep_all
 
 
@@ -254,17 +255,56 @@ def test_behaves_like_a_timm_model(family, tmp_path):
     assert model.pretrained_cfg["input_size"] == (3, 48, 32)
 
 
-def test_grad_checkpointing_changes_no_gradient():
-    model = make(
-        ("deit_tiny_patch16_224", {"img_size": (48, 32), "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3})
-    )
-    grads = []
+@pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "vit_base_patch16_rope_mixed_224"])
+def test_grad_checkpointing_changes_no_gradient(name):
+    model = make((name, {"img_size": (48, 32), "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}))
+    grads, first = [], "blocks.0.attn.qkv.weight"
+    learned = [first, *(n for n, _ in model.backbone.named_parameters() if n == "rope.freqs")]
     for enable in (False, True):
         model.set_grad_checkpointing(enable)
         model.zero_grad()
         model.trace(images(), ragged()).logits.square().sum().backward()
-        grads.append(model.backbone.blocks[0].attn.qkv.weight.grad.clone())
+        grads.append([model.backbone.get_parameter(n).grad.clone() for n in learned])
     torch.testing.assert_close(grads[0], grads[1])
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch16_dinov3", "vit_base_patch16_rope_mixed_224"])
+def test_several_selections_of_the_same_images_rotate_alike(name):
+    """As the policy gradient draws them: image j·B + b is selection j of image b."""
+    model = make((name, {"img_size": (48, 32), "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}))
+    keep = torch.rand(4, 5, 24, generator=torch.Generator().manual_seed(3)) > 0.4
+    with torch.no_grad():
+        packed = model.embed(images())
+        many = model.head(model.run_blocks(packed.select(keep.flatten(0, 1)), 1))
+        each = [model.head(model.run_blocks(packed.select(one), 1)) for one in keep]
+    torch.testing.assert_close(many, torch.cat(each), rtol=0, atol=1e-6)
+
+
+def test_a_rotary_block_is_no_start_for_an_interpreter():
+    with pytest.raises(iared2.InputError, match="cannot start as the attention of a EvaBlock"):
+        iared2.from_timm("vit_small_patch16_dinov3", interpreter="attention", depth=3, embed_dim=48, num_heads=3)
+
+
+def test_parallel_branches_draw_stochastic_depth_each_for_itself():
+    model = make(
+        ("vit_base_patch16_18x2_224", {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}),
+        drop_path_rate=0.5,
+    ).train()
+    packed, seen = model.embed(torch.randn(64, 3, 32, 32), keys=torch.arange(64) * 7919), []
+    block = model.backbone.blocks[2]
+    for layers in ([part.attn.proj for part in block.attns], [part.mlp.fc2 for part in block.ffns]):
+        for layer in layers:  # branch i adds 2 ** i to every channel of an image that it does not leave out
+            torch.nn.init.zeros_(layer.weight)
+            torch.nn.init.constant_(layer.bias, 2.0 ** len(seen))
+            seen.append(layer)
+    for part in (*block.attns, *block.ffns):
+        part.ls.gamma.data.fill_(0.5)  # the factor 1 / keep_prob is 2
+    with torch.no_grad():
+        added = (run_block(block, packed.x, packed, 2) - packed.x).unflatten(0, (64, -1))[:, 0, 0]
+    assert added.round().sub(added).abs().max() < 1e-4
+    drawn = torch.stack([added.round().int() >> i & 1 for i in range(4)])
+    assert len({tuple(row.tolist()) for row in drawn}) == 4
+    assert (drawn.float().mean(1) - 0.5).abs().max() < 0.25
 
 
 def test_stochastic_depth_drops_whole_images():

@@ -12,6 +12,7 @@ import torch
 import iared2
 from iared2.cli import main
 from iared2.errors import InputError
+from iared2.model import file as saved
 from iared2.pretrained.checkpoint import load_backbone_weights
 
 SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 5}
@@ -396,3 +397,30 @@ def test_what_could_not_be_loaded_is_not_saved(model, tmp_path, change, message)
         model.save(tmp_path / "m")
     assert "\n" not in str(error.value)
     assert (tmp_path / "m").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"rope_type": "base"}, "its rotary embedding is a RotaryEmbedding"),
+        ({"rope_type": "nonsense"}, "Unknown RoPE type"),
+        ({"rope_temperature": "hot"}, "model_args.rope_temperature should not be 'hot'"),
+        ({"num_kv_heads": [2]}, "does not describe a model"),
+        ({"swiglu_mlp": True, "swiglu_align_to": 1 << 24}, "does not fit"),
+        ({"patch_drop_rate": 0.5}, "patch_drop_rate"),
+        ({"norm_layer": "rmsnorm"}, "model_args.norm_layer should not be"),
+        ({"img_size": [1 << 20, 1 << 20], "dynamic_img_size": False}, "too large|does not describe"),
+        ({"reg_tokens": 4}, "model_args.reg_tokens should not be 4"),  # an argument of the other class
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_file_of_a_rotary_model_is_not_trusted(tmp_path, wrong, message):
+    name = "vit_small_patch16_dinov3"
+    iared2.from_timm(name, **SMALL).save(tmp_path / "m")
+    tensors, config = saved.read(tmp_path / "m")
+    assert iared2.load(tmp_path / "m").backbone.rope is not None
+    config["model_args"] |= wrong
+    saved.write(tmp_path / "m", tensors, config)
+    with pytest.raises(InputError, match=message) as error:
+        iared2.load(tmp_path / "m")
+    assert "\n" not in str(error.value)
