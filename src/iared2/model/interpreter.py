@@ -100,12 +100,12 @@ class MultiHeadInterpreter(nn.Module):
     def _padded(self, packed: PackedTokens, x: Tensor, has_class_token: bool) -> Tensor:
         """The same from dense tokens ``x (B, S, C)``, 0 where a patch was dropped: one launch for all lengths."""
         width, prefix, alive = x.shape[2], packed.num_prefix_tokens, packed.alive
-        x_hat = F.layer_norm(x, (width,), eps=1e-5)
+        normed = F.layer_norm(x, (width,), eps=1e-5)
         if has_class_token:
-            p_hat = x_hat[:, 0]
+            p_hat = normed[:, 0]
         else:
             p_hat = F.layer_norm(x[:, prefix:].sum(1) / alive.sum(1, keepdim=True), (width,), eps=1e-5)
-        return self.compare(x_hat[:, prefix:], *self.directions(p_hat), alive)
+        return self.compare(normed[:, prefix:], *self.directions(p_hat), alive)
 
     def directions(self, p_hat: Tensor) -> tuple[Tensor, Tensor]:
         """The query, multiplied by the key matrix: ``x̂ · u + bias`` is the query-key product of a patch in every head.
