@@ -77,3 +77,20 @@ def like_the_box(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("like-the-box") / "model.safetensors"
     model.save(path, int8=True)
     return path
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Of tests/cuda. ``IARED2_TEST_DEVICE=cpu`` runs on a CPU those that are not about CUDA itself."""
+    name = os.environ.get("IARED2_TEST_DEVICE", "cuda")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        pytest.skip("needs CUDA")
+    return torch.device(name)
+
+
+@pytest.fixture
+def cuda(device: torch.device) -> torch.device:
+    """The device, for tests about CUDA itself."""
+    if device.type != "cuda":
+        pytest.skip("is about CUDA itself")
+    return device

@@ -56,13 +56,12 @@ def ragged_at(device):
 def test_nothing_else_synchronises(family, cuda):
     """Embedding, scores, decisions, blocks and head; only `select` may."""
     model, x = make(family, torch.bfloat16).to(cuda, torch.bfloat16), images().to(cuda, torch.bfloat16)
-    decisions = Decision(0.5, max_tokens=100), Decision(num_keep=90), Decision((0.5, 0.5, 0.5))
+    decisions = Decision(0.5, max_tokens=100), Decision(num_keep=90), Decision(0.5, spread=1, grid_size=model.grid_size)
     with torch.inference_mode():
         whole = model.embed(x)
         packed = whole.select(ragged_at(cuda)(None, whole.alive, 0))
-        for _ in range(2):
-            last = _ == 1
-            with synchronisations("error" if last else "default"):
+        for mode in ("default", "error"):  # the first time, libraries start
+            with synchronisations(mode):
                 model.embed(x)
                 scores = model.score(packed, 1)
                 for decision in decisions:
