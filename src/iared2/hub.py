@@ -37,10 +37,10 @@ from .model.names import PREFIX, short_name, timm_config
 if TYPE_CHECKING:
     from .model.reduced import ReducedVisionTransformer
 
-MODULES = "vision_transformer", "deit", "video_transformer"
+MODULES = "vision_transformer", "deit", "eva", "video_transformer"
 """timm's modules of supported models, and ours."""
-UNSUPPORTED = "*_18x2_*", "*_rpn_*", "*_xp_*", "vit_*pwee_*", "vit_dwee_*", "vit_dlittle_*"
-"""Models of these modules whose blocks or attention are others; `model.backbone.check_supported` says why."""
+UNSUPPORTED = "vit_dlittle_*", "vit_dpwee_*", "vit_dwee_*"
+"""Models of these modules whose attention is another; `model.backbone.check_supported` says why."""
 BOX_TAG = "box"
 PATCHES = "patch_embed.proj.weight"
 DECISION = "threshold", "num_keep", "max_tokens", "spread"
@@ -104,7 +104,7 @@ def _trained(cfg: PretrainedCfg, pretrained: bool, kwargs: dict[str, Any]) -> Re
                 tensors[PATCHES] = adapt_input_conv(in_chans, tensors[PATCHES])
             restore.load_strictly(model.backbone, fitted(tensors, model.backbone), source)
             restore.load_strictly(model.interpreters, saved.interpreters.state_dict(), source)
-    model.backbone.pretrained_cfg |= {"crop_pct": 1.0, "crop_mode": "squash"}  # as model_transform does
+    model.backbone.pretrained_cfg |= restore.WHOLE
     return model
 
 
