@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 
 MODULES = "vision_transformer", "deit", "eva", "video_transformer"
 """timm's modules of supported models, and ours."""
-UNSUPPORTED = "*_18x2_*", "*_rpn_*", "*_xp_*", "vit_*pwee_*", "vit_dwee_*", "vit_dlittle_*"
-"""Models of these modules whose blocks or attention are others; `model.backbone.check_supported` says why."""
+UNSUPPORTED = "vit_dlittle_*", "vit_dpwee_*", "vit_dwee_*"
+"""Models of these modules whose attention is another; `model.backbone.check_supported` says why."""
 BOX_TAG = "box"
 PATCHES = "patch_embed.proj.weight"
 DECISION = "threshold", "num_keep", "max_tokens", "spread"

@@ -154,6 +154,7 @@ class TestNames:
         names = timm.list_models("iared2*")
         assert len(names) > 150
         assert {NAME, "iared2_deit3_small_patch16_224", "iared2_videomae_base_patch16_224"} <= set(names)
+        assert {"iared2_eva02_tiny_patch14_224", "iared2_vit_small_patch16_18x2_224"} <= set(names)
         assert "iared2_vit_tiny_patch16_224.augreg_in21k" in timm.list_pretrained("iared2*")
 
     @pytest.mark.slow
