@@ -60,6 +60,14 @@ def test_the_auto_class_gives_the_same_logits(model, images, tmp_path):
     assert not found.training
 
 
+def test_the_tables_of_a_rotary_model_are_computed(tmp_path):
+    model = iared2.from_timm("eva02_tiny_patch14_224", **{**TINY, "embed_dim": 96}).eval()
+    images = torch.randn(1, 3, 32, 32)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(iared2.load(tmp_path)(images), model(images))
+    assert torch.equal(auto(tmp_path)(images).logits, model(images))
+
+
 def test_every_way_gives_the_logits_of_the_box_bit_for_bit(tmp_path):
     """The old single file, a folder, timm's name, timm's folder, the auto class and the pipeline."""
     import timm

@@ -83,7 +83,16 @@ class IARED2ForImageClassification(PreTrainedModel):
         arguments = file.check(dict(config.iared2 or {}))
         restore.check_fit(restore.on_meta(ReducedVisionTransformer, arguments), tensors, path)
         state = {f"iared2.{name}": tensor for name, tensor in tensors.items()}
-        return super().from_pretrained(None, *args, config=config, state_dict=state, **kwargs)
+        found = super().from_pretrained(None, *args, config=config, state_dict=state, **kwargs)
+        loaded = found[0] if isinstance(found, tuple) else found  # with output_loading_info
+        buffers = dict(loaded.iared2.named_buffers())
+        if (
+            computed := buffers.keys() - loaded.iared2.state_dict().keys()
+        ):  # rotary tables: Transformers left them empty
+            fresh = restore.build(ReducedVisionTransformer, **arguments)
+            for name in computed:
+                buffers[name].copy_(fresh.get_buffer(name))
+        return found
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
         """See ``PreTrainedModel.save_pretrained``; the decision is saved as it is now."""
