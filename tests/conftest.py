@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from tiny import sharp_images, sharp_model
 
 torch.set_num_threads(1)
 
@@ -64,3 +65,32 @@ def data_dir() -> Path:
     if not path:
         pytest.skip("real data: set IARED2_DATA to the folder that holds cifar10/ and tiny-imagenet-200/")
     return Path(path)
+
+
+@pytest.fixture(scope="session")
+def like_the_box(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of a small model with all that the one in the box has, for tests in which that one is incidental."""
+    size = {"img_size": 64, "patch_size": 8, "embed_dim": 48, "depth": 8, "num_heads": 3, "num_classes": 7}
+    model = sharp_model(("deit_tiny_patch16_224", size), groups=4)
+    model.class_names = ("ant", "bee", "cat", "dog", "elk", "fox", "gnu")
+    model.calibrate(sharp_images(64, 64, 64), keep=(1.0, 0.6, 0.4, 0.3))
+    path = tmp_path_factory.mktemp("like-the-box") / "model.safetensors"
+    model.save(path, int8=True)
+    return path
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Of tests/cuda. ``IARED2_TEST_DEVICE=cpu`` runs on a CPU those that are not about CUDA itself."""
+    name = os.environ.get("IARED2_TEST_DEVICE", "cuda")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        pytest.skip("needs CUDA")
+    return torch.device(name)
+
+
+@pytest.fixture
+def cuda(device: torch.device) -> torch.device:
+    """The device, for tests about CUDA itself."""
+    if device.type != "cuda":
+        pytest.skip("is about CUDA itself")
+    return device

@@ -40,7 +40,7 @@ def patch_means(maps: Tensor) -> Tensor:
 def planted_model() -> ReducedVisionTransformer:
     """One group of two blocks, trained for about two seconds; in evaluation mode."""
     model = untrained_model()
-    learn(PolicyGradientStage(model, 0, RewardConfig(tau=1.0)), 200, 128)
+    learn(PolicyGradientStage(model, [0], RewardConfig(tau=1.0)), 200, 128)
     return model.eval().requires_grad_(True)
 
 

@@ -116,6 +116,54 @@ def test_moving_from_command_to_files(experiments: Any, data: Path, tmp_path: Pa
     assert (tmp_path / "moving.png").stat().st_size > 10_000
 
 
+def test_box_from_a_run_to_a_file_that_describes_itself(
+    experiments: Any, data: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    import box
+
+    torch.manual_seed(0)
+    run, file, figures = tmp_path / "run", tmp_path / "box.safetensors", tmp_path / "figures" / "box.json"
+    run.mkdir()
+    model = iared2.from_timm(
+        "vit_small_patch14_dinov2", groups=4, num_classes=42, **{**SMALL, "depth": 8}, interpreter="attention"
+    )
+    model.spread = 1.0
+    model.save(run / "model.safetensors")
+    command = ["box.py", str(run), "--data", str(data), "-o", str(file), "--json", str(figures), "--macs", "0.7"]
+    monkeypatch.setattr(sys, "argv", [*command, "--calibration-images", "32", "--batch-size", "16"])
+    assert box.main() == 0
+    shipped = iared2.load(file)
+    assert shipped.class_names == tuple(json.loads((data / "classes.json").read_text()))
+    cfg = shipped.pretrained_cfg
+    assert (cfg["num_classes"], cfg["input_size"], cfg.get("hf_hub_id"), cfg.get("url")) == (
+        42,
+        (3, 64, 64),
+        None,
+        None,
+    )
+
+    samples = box.open_samples(box.DataConfig(path=str(data)), "eval")
+    (batch,) = box.eval_batches(samples, box.model_transform(cfg), batch_size=64)
+    with torch.inference_mode():
+        out, dense = shipped.trace(batch.images), shipped.backbone(batch.images)
+        before = iared2.load(run).backbone(batch.images)
+    top1 = [f"{100 * (logits.argmax(1) == batch.labels).double().mean():.2f}" for logits in (dense, out.logits)]
+    table = json.loads(figures.read_text())
+    assert [row[1] for row in table["rows"][2:]] == top1
+    share = out.macs.double().mean().item() / shipped.dense_macs
+    assert share == pytest.approx(0.7, abs=0.05)
+    assert table["rows"][3][4] == f"{100 * share:.1f} %"
+    same = 100 * (dense.argmax(1) == before.argmax(1)).double().mean()
+    assert f"{same:.1f} % of the answers are equal" in table["notes"][1]
+    assert f"{file.stat().st_size / 1e6:.1f} MB" in table["notes"][2]
+    assert table["title"].split("weights, on ")[1].startswith("42 validation photos")
+    assert f"`{table['command']}`" in capsys.readouterr().out
+
+    monkeypatch.setattr(sys, "argv", [*command, "--macs", "0.001"])
+    assert box.main() == 1
+    assert "cannot be met" in capsys.readouterr().err
+
+
 def test_measures(experiments: Any) -> None:
     import lab
     import looks

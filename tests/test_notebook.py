@@ -25,5 +25,5 @@ def test_the_example_notebook_runs():
     assert result[-1].data["text/html"].count("data:image/png;base64,") == 2
     lines = "".join(output.text for output in table).splitlines()  # a slow kernel sends it in pieces
     assert len(lines) == 4
-    assert lines[0].startswith("threshold 0: 1.00 of the patches kept")
+    assert lines[0].startswith("thresholds × 0: 1.00 of the patches kept")
     assert "image/png" in maps[-1].data

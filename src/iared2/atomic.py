@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,6 +67,9 @@ def write(path: Path | str, content: bytes | str, parents: bool = False) -> None
         file.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def to_json(value: Any) -> str:
-    """One line of standard JSON: a number that is not finite is null."""
-    return json.dumps(json.loads(json.dumps(value), parse_constant=lambda name: None), allow_nan=False)
+def to_json(value: Any, indent: int | None = None) -> str:
+    """Standard JSON: a number that is not finite is null. In one line, or indented, with lists of numbers in one."""
+    finite = json.loads(json.dumps(value), parse_constant=lambda name: None)
+    text = json.dumps(finite, allow_nan=False, indent=indent)
+    # a string has no line break in JSON, so this finds no list in one
+    return re.sub(r"\[\n([^][{}\"]*)\n *\]", lambda match: f"[{' '.join(match[1].split())}]", text)

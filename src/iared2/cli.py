@@ -15,6 +15,7 @@ from .errors import InputError
 
 COMMANDS = {  # name -> a module with add_arguments() and run(), and the help text
     "interpret": ("predict.command", "show which patches of a photo the model keeps"),
+    "predict": ("predict.many", "predict any number of photos: Parquet files, resumable, several processes"),
     "figure": ("predict.figure", "draw the figures of the paper for your photos, for print"),
     "train": ("train.command", "train a model with Algorithm 1, or resume a killed run"),
     "evaluate": ("evaluate.command", "measure top-1, patches kept, MACs and speed on labelled images or videos"),

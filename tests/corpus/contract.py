@@ -94,8 +94,9 @@ def _not_finite(file: Path) -> list[str]:
         raise ValueError(f"{name} in it")
 
     try:
-        for line in file.read_text(encoding="utf-8").splitlines():
-            _check_numbers(json.loads(line, parse_constant=refuse))
+        text = file.read_text(encoding="utf-8")
+        for part in text.splitlines() if file.suffix == ".jsonl" else [text]:
+            _check_numbers(json.loads(part, parse_constant=refuse))
     except ValueError as error:
         return [f"{file.name} is not JSON: {error}"]
     return []

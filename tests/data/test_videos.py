@@ -312,6 +312,6 @@ def test_the_command_evaluate(made: Path, tmp_path: Path, capsys: pytest.Capture
     assert "--crops must be 1 or more" in capsys.readouterr().err
 
 
-def test_views_are_refused_for_photos(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["evaluate", "box", str(tmp_path), "--clips", "2"]) == 1
+def test_views_are_refused_for_photos(tmp_path: Path, like_the_box: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", str(like_the_box), str(tmp_path), "--clips", "2"]) == 1
     assert "are of videos" in capsys.readouterr().err

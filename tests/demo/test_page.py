@@ -62,8 +62,9 @@ def predictor() -> Predictor:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with served(tmp_path_factory.mktemp("server"), "--max-file-size", "1", "--root-path", "/iared2") as running:
+def server(tmp_path_factory: pytest.TempPathFactory, like_the_box: Path) -> Iterator[Server]:
+    options = ["-c", str(like_the_box), "--max-file-size", "1", "--root-path", "/iared2"]
+    with served(tmp_path_factory.mktemp("server"), *options) as running:
         yield running
 
 

@@ -137,7 +137,7 @@ def test_the_timed_stages_keep_the_stated_share(checkpoint):
     labels, keys = torch.zeros(8, dtype=torch.int64), torch.arange(8)
     _, metrics = FinetuneStage(train._keeping(model, 0.5), 0).train()(x, labels, keys)
     assert metrics["keep_ratio_greedy"] == 0.5
-    loss, metrics = PolicyGradientStage(train._keeping(model, 0.5), 0, RewardConfig()).train()(x, labels, keys)
+    loss, metrics = PolicyGradientStage(train._keeping(model, 0.5), [0], RewardConfig()).train()(x, labels, keys)
     assert metrics["keep_ratio_greedy"] == 0.5
     assert metrics["keep_ratio_sampled"] == pytest.approx(0.5, abs=0.05)
     assert loss.requires_grad

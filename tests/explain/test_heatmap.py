@@ -5,11 +5,15 @@ from __future__ import annotations
 import matplotlib
 import numpy as np
 import pytest
+import skimage.data
 import torch
+from conftest import TINY
 from PIL import Image
+from tiny import sharp_images, sharp_model
 
+import iared2
 from iared2 import InputError
-from iared2.explain.heatmap import clamp_below, colors, overlay, upsample
+from iared2.explain.heatmap import clamp_below, colors, overlay, score_map, upsample
 
 GRID = (2, 3)
 
@@ -69,3 +73,31 @@ def test_colors() -> None:
     assert np.abs(colors("gray").astype(int) - np.arange(256)[:, None]).max() <= 1
     with pytest.raises(InputError, match="unknown colour map 'rainbows'"):
         colors("rainbows")
+
+
+def test_the_pattern_of_dropped_patches_is_not_in_the_map_of_a_model_that_spreads() -> None:
+    """Half of the patches are dropped everywhere, in a checkerboard: only what scores higher is seen."""
+    board = torch.arange(8)[:, None] + torch.arange(8) & 1
+    flat, better = 0.3 * board, 0.3 * board
+    better[:, 4:] *= 2
+    (found,) = score_map(better.reshape(1, 64), (8, 8), (64, 64), [0.2], 1.0)
+    assert found[:, :20].max() < 0.05
+    assert found[:, 44:].min() > 0.95
+    assert score_map(better[:1].reshape(1, 8), (1, 8), (8, 64), [0.2], 1.0).shape == (1, 8, 64)
+    without = score_map(flat.reshape(1, 64), (8, 8), (64, 64), [0.2], 0.0)
+    assert torch.equal(without, upsample(flat.reshape(1, 64), (8, 8), (64, 64), clamp_below(0.2)))
+    assert without.max() > 0.9
+    nothing_dropped = 0.1 + flat.reshape(1, 64)
+    spread, plain = (score_map(nothing_dropped, (8, 8), (64, 64), [0.2], spread) for spread in (1.0, 0.0))
+    assert torch.equal(spread, plain)
+
+
+def test_every_map_of_a_model_that_spreads_is_the_predictors() -> None:
+    model = sharp_model(("deit_tiny_patch16_224", {**TINY, "depth": 6}))
+    model.spread = 1.0
+    model.calibrate(sharp_images(), keep=(0.8, 0.5, 0.3))
+    photo = Image.fromarray(skimage.data.coffee()).resize((32, 48))
+    predictor = iared2.Predictor(model)
+    for group in range(3):
+        ours = iared2.heatmap(model, predictor.prepare(photo), group=group)[0].numpy()
+        assert np.allclose(predictor(photo).heatmap(group), ours, atol=1e-5)

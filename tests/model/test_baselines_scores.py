@@ -76,3 +76,28 @@ def test_attention_scores_are_the_raw_attention_of_the_groups_first_block(name):
                 torch.testing.assert_close(scores.sum(1), torch.ones(5))
             torch.testing.assert_close(scores, want, rtol=1e-5, atol=1e-7)
             assert scores.std(1).min() > 1e-4
+
+
+def test_shift_scores_are_the_norms_of_the_mlps_branch():
+    model, images = baseline("shift", "deit3_small_patch16_224"), sharp_images(2)
+    packed, _, _ = model.reduce(model.embed(images), range(1), keep_all)
+    block = model.backbone.blocks[model.groups[1].start]
+    with torch.no_grad():
+        moved = block.ls2(block.mlp(block.norm2(packed.x))).norm(dim=1).view(2, -1)[:, 1:]
+        scores = model.score(packed, 1)
+    torch.testing.assert_close(scores, moved / moved.amax(1, keepdim=True))
+
+
+def test_similarity_scores_are_low_where_a_patch_has_a_double():
+    model = baseline("similarity")
+    packed = model.embed(sharp_images(2))
+    x = torch.randn(2, 25, 48, generator=torch.Generator().manual_seed(0))
+    x[0, 4] = 3 * x[0, 7]
+    packed = packed.with_x(x.flatten(0, 1))
+    scores = model.score(packed, 0)
+    assert sorted(scores[0].argsort()[:2].tolist()) == [3, 6]
+    torch.testing.assert_close(scores[0, 3], torch.tensor(0.0), atol=1e-6, rtol=0)
+    alike = torch.cosine_similarity(x[1, 1:, None], x[1, None, 1:], dim=2).fill_diagonal_(-1)
+    torch.testing.assert_close(scores[1], (1 - alike.amax(1)) / 2)
+    lone = packed.select(torch.zeros(2, 24, dtype=torch.bool).index_fill_(1, torch.tensor([5]), True))
+    assert model.score(lone, 0)[:, 5].tolist() == [1, 1]

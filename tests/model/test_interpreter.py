@@ -13,10 +13,12 @@ from iared2.model.interpreter import MultiHeadInterpreter
 from iared2.model.tokens import PackedTokens
 
 
+@pytest.mark.parametrize("padded", [False, True], ids=["by length", "padded"])
 @pytest.mark.parametrize("relative", [False, True])
 @pytest.mark.parametrize("has_class_token", [True, False])
 @pytest.mark.parametrize(("width", "heads"), [(384, 6), (48, 3), (32, 1)])
-def test_cheap_form_equals_plain_form(width, heads, has_class_token, relative):
+def test_cheap_form_equals_plain_form(width, heads, has_class_token, relative, padded, monkeypatch):
+    monkeypatch.setattr("iared2.model.interpreter._is_padded", lambda packed: padded)  # on a GPU it is
     torch.manual_seed(0)
     interpreter = MultiHeadInterpreter(width, heads, relative)
     for p in interpreter.parameters():
@@ -30,6 +32,21 @@ def test_cheap_form_equals_plain_form(width, heads, has_class_token, relative):
     torch.testing.assert_close(cheap, plain, rtol=0, atol=1e-5)
     assert plain[alive].std() > 0.05, "scores that do not vary would hide a difference"
     assert (cheap[~alive] == 0).all()
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_padding_changes_no_gradient_even_where_no_patch_is_alive(relative, monkeypatch):
+    torch.manual_seed(0)
+    interpreter, x, found = MultiHeadInterpreter(16, 2, relative), torch.randn(3, 1 + 6, 16), []
+    alive = torch.tensor([[1, 1, 0, 1, 0, 0], [0] * 6, [1] * 6], dtype=torch.bool)
+    for padded in (False, True):
+        monkeypatch.setattr("iared2.model.interpreter._is_padded", lambda packed, padded=padded: padded)
+        interpreter.zero_grad()
+        scores = interpreter(PackedTokens.from_dense(x, 1, alive))
+        (scores * torch.arange(18).view(3, 6)).sum().backward()
+        found.append([scores, *(p.grad for p in interpreter.parameters())])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_scores_are_float32_in_half_precision_and_float64_in_double():

@@ -67,8 +67,9 @@ def test_one_photo(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert errors == ""
     lines = printed.splitlines()
     assert len(lines) == 5
-    name, probability = expected.top5[0]
-    assert lines[0] == f"photos/woman.png: {name} {100 * probability:.1f} %"
+    (name, p), (dense, q) = expected.top5[0], Predictor(iared2.load(checkpoint))("photos/woman.png", 0.0).top5[0]
+    assert lines[0] == f"photos/woman.png: {name} {100 * p:.1f} % (with every patch: {dense} {100 * q:.1f} %)"
+    assert found["dense_top5"][0] == {"class": dense, "probability": round(q, 6)}
     assert " > ".join(["1.00", *(f"{r:.2f}" for r in expected.keep_ratio)]) + " of 16" in lines[1]
     macs, dense = expected.macs, expected.dense_macs
     assert f"{macs / 1e6:.2f} of {dense / 1e6:.2f} M ({100 * (macs / dense - 1):+.1f} %)" in lines[2]
@@ -129,7 +130,56 @@ def test_what_stays_is_spread_and_the_map_is_as_it_was(checkpoint: Path) -> None
     assert after["keep_ratio"] == pytest.approx(0.5, abs=0.13), "scores at birth are near 0.5"
     assert after["kept"] != before["kept"]
     assert (plain["model"].get("spread"), spread["model"]["spread"]) == (None, 1.0)
-    assert Path("s/interpret-result.png").read_bytes() == Path("plain/interpret-result.png").read_bytes()
+    maps = [Image.open(Path(folder, "interpret-result.png")).crop((0, 0, 600, 400)) for folder in ("s", "plain")]
+    assert maps[0] == maps[1]
+
+
+def keys(value: object, path: str = "") -> set[str]:
+    """The paths of all numbers, texts and lists of them in a JSON value."""
+    if isinstance(value, dict):
+        return set().union(*(keys(one, f"{path}.{key}".lstrip(".")) for key, one in value.items()))
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return keys(value[0], f"{path}[]")
+    return {path}
+
+
+def test_the_file_is_legible_and_every_key_is_documented(checkpoint: Path) -> None:
+    main(["interpret", "-p", "photos/woman.png", "-o", "out", "-c", str(checkpoint), "--spread", "1"])
+    text = Path("out/result.json").read_text()
+    assert '\n  "macs": ' in text
+    assert max(map(len, text.splitlines())) < 400, "16 scores in a line"
+    assert len(text.splitlines()) < 120
+    documented = {
+        name.strip().strip("`")
+        for line in (ROOT / "docs" / "interpret.md").read_text(encoding="utf-8").splitlines()
+        if line.startswith("| `")
+        for name in line.split("|")[1].split(",")
+    }
+    assert keys({k: v for k, v in json.loads(text).items() if k not in ("dense_top5", "versions")}) == documented - {
+        "dense_top5[]",
+        "versions",
+    }
+
+
+def test_the_map_is_of_the_last_group_or_of_the_second_of_three(checkpoint: Path, like_the_box: Path) -> None:
+    for file, group in ((checkpoint, 1), (like_the_box, 3)):
+        result = Predictor(iared2.load(file))("photos/cat.png")
+        assert np.array_equal(result.heatmap(), result.heatmap(group))
+        small = iared2.heatmap(iared2.load(file), Predictor(iared2.load(file)).prepare(result.photo))
+        assert torch.equal(
+            small, iared2.heatmap(iared2.load(file), Predictor(iared2.load(file)).prepare(result.photo), group=group)
+        )
+        assert not np.array_equal(result.heatmap(), result.heatmap(0))
+
+
+def test_a_small_photo_is_enlarged_in_both_pictures(checkpoint: Path) -> None:
+    Image.fromarray(skimage.data.coffee()).resize((60, 40)).save("small.png")
+    assert main(["interpret", "-p", "small.png", "-o", "out", "-c", str(checkpoint)]) == 0
+    for name in RESULT_FILES[:2]:
+        with Image.open(Path("out", name)) as picture:
+            assert picture.width > 256
+            assert picture.height > 200
+    assert json.loads(Path("out/result.json").read_text())["photo"]["width"] == 60
 
 
 def test_one_threshold_is_for_all_groups(checkpoint: Path) -> None:
@@ -236,7 +286,7 @@ def test_a_photo_named_like_a_result_is_not_replaced(
     assert {path: path.read_bytes() for path in Path("out").rglob("*.*")} == before
     with pytest.raises(iared2.InputError, match="is read"):
         Predictor(iared2.load(checkpoint))("out/result.json").save("out")
-    assert main(["figure", "hierarchy", "photos/cat.png", "-o", "photos/cat.png"]) == 1
+    assert main(["figure", "hierarchy", "photos/cat.png", "-o", "photos/cat.png", "-c", str(checkpoint)]) == 1
     assert "photos/cat.png: is read" in capsys.readouterr().err
     with Image.open("photos/cat.png") as photo:
         assert photo.size == (600, 400)
@@ -256,7 +306,9 @@ def test_names_cannot_command_the_terminal(
     assert main(["interpret", "-p", f"{evil}.png", *options]) == 0
     assert main(["interpret", "-p", f"{evil}.png", f"{evil}.jpg", *options]) == 1
     assert main(["interpret", "-p", f"{evil}.jpg", *options]) == 1
-    assert main(["figure", "hierarchy", f"{evil}.png", f"{evil}.jpg", "-o", f"{evil}.pdf"]) == 1
+    assert (
+        main(["figure", "hierarchy", f"{evil}.png", f"{evil}.jpg", "-o", f"{evil}.pdf", "-c", "evil.safetensors"]) == 1
+    )
     printed, errors = capsys.readouterr()
     assert len(printed.splitlines()) == 11
     assert len(errors.splitlines()) == 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,17 @@ import pytest
 import skimage.data
 from PIL import Image
 
-import iared2
-from iared2.cli import main
+from iared2 import cli
 from iared2.predict import figure as paper_figures
 
 CHEAP = ["-m", "attention", "interpreter"]
-NUM_GROUPS = iared2.load().num_groups
+NUM_GROUPS = 4
+
+
+@pytest.fixture
+def main(like_the_box: Path) -> Callable[[list[str]], int]:
+    """The command line; of a small model, unless a test names another."""
+    return lambda argv: cli.main([*argv, *([] if "-c" in argv else ["-c", str(like_the_box)])])
 
 
 @pytest.fixture
@@ -34,7 +40,7 @@ def read(file: Path) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", ["png", "pdf"])
 @pytest.mark.parametrize("figure", ["maps", "hierarchy"])
-def test_one_command_makes_one_file(photos, tmp_path, capsys, figure, kind):
+def test_one_command_makes_one_file(main, photos, tmp_path, capsys, figure, kind):
     file = tmp_path / "new" / f"figure.{kind}"
     assert main(["figure", figure, str(photos), "-o", str(file), *(CHEAP if figure == "maps" else [])]) == 0
     assert [path.name for path in file.parent.iterdir()] == [file.name]
@@ -44,7 +50,7 @@ def test_one_command_makes_one_file(photos, tmp_path, capsys, figure, kind):
     assert file.read_bytes().startswith(b"%PDF" if kind == "pdf" else b"\x89PNG")
 
 
-def test_columns_show_what_they_say(photos, tmp_path):
+def test_columns_show_what_they_say(main, photos, tmp_path):
     def figure(*options: str) -> np.ndarray:
         kind, *rest = options
         assert main(["figure", kind, str(photos / "cat.png"), "-o", str(tmp_path / "f.png"), *rest]) == 0
@@ -67,7 +73,7 @@ def test_columns_show_what_they_say(photos, tmp_path):
     assert not np.array_equal(figure("hierarchy", "-t", "0", *"1" * (NUM_GROUPS - 1))[last], whole[last])
 
 
-def test_memorability_is_left_out_and_said_so_where_it_is_not_installed(photos, tmp_path, capsys, monkeypatch):
+def test_memorability_is_left_out_and_said_so_where_it_is_not_installed(main, photos, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert main(["figure", "maps", str(photos), "-o", str(tmp_path / "maps.png")]) == 0
     out, err = capsys.readouterr()
@@ -75,7 +81,7 @@ def test_memorability_is_left_out_and_said_so_where_it_is_not_installed(photos, 
     assert out.endswith("2 photos, photo, raw attention, ours\n")
 
 
-def test_a_bad_photo_is_named_and_the_others_are_drawn(photos, tmp_path, capsys):
+def test_a_bad_photo_is_named_and_the_others_are_drawn(main, photos, tmp_path, capsys):
     (photos / "bad.jpg").write_text("no photo")
     file = tmp_path / "figure.pdf"
     assert main(["figure", "hierarchy", str(photos), "-o", str(file)]) == 1
@@ -101,7 +107,7 @@ def test_a_bad_photo_is_named_and_the_others_are_drawn(photos, tmp_path, capsys)
         (["-m", "saliency"], "there is no method 'saliency': take one of interpreter"),
     ],
 )
-def test_what_is_wrong_is_one_line_and_nothing_is_written(photos, monkeypatch, capsys, options, message):
+def test_what_is_wrong_is_one_line_and_nothing_is_written(main, photos, monkeypatch, capsys, options, message):
     monkeypatch.chdir(photos)
     assert main(["figure", "maps" if "-m" in options else "hierarchy", ".", "-o", "figure.png", *options]) == 1
     out, err = capsys.readouterr()
@@ -111,7 +117,7 @@ def test_what_is_wrong_is_one_line_and_nothing_is_written(photos, monkeypatch, c
     assert sorted(path.name for path in photos.iterdir()) == ["cat.png", "tall.jpg"]
 
 
-def test_too_many_photos_for_one_picture_is_said(photos, monkeypatch, capsys):
+def test_too_many_photos_for_one_picture_is_said(main, photos, monkeypatch, capsys):
     monkeypatch.setattr(paper_figures, "MAX_HEIGHT", 500)
     assert main(["figure", "hierarchy", str(photos), "-o", str(photos / "figure.png")]) == 1
     assert "2 photos are too many for one picture; write a .pdf" in capsys.readouterr().err

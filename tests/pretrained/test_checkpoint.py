@@ -316,6 +316,22 @@ def test_model_in_the_box_loads():
     assert (out.macs <= model.dense_macs * 1.01).all()
 
 
+@pytest.mark.parametrize("kind", [{}, {"half": True}, {"int8": True}])
+def test_loading_draws_no_weights_and_holds_no_file(model, tmp_path, kind):
+    """A file that has every weight is not preceded by random ones, which took most of the time of loading."""
+    model.save(tmp_path / "m", **kind)
+    before = torch.get_rng_state()
+    loaded = iared2.load(tmp_path / "m")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+    assert all(p.requires_grad and p.is_leaf for p in loaded.parameters())
+    weights = {name: tensor.clone() for name, tensor in loaded.state_dict().items()}
+    with open(tmp_path / "m", "r+b") as file:
+        file.seek(-2000, 2)
+        file.write(b"\7" * 2000)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in loaded.state_dict().items())
+
+
 @pytest.mark.parametrize("name", ["m.pth", "m.bin", "m", "box", "m.safetensors.bak"])
 def test_any_name_will_do(model, images, tmp_path, name):
     model.save(tmp_path / name)
@@ -325,10 +341,11 @@ def test_any_name_will_do(model, images, tmp_path, name):
 def test_box_is_the_model_in_the_box_and_no_file(model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     model.save("box")
-    assert iared2.load("box").class_names == iared2.load().class_names
+    boxed = iared2.load("box")
+    assert boxed.class_names == iared2.load().class_names
     assert iared2.load("./box").class_names == tuple("abcde")
-    assert main(["export", "box", "m.pt2", "--num-keep", "9", "9", "9"]) == 1
-    assert "give 4 numbers" in capsys.readouterr().err, "the one in the box has 4 groups"
+    assert main(["export", "box", "m.pt2", "--num-keep", *["9"] * (boxed.num_groups + 1)]) == 1
+    assert f"give {boxed.num_groups} numbers" in capsys.readouterr().err, "as many as the one in the box has groups"
 
 
 def test_weights_of_a_checkpoint_are_saved_and_not_where_they_lay(images, tmp_path):

@@ -201,7 +201,7 @@ def test_any_value_in_any_place(ours, tmp_path, seed):
         [10**9] * 2,
     ]
     names = [*described, *(("pretrained_cfg", n) for n in saved.PRETRAINED_CFG)]
-    names += [("model_args", n) for n in (*saved.architectural("deit_tiny_patch16_224"), *saved.LOADER)]
+    names += [("model_args", n) for n in (*saved.architectural(described["architecture"]), *saved.LOADER)]
     for place in draw.sample(names, 2):
         *way, last = [place] if isinstance(place, str) else place
         inner = functools.reduce(dict.get, way, described)

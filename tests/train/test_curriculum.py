@@ -268,7 +268,7 @@ def test_every_shipped_recipe_can_be_read():
     recipes = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
     assert recipes
     for path in recipes:
-        assert read_recipe(path).model.groups in (3, 4)
+        assert read_recipe(path).model.groups in (3, 4, 6)
         assert path.read_text().startswith("#"), "a recipe's header says cost, data and expected result"
 
 
@@ -473,3 +473,47 @@ def test_policies_that_do_not_fit_the_model(tmp_path, folder, budget, capsys, pa
     assert main(command(budget, folder, tmp_path / "run", *settings(*pairs))) == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_frozen_backbone_stays_bit_identical_and_labels_are_not_read(tmp_path, folder, monkeypatch):
+    """The policy alone and the backbone are the model again."""
+    torch.manual_seed(5)
+    start = tmp_path / "start.safetensors"
+    timm_kwargs = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 3}
+    dense = iared2.from_timm("deit_tiny_patch16_224", groups=2, **timm_kwargs)
+    dense.save(start)
+    recipe = tmp_path / "frozen.toml"
+    recipe.write_text(
+        RECIPE.replace("epochs = 2", "epochs = 0").replace("epochs = 1\nbatch_size = 8\ngrad", "epochs = 0\ngrad")
+        + "[reward]\nlabel = 'dense'\ndivergence = 1.0\n"
+        + "[policy]\njoint = true\nkeep = [0.75, 0.5]\nspread = 1.0\nsamples = 2\nrloo = true\n"
+    )
+    found = {}
+    forward = PolicyGradientStage.forward
+    for name in ("one", "again"):
+        if name == "again":  # other labels
+            monkeypatch.setattr(
+                PolicyGradientStage, "forward", lambda self, x, y, keys: forward(self, x, (y + 1) % 3, keys)
+            )
+        arguments = ["--data", str(folder), "-o", str(tmp_path / name), "--set", f"model.checkpoint='{start}'"]
+        assert main(["train", str(recipe), *arguments]) == 0
+        found[name] = load_file(tmp_path / name / "model.safetensors")
+    moved = 0.0
+    for name, tensor in dense.state_dict().items():
+        if name.startswith("backbone."):
+            assert torch.equal(found["one"][name], tensor)
+        else:
+            moved = max(moved, (found["one"][name] - tensor).abs().max().item())
+        assert torch.equal(found["one"][name], found["again"][name])
+    assert moved > 1e-3
+    whole = iared2.load(tmp_path / "one")
+    alone = iared2.load(tmp_path / "one" / "policy.safetensors", start)
+    images = torch.randn(2, 3, 16, 16)
+    assert torch.equal(whole(images), alone(images))
+    assert whole.decision == alone.decision
+    whole.threshold = 0.0
+    torch.testing.assert_close(whole(images), dense.eval().backbone(images))
+    log = [json.loads(line) for line in (tmp_path / "one" / "metrics.jsonl").read_text().splitlines()]
+    assert {r["stage"] for r in log if "stage" in r} == {"policy_gradient"}
+    (evaluation,) = [r for r in log if "top1" in r and r["kind"] != "step"]
+    assert evaluation["keep_ratio"] == pytest.approx([0.75, 0.5], abs=0.1)  # calibrated before it is evaluated

@@ -44,7 +44,7 @@ def test_the_gradient_reaches_the_interpreter_and_nothing_else():
     model = sharp_model(("deit_tiny_patch16_224", TINY))
     model.threshold = 0.5
     policy = PolicyConfig(decisions="gumbel", keep=(0.7, 0.5, 0.3), gumbel_weight=0.0)  # of the cross entropy alone
-    loss, metrics = GumbelStage(model, 1, RewardConfig(), policy).train()(sharp_images(), torch.arange(5), KEYS)
+    loss, metrics = GumbelStage(model, [1], RewardConfig(), policy).train()(sharp_images(), torch.arange(5), KEYS)
     loss.backward()
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert grads.keys() == {f"interpreters.1.{n}" for n in ("query.weight", "query.bias", "key.weight", "key.bias")}
@@ -56,7 +56,7 @@ def test_the_gradient_reaches_the_interpreter_and_nothing_else():
 def test_it_learns_the_budget_and_what_matters():
     model = untrained_model(misled=True)
     policy = PolicyConfig(decisions="gumbel", keep=(0.25,), gumbel_weight=10.0)
-    metrics = learn(GumbelStage(model, 0, RewardConfig(), policy), 80, 64)
+    metrics = learn(GumbelStage(model, [0], RewardConfig(), policy), 80, 64)
     ratios = torch.stack([m["keep_ratio_sampled"] for m in metrics])
     assert ratios[0] > 0.45
     assert ratios[-5:].mean() == pytest.approx(0.25, abs=0.05)

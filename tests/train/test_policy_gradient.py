@@ -95,7 +95,7 @@ def test_stage_computes_the_same_estimate_in_one_packed_batch(enumerated):
     model, image, every_u, rewards = enumerated
     batch = 32
     keys = keyed.sample_keys(1, 0, torch.arange(batch))
-    stage = PolicyGradientStage(model, 0, RewardConfig(tau=0.7)).train()
+    stage = PolicyGradientStage(model, [0], RewardConfig(tau=0.7)).train()
     model.zero_grad(set_to_none=True)
     loss, metrics = stage(image.expand(batch, -1, -1, -1), torch.full((batch,), LABEL), keys)
     loss.backward()
@@ -124,7 +124,7 @@ def test_second_group_decides_on_what_the_first_left(enumerated):
     first = model.score(model.embed(image), 0)[0].detach()
     threshold = model.threshold
     model.threshold = [float(first.median()), 0.5, 0.5]
-    stage = PolicyGradientStage(model, 1, RewardConfig(tau=0.7)).train()
+    stage = PolicyGradientStage(model, [1], RewardConfig(tau=0.7)).train()
     seen = {}
     loss_of = policy_gradient.policy_gradient_loss
 
@@ -203,7 +203,7 @@ def test_policy_stage_finds_the_two_patches_that_matter():
     steps(FinetuneStage(model, None), 150, 3e-3)
     dense, _ = accuracy(keep_all)
     assert dense > 0.95
-    steps(PolicyGradientStage(model, 0, RewardConfig(tau=1.0)), 300, 5e-3)
+    steps(PolicyGradientStage(model, [0], RewardConfig(tau=1.0)), 300, 5e-3)
     only_first = lambda scores, alive, group: alive & (scores > 0.5) if group == 0 else alive  # noqa: E731
     reduced, kept = accuracy(only_first)
     assert kept[[5, 10]].min() > 0.95
@@ -215,7 +215,7 @@ def test_policy_stage_finds_the_two_patches_that_matter():
 
 
 def stage_of(model, policy, config=RewardConfig(tau=0.7), group=0, teacher=None):  # noqa: B008 (frozen)
-    return PolicyGradientStage(model, group, config, policy, teacher).train()
+    return PolicyGradientStage(model, [group], config, policy, teacher).train()
 
 
 def step_with_spy(stage, image, batch, labels=None):
@@ -239,7 +239,7 @@ def test_by_default_the_probabilities_are_the_scores(enumerated):
     stage = stage_of(enumerated[0], PolicyConfig())
     scores, alive = torch.rand(2, N), torch.ones(2, N, dtype=torch.bool)
     stage.progress = 0.7
-    probability, anchor = stage.probability(scores, alive)
+    probability, anchor = stage.probability(scores, alive, 0)
     assert probability is scores
     assert anchor == 0
     enumerated[0].requires_grad_(True)
@@ -272,7 +272,7 @@ def test_probabilities_are_sharpened_as_the_stage_goes_on(enumerated):
     stage = stage_of(enumerated[0], PolicyConfig(temperature=0.25))
     for progress, temperature in ((0.0, 1.0), (0.5, 0.5), (1.0, 0.25)):
         stage.progress = progress
-        probability, anchor = stage.probability(scores, alive)
+        probability, anchor = stage.probability(scores, alive, 0)
         torch.testing.assert_close(probability[alive], (scores[alive].logit() / temperature).sigmoid())
         assert anchor == 0
     enumerated[0].requires_grad_(True)
@@ -288,7 +288,7 @@ def test_what_is_drawn_is_spread_as_what_is_deployed(keep):
     alive = torch.rand(3, patches, generator=torch.Generator().manual_seed(1)) < 0.8
     want = scores.logit() - 0.8 * pattern(model.grid_size).logit().float()
     stage = stage_of(model, PolicyConfig(keep=keep, temperature=1e-3))
-    probability, _ = stage.probability(scores, alive)
+    probability, _ = stage.probability(scores, alive, 0)
     if not keep:
         torch.testing.assert_close(probability[alive], want.sigmoid()[alive])
         torch.testing.assert_close(
@@ -299,8 +299,8 @@ def test_what_is_drawn_is_spread_as_what_is_deployed(keep):
         torch.testing.assert_close(shift, shift[0].expand_as(shift), atol=1e-4, rtol=0)
         assert (probability * alive).mean().item() == pytest.approx(0.4, abs=1e-4)
     stage.progress = 1.0
-    sharp, _ = stage.probability(scores, alive)
-    greedy = stage.greedy(scores.detach(), alive)
+    sharp, _ = stage.probability(scores, alive, 0)
+    greedy = stage.greedy(scores.detach(), alive, 0)
     assert ((sharp > 0.5)[alive] != greedy[alive]).sum() <= 1
     assert torch.equal(greedy, model.decision(scores.detach(), alive, 0)) or keep
 
@@ -313,7 +313,7 @@ def test_what_all_scores_have_in_common_is_pulled_back_and_makes_no_difference(e
     probabilities, pulls = [], []
     for common in (-3.0, 0.0, 3.0):
         logits = (spread + common).requires_grad_()
-        probability, anchor = stage.probability(logits.sigmoid(), alive)
+        probability, anchor = stage.probability(logits.sigmoid(), alive, 0)
         probabilities.append(probability[alive])
         (pull,) = torch.autograd.grad(anchor, logits)
         assert (pull[~alive] == 0).all()
@@ -391,7 +391,7 @@ def test_with_a_budget_and_no_labels_it_finds_the_patches_that_matter():
         return found.mean(0)
 
     assert kept()[PLANTED].max() == 0
-    stage = PolicyGradientStage(model, 0, config, policy, copy.deepcopy(model.backbone).eval())
+    stage = PolicyGradientStage(model, [0], config, policy, copy.deepcopy(model.backbone).eval())
     metrics = learn(stage, 80, 64)
     assert torch.stack([m["keep_ratio_sampled"] for m in metrics]).mean().item() == pytest.approx(0.25, abs=0.02)
     after = kept()
@@ -414,10 +414,10 @@ def test_the_greedy_decision_is_the_deployed_one(equal_counts, spread):
     model.spread = spread
     images, share = torch.randn(6, 3, 32, 32), 0.92  # 59 of 64 patches
     policy = PolicyConfig(keep=(share,), equal_counts=equal_counts)
-    stage = PolicyGradientStage(model, 0, RewardConfig(), policy).train()
+    stage = PolicyGradientStage(model, [0], RewardConfig(), policy).train()
     _, metrics = stage(images, torch.zeros(6, dtype=torch.int64), keyed.sample_keys(0, 0, torch.arange(6)))
     scores = model.score(model.embed(images), 0)
-    greedy = stage.greedy(scores, torch.ones_like(scores, dtype=torch.bool))
+    greedy = stage.greedy(scores, torch.ones_like(scores, dtype=torch.bool), 0)
     if equal_counts:
         model.num_keep = [round(share * 64)]
     else:
@@ -427,6 +427,71 @@ def test_the_greedy_decision_is_the_deployed_one(equal_counts, spread):
     assert (greedy != deployed).sum() <= (0 if equal_counts else 1), "a threshold lies between two scores"
     assert metrics["keep_ratio_greedy"] == pytest.approx(share, abs=0.01)
     assert set(greedy.sum(1).tolist()) == {59} or not equal_counts
+
+
+@pytest.fixture
+def three_groups():
+    """A model of three groups, its dense teacher, four images and their keys."""
+    torch.manual_seed(0)
+    model = iared2.from_timm(
+        "deit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=32, depth=3, num_heads=2, num_classes=3
+    ).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith(("query.weight", "key.weight", "pos_embed", "cls_token", "head.weight")):
+                p.normal_(std=0.5)
+    teacher = copy.deepcopy(model.backbone).eval()
+    return model, teacher, torch.randn(4, 3, 16, 16), keyed.sample_keys(0, 0, torch.arange(4))
+
+
+JOINT = PolicyConfig(keep=(0.75, 0.5, 0.25), joint=True, samples=2, rloo=True, equal_counts=True)
+
+
+def test_a_joint_step_divides_the_batch_over_the_groups(three_groups):
+    model, teacher, images, keys = three_groups
+    labels = torch.zeros(4, dtype=torch.int64)
+    config = RewardConfig(label="dense", divergence=1.0)
+    stage = PolicyGradientStage(model, [0, 2], config, JOINT, teacher).train()
+    loss, metrics = stage(images, labels, keys)
+    loss.backward()
+    parts = [stage.of_group(g, images[i::2], labels[i::2], keys[i::2]) for i, g in enumerate([0, 2])]
+    assert loss.item() == pytest.approx(sum(part.item() for part, _ in parts) / 2, rel=1e-5)
+    assert metrics["reward"].item() == pytest.approx(sum(found["reward"].item() for _, found in parts) / 2)
+    moved = [any(p.grad is not None and p.grad.any() for p in own.parameters()) for own in model.interpreters]
+    assert moved == [True, False, True]
+    with pytest.raises(iared2.InputError, match="larger batch_size"):
+        stage(images[:1], labels[:1], keys[:1])
+
+
+def test_in_a_joint_step_the_other_groups_decide_as_they_are_deployed(three_groups):
+    model, _, images, keys = three_groups
+    stage = PolicyGradientStage(model, [0, 1, 2], RewardConfig(), JOINT).train()
+    counts = {}
+    decide = model.decide
+
+    def spy(scores, alive, group, decision):
+        keep = decide(scores, alive, group, decision)
+        counts[group] = keep.sum(1).tolist()
+        return keep
+
+    model.decide = spy
+    stage.of_group(1, images, torch.zeros(4, dtype=torch.int64), keys)
+    assert counts[0] == [12] * 4
+    assert len(counts[1]) == 8  # two draws of each image
+    assert len(set(counts[1])) > 1
+    assert counts[2] == [4] * 8
+
+
+def test_the_divergence_from_the_dense_model_is_subtracted_from_the_reward(three_groups):
+    model, teacher, images, keys = three_groups
+    labels = torch.zeros(4, dtype=torch.int64)
+    rewards = []
+    for weight in (0.0, 1.0, 3.0):
+        config = RewardConfig(label="dense", divergence=weight)
+        stage = PolicyGradientStage(model, [2], config, replace(JOINT, joint=False), teacher).train()
+        rewards.append(stage(images, labels, keys)[1]["reward"].item())
+    assert rewards[0] - rewards[1] > 1e-5
+    assert rewards[0] - rewards[2] == pytest.approx(3 * (rewards[0] - rewards[1]), rel=1e-4)
 
 
 def test_without_a_baseline_there_is_no_greedy_pass(enumerated):

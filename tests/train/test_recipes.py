@@ -30,7 +30,7 @@ from iared2.train.recipe import Recipe, read_recipe
 RECIPES = sorted(p for p in (Path(__file__).parents[2] / "recipes").glob("*.toml") if "kinetics" not in p.stem)
 IMAGENET = [path for path in RECIPES if path.stem.endswith("_imagenet") and path.stem.startswith("deit")]
 STAGES = ("backbone", "policy_gradient", "finetune")
-TINY = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 4, "num_heads": 2}
+TINY = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 6, "num_heads": 2}
 STEPS = 2
 
 
@@ -69,9 +69,9 @@ def cut_down(recipe: Recipe, backbone: Path, batch_size: int) -> list[str]:
     for stage in STAGES:
         if getattr(recipe, stage).epochs:
             settings += [f"{stage}.epochs=1", f"{stage}.batch_size={batch_size}"]
-    if recipe.model.checkpoint:  # of another architecture
+    if recipe.model.checkpoint and recipe.backbone.epochs:  # of another architecture
         settings.append('model.checkpoint=""')
-    elif recipe.model.pretrained or not recipe.backbone.epochs:  # the second: --set model.checkpoint, says the header
+    elif recipe.model.pretrained or not recipe.backbone.epochs:
         settings += ["model.pretrained=false", f"model.checkpoint={json.dumps(str(backbone))}"]
     if recipe.compile:  # takes minutes on a CPU; tests/model/test_compile.py does it
         settings.append("compile=false")
@@ -85,6 +85,9 @@ def test_it_runs(path: Path, tmp_path: Path, backbone: Path):
     each = 1 if recipe.data.classes else 3
     images = write_images(tmp_path / "images", classes, each)
     batch_size = len(classes) * each // STEPS
+    if recipe.model.checkpoint:
+        backbone = tmp_path / "backbone.pth"
+        torch.save(timm.create_model(recipe.model.backbone, **TINY).state_dict(), backbone)
     output = tmp_path / "run"
     arguments = cut_down(recipe, backbone, batch_size)
     assert main(["train", str(path), "--data", str(images), "-o", str(output), *arguments]) == 0
@@ -92,7 +95,8 @@ def test_it_runs(path: Path, tmp_path: Path, backbone: Path):
     records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     steps = [r for r in records if r["kind"] == "step"]
     stages = Counter(r["stage"] for r in steps)
-    last = [f"{stage} {recipe.model.groups}" for stage in STAGES[1:] if getattr(recipe, stage).epochs]
+    number = "" if recipe.policy.joint else f" {recipe.model.groups}"
+    last = [f"{stage}{number}" for stage in STAGES[1:] if getattr(recipe, stage).epochs]
     assert stages.keys() >= {*last, *["backbone"] * bool(recipe.backbone.epochs)}
     samples = open_samples(replace(recipe.data, path=str(images)), "train")  # without the holdout
     assert set(stages.values()) == {len(samples) // batch_size}
@@ -100,6 +104,8 @@ def test_it_runs(path: Path, tmp_path: Path, backbone: Path):
     model = iared2.load(output)
     assert model.class_names == (recipe.data.classes or classes)
     assert model(torch.zeros(1, 3, 16, 16)).shape == (1, len(classes))
+    frozen = not recipe.backbone.epochs and not recipe.finetune.epochs
+    assert (output / "policy.safetensors").exists() == frozen
 
 
 @pytest.mark.parametrize("path", IMAGENET, ids=lambda path: path.stem)

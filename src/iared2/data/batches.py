@@ -27,6 +27,8 @@ from ..errors import InputError
 from .images import Samples, Transform
 from .photo import reason
 
+WHOLE = {"crop_pct": 1.0, "crop_mode": "squash"}
+"""What timm calls it if an image is resized as a whole, without keeping its proportions."""
 MAX_UNREADABLE = 100
 """Number of unreadable images in a row that stops a run, since the data set must be broken."""
 
@@ -134,7 +136,7 @@ def eval_transform(
     """
     size = tuple(input_size[-2:])
     of_pixels = {"mean": tuple(mean), "std": tuple(std), "interpolation": interpolation}
-    transform = create_transform(size, crop_pct=1.0, crop_mode="squash", **of_pixels)
+    transform = create_transform(size, **WHOLE, **of_pixels)
     return Compose([Grayscale(), transform]) if len(mean) == 1 else transform
 
 

@@ -56,9 +56,9 @@ def is_video(path: str | Path) -> bool:
     return Path(path).suffix.lower() in SUFFIXES
 
 
-def find_videos(patterns: Sequence[str | Path]) -> list[Path]:
+def find_videos(patterns: Sequence[str | Path], recursive: bool = False) -> list[Path]:
     """The videos that files, folders and globs stand for, see ``photo.find_files``."""
-    return find_files(patterns, SUFFIXES, "video")
+    return find_files(patterns, SUFFIXES, "video", recursive)
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,8 @@ import re
 import warnings
 import zlib
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -23,12 +24,14 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from ..errors import InputError
 
+HEIC = b"ftypheic", b"ftypheix", b"ftypmif1", b"ftypmsf1", b"ftyphevc"
+"""How a photo of an iPhone begins, after 4 bytes."""
 FORMATS = (
     *("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF", "JPEG2000", "JXL", "PPM", "PSD", "QOI", "DIB"),
     *("ICO", "ICNS", "PCX", "SGI", "XBM", "XPM", "TGA"),
 )
 """Formats of still images by Pillow's names; file names do not matter. Some others start programs (EPS) or are no
-photos. HEIF and JXL need a registered plug-in."""
+photos. HEIF needs pillow-heif, and JXL a registered plug-in."""
 MAX_PIXELS, MAX_SIDE = 89_478_485, 65_535
 """Larger photos are refused before decoding. Pillow suspects a bomb beyond this size; no JPEG is longer."""
 TOO_LARGE = f"too large, the limits are {MAX_PIXELS:,} pixels and {MAX_SIDE:,} a side; make it smaller first"
@@ -87,11 +90,25 @@ def load_image(file: BinaryIO) -> Image.Image:
             raise error from None
 
 
+@cache
+def register_plugins() -> None:
+    """Register all formats of Pillow, and HEIF where pillow-heif is installed."""
+    Image.init()
+    with suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+
+
 def _load(file: BinaryIO) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # remarks on odd metadata; the size, also a mere warning, is checked here
-        Image.init()
-        image = Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
+        register_plugins()
+        start, readable = file.read(12), [name for name in FORMATS if name in Image.OPEN]
+        if start[4:] in HEIC and "HEIF" not in readable:
+            raise InputError("a HEIC photo needs a plug-in: pip install pillow-heif")
+        file.seek(0)
+        image = Image.open(file, formats=readable)
         for _ in range(2):  # what lies in an icon may be larger than the icon's header says
             if is_too_large(*image.size):
                 raise Image.DecompressionBombError(TOO_LARGE)
@@ -142,17 +159,26 @@ def read_photo(path: str | Path) -> Image.Image:
     try:
         with path.open("rb") as file:
             return to_rgb(upright(load_image(file)))
-    except Image.DecompressionBombError:
-        raise InputError(f"{path}: {TOO_LARGE}") from None
-    except UnidentifiedImageError:
-        raise InputError(f"{path}: not an image that can be read here; convert it to JPEG or PNG") from None
     except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error, zlib.error, IndexError, …
-        raise InputError(f"{path}: the image is cut short or damaged ({reason(error)}); copy it again") from None
+        raise InputError(f"{path}: {fault(error)}") from None
+
+
+def fault(error: Exception) -> str:
+    """What is wrong with a photo that could not be read, and what to do; the same for the same file."""
+    if isinstance(error, InputError):
+        return str(error)
+    if isinstance(error, Image.DecompressionBombError):
+        return TOO_LARGE
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image that can be read here; convert it to JPEG or PNG"
+    if isinstance(error, OSError) and error.errno:
+        return f"cannot be read ({error.strerror}); make it readable for you"
+    return f"the image is cut short or damaged ({reason(error)}); copy it again"
 
 
 def reason(error: Exception) -> str:
-    """The message of an exception, in one line."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """The message of an exception, in one line, without addresses in memory."""
+    return re.sub(r" at 0x[0-9a-f]+", "", " ".join(str(error).split())) or type(error).__name__
 
 
 def check_file(path: Path, what: str) -> None:
@@ -172,26 +198,28 @@ def check_file(path: Path, what: str) -> None:
         raise InputError(f"{path}: permission denied; make it readable for you") from None
 
 
-def find_photos(patterns: Sequence[str | Path]) -> list[Path]:
+def find_photos(patterns: Sequence[str | Path], recursive: bool = False) -> list[Path]:
     """The images of files, folders and globs, see ``find_files``; `read_photo` reports a bad one.
 
     Raises `InputError` if a folder cannot be read, or if a folder or a glob has no photo.
     """
-    return find_files(patterns, photo_suffixes(), "photo")
+    return find_files(patterns, photo_suffixes(), "photo", recursive)
 
 
-def find_files(patterns: Sequence[str | Path], suffixes: Collection[str], what: str) -> list[Path]:
+def find_files(
+    patterns: Sequence[str | Path], suffixes: Collection[str], what: str, recursive: bool = False
+) -> list[Path]:
     """The files of files, folders and globs, in the order given and each once.
 
-    A folder stands for the files with these suffixes directly in it, sorted by name, without hidden files. For
-    subfolders, use a glob (`photos/**/*.jpg`). A plain path is returned unchanged, whether the file exists or not.
-    Raises `InputError` if a folder cannot be read, or if a folder or a glob has none; ``what`` names what was expected.
+    A folder stands for the files with these suffixes in it, without hidden files: if ``recursive``, at any depth,
+    sorted by path, else directly in it, sorted by name. A plain path is returned unchanged, even of no file. Raises
+    `InputError` if a folder cannot be read, or if a folder or a glob has none; ``what`` names what was expected.
     """
     found_in_all: list[Path] = []
     for pattern in map(str, patterns):
         path = Path(pattern)
         if path.is_dir():
-            found = files_in(path, suffixes)
+            found = files_below(path, suffixes) if recursive else files_in(path, suffixes)
         elif path.exists() or not glob.has_magic(pattern):  # a file may well be called `cat[1].jpg`
             found = [path]
         else:
@@ -227,6 +255,16 @@ def files_in(folder: Path, suffixes: Collection[str]) -> list[Path]:
     return [f for f in files if f.suffix.lower() in suffixes and not f.name.startswith(".") and f.is_file()]
 
 
+def files_below(folder: Path, suffixes: Collection[str]) -> list[Path]:
+    """The regular files with these suffixes in a folder and its subfolders, sorted, without hidden ones.
+
+    Raises:
+        InputError: a folder cannot be read.
+    """
+    with readable():
+        return sorted(file for file in walk(folder, set()) if file.suffix.lower() in suffixes)
+
+
 def walk(folder: Path, seen: set[str]) -> Iterator[Path]:
     """The regular files below a folder, without hidden ones. Each real folder is entered once, and its parents never.
 
@@ -258,4 +296,5 @@ def readable() -> Iterator[None]:
 
 def photo_suffixes() -> set[str]:
     """The suffixes of ``FORMATS``."""
+    register_plugins()
     return {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}

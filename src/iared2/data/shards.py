@@ -59,8 +59,12 @@ class ShardReader:
         return f"{shard if absolute else shard.name}/{member['name'].decode(errors='replace')}"
 
 
-def read_shards(files: Sequence[Path], label_field: str) -> ShardReader:
-    """Find the images of shards. ``label_field`` is the label's field in ``KEY.json``, if there is no ``KEY.cls``.
+def read_shards(files: Sequence[Path], label_field: str | None) -> ShardReader:
+    """Find the images of shards.
+
+    Args:
+        files: the shards.
+        label_field: the label's field in ``KEY.json``, if there is no ``KEY.cls``. None: no labels.
 
     Raises:
         InputError: a file is not a tar file, is damaged, has no images, or has one without a class number.
@@ -75,16 +79,19 @@ def read_shards(files: Sequence[Path], label_field: str) -> ShardReader:
     except (OSError, ValueError, EOFError, RuntimeError):  # not there, damaged, or nobody's home
         pass
     if members is None:
-        rows = [(i, *row) for i, file in enumerate(files) for row in _read_headers(file, label_field)]
-        longest = max(len(row[-1]) for row in rows)
-        record = [("shard", "i4"), ("offset", "i8"), ("size", "i8"), ("label", "i8"), ("name", f"S{longest}")]
-        members = np.array(rows, record)
+        members = np.concatenate([_index(i, _read_headers(file, label_field)) for i, file in enumerate(files)])
         if cache:
             _store(cache, members)
     return ShardReader(tuple(files), members)
 
 
-def _read_headers(file: Path, label_field: str) -> list[tuple[int, int, int, bytes]]:
+def _index(shard: int, rows: list[tuple[int, int, int, bytes]]) -> np.ndarray:
+    longest = max(len(name) for *_, name in rows)
+    record = [("shard", "i4"), ("offset", "i8"), ("size", "i8"), ("label", "i8"), ("name", f"S{longest}")]
+    return np.array([(shard, *row) for row in rows], record)
+
+
+def _read_headers(file: Path, label_field: str | None) -> list[tuple[int, int, int, bytes]]:
     """Offset, size, label and name of each image."""
     samples: dict[str, dict[str, tarfile.TarInfo]] = {}
     rows, suffixes = [], photo_suffixes()
@@ -105,7 +112,7 @@ def _read_headers(file: Path, label_field: str) -> list[tuple[int, int, int, byt
                         if kind in parts:
                             content.seek(parts[kind].offset_data)
                             text[kind] = content.read(min(parts[kind].size, MAX_TEXT))
-                    label = _label(text, label_field, f"{file}: {key}")
+                    label = 0 if label_field is None else _label(text, label_field, f"{file}: {key}")
                     rows.append((image.offset_data, image.size, label, image.name.encode(errors="surrogateescape")))
     except (tarfile.TarError, OSError, ValueError) as error:  # ValueError: a size beyond all bounds
         raise InputError(f"{file}: not a tar file, or a damaged one ({error}); fetch it again") from None

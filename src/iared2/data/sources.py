@@ -43,6 +43,9 @@ class Files:
     names: Sequence[str]
     """Relative to ``root``."""
 
+    def __len__(self) -> int:
+        return len(self.names)
+
     def __getitem__(self, row: int) -> BinaryIO:
         return open(self.root / self.names[row], "rb")
 
@@ -199,19 +202,32 @@ def _datasets() -> Any:
     return datasets
 
 
-def _hub_splits(path: str, columns: list[str]) -> Splits:
+def hub_datasets(path: str) -> dict[str, Callable[[], Any]]:
+    """The splits of ``hf:NAME``, each ready to be loaded, as data sets of `datasets`.
+
+    Raises:
+        InputError: there is no such data set, or (when one is loaded) it cannot be read.
+    """
     datasets, name, subset = _datasets(), path.removeprefix("hf:"), None
     if name.count("/") > 1 and not Path(name).is_dir():
         owner, name, subset = name.split("/", 2)
         name = f"{owner}/{name}"
 
-    def open_split(split: str) -> Source:
+    def load(split: str) -> Any:
         with _input_errors(path):
-            dataset = datasets.load_dataset(name, subset, split=split)
-            return _open_table(dataset, f"{path} ({split})", Path(name), columns, may_open=True)
+            return datasets.load_dataset(name, subset, split=split)
 
     with _input_errors(path):
-        return {split: partial(open_split, split) for split in datasets.get_dataset_split_names(name, subset)}
+        return {split: partial(load, split) for split in datasets.get_dataset_split_names(name, subset)}
+
+
+def _hub_splits(path: str, columns: list[str]) -> Splits:
+    def open_split(split: str, load: Callable[[], Any]) -> Source:
+        with _input_errors(path):
+            where, folder = f"{path} ({split})", Path(path.removeprefix("hf:"))
+            return _open_table(load(), where, folder, columns, may_open=True)
+
+    return {split: partial(open_split, split, load) for split, load in hub_datasets(path).items()}
 
 
 def _open_parquet(files: list[Path], columns: list[str], order: Path) -> Source:

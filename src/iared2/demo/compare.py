@@ -40,7 +40,8 @@ class Choice:
 
     Attributes:
         method: one of `explain.methods.METHODS`.
-        group: the group whose scores make the map of the method `interpreter`, from 0, or "all"; None: the second.
+        group: the group whose scores make the map of the method `interpreter`, from 0, or "all"; None: see
+            `explain.heatmap.default_group`.
         rule: how patches are dropped: by `threshold`, by a budget of MACs (`macs`) or of `patches`; `own`: by the
             model's own thresholds or counts.
         threshold: for every group, in [0, 1].

@@ -25,6 +25,7 @@ import torch
 from gradio_client.utils import is_http_url_like, traverse
 
 from ..errors import InputError
+from ..explain.heatmap import default_group
 from ..explain.methods import METHODS
 from ..predict.photo import Predictor
 from .compare import Choice, Comparison, compare, write_archive
@@ -195,7 +196,7 @@ def build(predictor: Predictor) -> gr.Blocks:
                 info = "The method that computes the heat map."
                 method = gr.Dropdown(choices, value="interpreter", label="Heat map", info=info, elem_id="method")
                 info = "The group whose scores are shown. Deeper groups have seen more."
-                default = min(1, model.num_groups - 1)
+                default = default_group(model.num_groups)
                 group = gr.Radio(groups, value=default, label="Group", info=info, elem_id="group")
                 by, info = rules[0][1], "By a minimum score, or by a maximum cost."
                 usual = thresholds[0] if by == "threshold" else round(max(thresholds), 2)  # a first group may keep all

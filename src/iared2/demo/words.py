@@ -33,9 +33,9 @@ prediction, and the dropped patches save compute. Drop a photo, then try other t
 """
 HELP = """
 - **Heat map**: red is high, blue is low. *IA-RED²* shows the scores by which a group decides. The first group decides
-  before the class token has attended to any patch, so it is nearly blind. The paper uses the second group. The other
-  methods explain the same model, with the same patches dropped.
-- **Patches kept by each group**: the number in the corner is the share of patches that are left.
+  before the class token has attended to any patch, so it is nearly blind. The paper uses the second of three groups.
+  The other methods explain the same model, with the same patches dropped.
+- **Patches kept by each group**: the number above is the share of patches that are left.
 - **Threshold**: patches that score above it are kept. At 0, all patches are kept, and the prediction is that of the
   dense transformer. At 1, none is kept.
 - **Budget**: your photos together cost at most this share. Detailed photos may keep more patches than plain ones.

@@ -12,22 +12,35 @@ from .heatmap import colors, overlay
 
 PANEL_SIDES = 256, 640
 """Smallest and largest longer side of a panel of the hierarchy, in pixels."""
+IN_A_ROW = 5
+"""Panels of the hierarchy in one row at most; more take two."""
+LEGEND = "dropped patches"
+"""The line of text beside a patch of the grey of dropped ones."""
 BLANK = 235
 """The grey of a dropped patch, which differs from the white of the page or of a photo's background."""
 
 
-def result_figure(photo: Image.Image, heatmap: np.ndarray, colormap: str = "jet") -> Image.Image:
-    """`interpret-result.png`: the photo under its heat map, with a colour bar on the right.
+def result_figure(
+    photo: Image.Image, heatmap: np.ndarray, colormap: str = "jet", lines: Sequence[str] = ()
+) -> Image.Image:
+    """`interpret-result.png`: the photo under its heat map, with a colour bar on the right and lines of text below.
 
-    The upper left W × H pixels are exactly the overlay; the canvas is higher only if the photo is lower than a legible
-    bar.
+    The upper left W × H pixels are exactly the overlay; the bar is higher only if the photo is lower than a legible
+    one.
 
     Args:
         photo: RGB, of width W and height H.
         heatmap: ``(H, W)`` in [0, 1].
         colormap: a colormap of matplotlib.
+        lines: of text.
     """
-    return with_color_bar(overlay(photo, heatmap, colormap), max(12, round(0.035 * min(photo.size))), colormap)
+    em = max(12, round(0.035 * min(photo.size)))
+    return _captioned(with_color_bar(overlay(photo, heatmap, colormap), em, colormap), lines, em)
+
+
+def enlarged(photo: Image.Image) -> Image.Image:
+    """The photo, a small one as large as a panel at least."""
+    return fit(photo, PANEL_SIDES[0], max(photo.size))
 
 
 def with_color_bar(picture: Image.Image, em: int, colormap: str = "jet") -> Image.Image:
@@ -48,17 +61,58 @@ def with_color_bar(picture: Image.Image, em: int, colormap: str = "jet") -> Imag
     return canvas
 
 
-def hierarchy_figure(photo: Image.Image, kept: np.ndarray, grid: Sequence[float]) -> Image.Image:
-    """`hierarchy.png`: the photo, then one panel per group, dropped patches blank, keep ratio in the corner.
+def hierarchy_figure(
+    photo: Image.Image, kept: np.ndarray, grid: Sequence[float], lines: Sequence[str] = ()
+) -> Image.Image:
+    """`hierarchy.png`: the photo, then one panel per group with dropped patches blank, and a legend below.
+
+    Above each panel stands which group it is, and the share of the patches that it keeps. More than ``IN_A_ROW`` panels
+    take two rows.
 
     Args:
         photo: RGB.
         kept: ``(D, N)`` bool, the patches that each group kept.
         grid: from ``heatmap.grid_of``; rounded up, rows × columns = N.
+        lines: of text, above the legend.
     """
     panel = fit(photo, *PANEL_SIDES)
-    by_place = kept.reshape(len(kept), *map(math.ceil, grid))
-    return table([[(panel, ""), *((blank(panel, k, grid), ratio(k)) for k in by_place)]])
+    em, by_place = text_size(panel), kept.reshape(len(kept), *map(math.ceil, grid))
+    panels = [(panel, "photo")]
+    panels += [(blank(panel, k, grid), f"group {g}: {100 * k.mean():.0f} % kept") for g, k in enumerate(by_place, 1)]
+    font = ImageFont.load_default(em)
+    width = math.ceil(max(panel.width, *(font.getlength(title) for _, title in panels)))
+    columns = len(panels) if len(panels) <= IN_A_ROW else math.ceil(len(panels) / 2)
+    pitch = width + em, title_height(panel) + panel.height + em // 2
+    canvas = Image.new("RGB", (columns * pitch[0] - em, math.ceil(len(panels) / columns) * pitch[1]), "white")
+    draw = ImageDraw.Draw(canvas)
+    for place, (picture, title) in enumerate(panels):
+        x, y = place % columns * pitch[0], place // columns * pitch[1]
+        draw.text((x, y + em // 4), title, "black", font, anchor="lt")
+        canvas.paste(picture, (x, y + title_height(panel)))
+    return _captioned(canvas, [*lines, LEGEND], em)
+
+
+def title_height(panel: Image.Image) -> int:
+    """Pixels from the title of a panel to its picture."""
+    return round(1.5 * text_size(panel))
+
+
+def _captioned(picture: Image.Image, lines: Sequence[str], em: int) -> Image.Image:
+    """The picture over lines of text; beside ``LEGEND``, a patch of the grey that it explains."""
+    if not lines:
+        return picture
+    font, step, indent = ImageFont.load_default(em), round(1.6 * em), round(1.5 * em)
+    width = max(picture.width, *(math.ceil(font.getlength(line)) + indent for line in lines))
+    canvas = Image.new("RGB", (width, picture.height + len(lines) * step + em // 2), "white")
+    canvas.paste(picture)
+    draw = ImageDraw.Draw(canvas)
+    for number, line in enumerate(lines):
+        x, y = 0, picture.height + number * step + em // 2
+        if line == LEGEND:
+            draw.rectangle((0, y, em, y + em), (BLANK, BLANK, BLANK), "black")
+            x = indent
+        draw.text((x, y), line, "black", font, anchor="lt")
+    return canvas
 
 
 def ratio(kept: np.ndarray) -> str:

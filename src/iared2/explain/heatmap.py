@@ -24,6 +24,15 @@ CLAMP = 0.48
 PHOTO_SHARE = 0.6  # share of the photo in the overlay; the rest is colour
 
 
+def default_group(num_groups: int) -> int:
+    """The group whose scores make the heat map, from 0: the last, or of fewer than four the second, as in the paper.
+
+    The first group is blind, since the class token has not attended to any patch. With three groups, the last has few
+    patches left to compare; with four or more, it localises best (docs/results.md).
+    """
+    return num_groups - 1 if num_groups > 3 else min(1, num_groups - 1)
+
+
 def clamp_below(threshold: float) -> float:
     """The lower clamp of the heat map of a group with this threshold."""
     return min(CLAMP, threshold - 0.02)
@@ -45,6 +54,33 @@ def grid_of(model: Any, size: Sequence[int]) -> tuple[float, ...]:
     """
     embed = getattr(model, "backbone", model).patch_embed
     return tuple(side / patch for side, patch in zip(size, embed.patch_size, strict=True))
+
+
+def score_map(
+    scores: Tensor, grid: Sequence[float], size: tuple[int, int], thresholds: Sequence[float], spread: float
+) -> Tensor:
+    """The heat map of a group: its scores, clamped just below its threshold; ``upsample`` says the rest.
+
+    With `Decision.spread`, the patches that earlier groups dropped lie between kept ones in a regular pattern, which
+    says nothing of the photo. Then each patch has the mean score around it, weighted 1, 2, 1 in both directions, where
+    dropped patches count as 0, and nothing is clamped: the map is as high as many patches stayed and as they score.
+
+    Args:
+        scores: ``(..., N)``, 0 where the patch was dropped before.
+        grid, size: as for ``upsample``.
+        thresholds: of the group; one, or one per row of the scores.
+        spread: of the decision.
+    """
+    low = scores.new_tensor([[clamp_below(threshold)] for threshold in thresholds]).expand(*scores.shape[:-1], 1)
+    gone = (scores == 0).any(-1, keepdim=True)
+    if spread and gone.any():
+        rows, columns = map(math.ceil, grid[-2:])
+        weights = scores.new_tensor([1, 2, 1]) / 4
+        mode = "reflect" if min(rows, columns) > 1 else "replicate"  # the pattern goes on beyond the edge
+        maps = F.pad(scores.nan_to_num(0).reshape(-1, 1, rows, columns), (1, 1, 1, 1), mode=mode)
+        around = F.conv2d(maps, torch.outer(weights, weights)[None, None]).reshape(scores.shape)
+        scores, low = torch.where(gone, around, scores), torch.where(gone, 0, low)
+    return upsample(scores, grid, size, low)
 
 
 def upsample(scores: Tensor, grid: Sequence[float], size: tuple[int, int], low: float | Tensor = CLAMP) -> Tensor:

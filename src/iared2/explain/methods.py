@@ -20,7 +20,7 @@ from ..model.reduced import ReducedVisionTransformer
 from .attention_maps import raw_attention, rollout
 from .forward import backbone_of, private_twin
 from .gradients import KIN, grad_cam, integrated_gradients
-from .heatmap import clamp_below, grid_of, lowest_kept, upsample
+from .heatmap import default_group, grid_of, lowest_kept, score_map, upsample
 from .memorability import memorability
 
 METHODS = (
@@ -64,7 +64,7 @@ def heatmap(
         images: ``(B, 3, H, W)``, normalised by the model's ``pretrained_cfg``.
         method: as above.
         target: ``(B,)`` int64, the classes that gradients explain; the model's own top-1 if None.
-        group: of ``interpreter``, from 0, or "all". None: the second.
+        group: of ``interpreter``, from 0, or "all". None: see ``heatmap.default_group``.
         block: of ``attention``, from 0 (None: the second); or the block whose input Grad-CAM uses (None: the last).
         seed: of ``random``.
 
@@ -115,8 +115,8 @@ def interpreter_map(
 ) -> Tensor:
     """Our heat map from the scores of an existing forward pass, so only the rendering takes time.
 
-    One group: its scores, clamped below and normalised as in the authors' tool (``heatmap.upsample``). A patch that was
-    dropped before has the minimum.
+    One group: its scores, clamped below and normalised as in the authors' tool (``heatmap.score_map``). A patch that
+    was dropped before has the minimum; with ``model.spread``, what is around it counts.
 
     All groups: the number of groups that kept a patch, plus its score in the last one that scored it. A group has no
     scores for patches dropped earlier, so no single group ranks all patches. The sum does: a patch that was dropped
@@ -128,17 +128,17 @@ def interpreter_map(
         scores: ``Output.scores (D, B, N)``, or only those of the first groups if these include ``group``.
         kept: ``Output.kept (D, B, N)``, of the same groups.
         size: height and width of the images.
-        group: from 0, or "all". None: the second, as in the authors' tool; a model with one group uses that.
+        group: from 0, or "all". None: see ``heatmap.default_group``.
 
     Returns:
         ``(B, height, width)`` float32 in [0, 1].
     """
     grid = grid_of(model, size)
     if group != "all":
-        group = _index("group", group, len(scores), default=1)
+        group = _index("group", group, len(scores), default_group(len(scores)))
         own = model.thresholds
         thresholds = lowest_kept(scores[group], kept[group]).tolist() if own is None else [own[group]]
-        return upsample(scores[group], grid, size, torch.tensor([[clamp_below(t)] for t in thresholds]))
+        return score_map(scores[group].float(), grid, size, thresholds, model.spread)
     every = torch.stack(list(scores))
     depth = every.gt(0).sum(0) - 1  # a score is 0 if and only if the patch was dropped before
     last = every.gather(0, depth.clamp_min(0)[None])[0]
@@ -149,7 +149,7 @@ def _interpret(model: Any, images: Tensor, group: Group) -> Tensor:
     if not isinstance(model, ReducedVisionTransformer):
         raise InputError("a dense backbone has no interpreter: give a reduced model, or take another method")
     groups = model.num_groups
-    last = groups - 1 if group == "all" else _index("group", group, groups, default=1)
+    last = groups - 1 if group == "all" else _index("group", group, groups, default_group(groups))
     packed, scores, kept = model.reduce(model.embed(images), range(last))
     score = model.score(packed, last)  # the blocks behind it are not needed
     keep = model.decide(score, packed.alive, last, model.decision)

@@ -10,6 +10,7 @@ from functools import cache
 from itertools import pairwise, repeat
 from typing import Any
 
+import timm
 import torch
 from timm.layers import DropPath, PatchEmbed
 from timm.models.deit import VisionTransformerDistilled
@@ -38,6 +39,23 @@ from .video_transformer import TubeletEmbed
 
 ROTARY = "RotaryEmbeddingCat", "RotaryEmbeddingDinoV3", "RotaryEmbeddingMixed", "RotaryEmbeddingMRope"
 """Rotary embeddings that `rotary_table` can read; by name, since older versions of timm lack the last one."""
+
+
+def create(name: str, pretrained: bool = False, **timm_kwargs: Any) -> Any:
+    """A timm model by its name.
+
+    Raises:
+        InputError: unknown name, arguments that timm refuses, or weights that are not available.
+    """
+    if not timm.is_model(name):
+        close = timm.list_models(f"*{name.split('_patch')[0]}*")[:3]
+        raise InputError(f"timm has no model {name!r}" + (f"; did you mean {', '.join(close)}?" if close else ""))
+    try:
+        return timm.create_model(name, pretrained=pretrained, **timm_kwargs)
+    except Exception as error:  # timm and custom layers raise anything; OSError: no network
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        what = "load the pretrained weights of" if pretrained and isinstance(error, OSError) else "build"
+        raise InputError(f"timm cannot {what} {name} with {timm_kwargs or 'its defaults'}: {reason}") from error
 
 
 def check_supported(backbone: Any) -> None:

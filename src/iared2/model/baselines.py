@@ -10,11 +10,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import keyed
+from ..errors import InputError
 from .attention import attention_weights
-from .block import before_attention
+from .block import before_attention, parts
 from .decide import SITE_RANDOM
 from .dither import pattern
 from .tokens import PackedTokens
@@ -22,7 +24,7 @@ from .tokens import PackedTokens
 if TYPE_CHECKING:
     from .reduced import ReducedVisionTransformer
 
-KINDS = ("random", "attention", "centre", "spread")
+KINDS = ("random", "attention", "centre", "spread", "shift", "similarity")
 
 
 class RandomScores(nn.Module):
@@ -81,6 +83,49 @@ class AttentionScores(nn.Module):
         return packed.to_dense(torch.cat(received))[:, packed.num_prefix_tokens :]
 
 
+class ShiftScores(nn.Module):
+    """How far the MLP of the following block moves a patch: the L2 norm of its branch, as a share of the largest.
+
+    The representation shift of Lee et al. (ICCV 2025), which needs no attention map. Theirs is taken in the block
+    before the decision, after its attention.
+
+    Args:
+        block: the first block of the group.
+
+    Raises:
+        InputError: the block has no MLP of its own.
+    """
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        self._block = (block,)
+        if not parts(block).mlps:
+            raise InputError(f"the representation shift is that of an MLP, and a {type(block).__name__} has none alone")
+
+    def forward(self, packed: PackedTokens, has_class_token: bool = True) -> Tensor:
+        """``(B, N)`` in [0, 1]."""
+        (branch, *_) = parts(self._block[0]).mlps
+        y = branch.layer(branch.before(packed.x))
+        y = branch.after(y) if isinstance(branch.after, nn.Module) else y * branch.after
+        moved = packed.to_dense(y.float().norm(dim=1))[:, packed.num_prefix_tokens :]
+        return moved / moved.amax(1, keepdim=True).clamp_min(1e-9)
+
+
+class SimilarityScores(nn.Module):
+    """How little a patch is like the most similar one of its image: token merging's order, but dropped (ToMe)."""
+
+    def forward(self, packed: PackedTokens, has_class_token: bool = True) -> Tensor:
+        """``(B, N)`` in [0, 1]: half of 1 − the largest cosine similarity to another patch alive."""
+        prefix, found = packed.num_prefix_tokens, []
+        for rows in packed.buckets(packed.x):
+            patches = F.normalize(rows[:, prefix:].float(), dim=2)
+            alike = patches @ patches.mT
+            alike.diagonal(dim1=1, dim2=2).fill_(-1)
+            largest = alike.amax(2) if patches.shape[1] else alike.new_zeros(len(rows), 0)
+            found.append(F.pad((1 - largest) / 2, (prefix, 0)).flatten())
+        return packed.to_dense(torch.cat(found))[:, prefix:]
+
+
 def baseline_scores(kind: str, model: ReducedVisionTransformer, group: int) -> nn.Module:
     """The scores of one of ``KINDS`` for one group of a `ReducedVisionTransformer`."""
     if kind == "random":
@@ -89,5 +134,8 @@ def baseline_scores(kind: str, model: ReducedVisionTransformer, group: int) -> n
         return PlaceScores(centre_scores(model.grid_size))
     if kind == "spread":  # evenly over the grid, for any image
         return PlaceScores(1 - pattern(model.grid_size).float())
+    if kind == "similarity":
+        return SimilarityScores()
     index = model.groups[group].start
-    return AttentionScores(model.backbone.blocks[index], index)
+    block = model.backbone.blocks[index]
+    return ShiftScores(block) if kind == "shift" else AttentionScores(block, index)

@@ -43,6 +43,7 @@ def thresholds_for(
     keep: float | Sequence[float] | None = None,
     gmacs: float | None = None,
     latency_ms: float | None = None,
+    shape: Sequence[float] | None = None,
 ) -> list[float]:
     """The thresholds, one per group, that meet one budget on ``images``. The model is not changed.
 
@@ -53,6 +54,8 @@ def thresholds_for(
         gmacs: mean 10⁹ MACs per image, including the interpreters.
         latency_ms: milliseconds of a forward pass of one image alone, median over the first images of the sample, on
             the device where the model is. Measured, so it is as steady as the machine.
+        shape: shares of the patches alive after each group at another budget, which take the place of the policy's own
+            (`schedule.search` finds good ones).
 
     Raises:
         InputError: not exactly one budget, no images, a model in training mode, scores that are not numbers, or a
@@ -67,12 +70,16 @@ def thresholds_for(
     with torch.inference_mode():
         images = images.to(next(model.parameters()))
         sample = [model.embed(chunk) for chunk in images.split(BATCH_SIZE)]
-        if keep is not None:
-            return _for_shares(model, sample, _numbers(keep))
+        shares = [] if keep is None else _numbers(keep)
+        if len(shares) > 1:
+            return _for_shares(model, sample, _falling(model, shares))
+        own = own_shares(model, sample) if shape is None else _falling(model, _numbers(shape))
+        if shares:
+            return _for_mean_share(model, sample, shares[0], own)
         if gmacs is not None:
-            return _for_gmacs(model, sample, gmacs)
+            return _for_gmacs(model, sample, gmacs, own)
         assert latency_ms is not None
-        return _for_latency(model, sample, images[:TIMED_IMAGES], latency_ms)
+        return _for_latency(model, sample, images[:TIMED_IMAGES], latency_ms, own)
 
 
 def _numbers(keep: Any) -> list[float]:
@@ -85,52 +92,77 @@ def _numbers(keep: Any) -> list[float]:
     return shares
 
 
+def _falling(model: ReducedVisionTransformer, keep: list[float]) -> list[float]:
+    if len(keep) != model.num_groups or any(b > a for a, b in pairwise(keep)):
+        raise InputError(f"keep={keep}: give one share, or {model.num_groups} that do not rise, one for each group")
+    return keep
+
+
+def _mean(model: ReducedVisionTransformer, shares: Sequence[float]) -> float:
+    """Over the blocks."""
+    return sum(len(group) * share for group, share in zip(model.groups, shares, strict=True)) / sum(
+        map(len, model.groups)
+    )
+
+
+def _found(model: ReducedVisionTransformer, kept: Tensor, num_patches: int) -> float:
+    return _mean(model, (kept.double().mean(1) / num_patches).tolist())
+
+
 def _for_shares(model: ReducedVisionTransformer, sample: list[PackedTokens], keep: list[float]) -> list[float]:
-    weights = torch.tensor([len(group) / sum(map(len, model.groups)) for group in model.groups], dtype=torch.float64)
-
-    def mean(shares: list[float]) -> float:
-        return float(weights @ torch.tensor(shares, dtype=torch.float64))
-
-    if len(keep) == 1:
-        family = _family(model, sample, lambda shares: mean(shares) <= keep[0])
-        wanted, target = keep[0], keep[0]
-        for _ in range(6):  # max_tokens may take from some groups what the others then have to keep
-            shares = family(_solve(lambda alpha: mean(family(alpha)), target))
-            thresholds, kept = _at_shares(model, sample, shares)
-            found = mean((kept.double().mean(1) / sample[0].num_patches).tolist())
-            if model.max_tokens is None or abs(found - wanted) < TOLERANCE:
-                break
-            target += wanted - found
-    else:
-        if len(keep) != model.num_groups or any(b > a for a, b in pairwise(keep)):
-            raise InputError(f"keep={keep}: give one share, or {model.num_groups} that do not rise, one for each group")
-        thresholds, kept = _at_shares(model, sample, keep)
-        wanted, found = mean(keep), mean((kept.double().mean(1) / sample[0].num_patches).tolist())
-    if model.max_tokens is not None and found < wanted - 0.02:
-        raise InputError(f"keep={keep} cannot be met: max_tokens={model.max_tokens} allows no more than {found:.2f}")
+    thresholds, kept, _ = at_shares(model, sample, keep)
+    _check_limit(model, _found(model, kept, sample[0].num_patches), _mean(model, keep))
     return thresholds
 
 
-def _family(
-    model: ReducedVisionTransformer, sample: list[PackedTokens], meets: Callable[[list[float]], bool]
-) -> Callable[[float], list[float]]:
-    """alpha -> the shares of each group: the policy's own to the power of alpha, if the last keeps ``MIN_SHARE`` so.
+def _for_mean_share(
+    model: ReducedVisionTransformer, sample: list[PackedTokens], keep: float, own: list[float]
+) -> list[float]:
+    family = _family(own, lambda shares: _mean(model, shares) <= keep)
+    target = keep
+    for _ in range(6):  # max_tokens may take from some groups what the others then have to keep
+        thresholds, kept, _ = at_shares(model, sample, family(solve(lambda alpha: _mean(model, family(alpha)), target)))
+        found = _found(model, kept, sample[0].num_patches)
+        if model.max_tokens is None or abs(found - keep) < TOLERANCE:
+            break
+        target += keep - found
+    _check_limit(model, found, keep)
+    return thresholds
+
+
+def _check_limit(model: ReducedVisionTransformer, found: float, keep: float) -> None:
+    if model.max_tokens is not None and found < keep - 0.02:
+        raise InputError(f"keep={keep} cannot be met: max_tokens={model.max_tokens} allows no more than {found:.2f}")
+
+
+def own_shares(model: ReducedVisionTransformer, sample: list[PackedTokens]) -> list[float]:
+    """D shares of the patches alive after each group, by the model's own decision; mean over the sample."""
+    kept = torch.cat([torch.stack(model.reduce(packed)[2]).sum(-1) for packed in sample], 1)  # (D, B)
+    return (kept.cpu().double().mean(1) / sample[0].num_patches).tolist()
+
+
+def _family(own: list[float], meets: Callable[[list[float]], bool]) -> Callable[[float], list[float]]:
+    """alpha -> the shares of each group: its own to the power of alpha, if the last keeps ``MIN_SHARE`` so.
 
     If not, since groups that drop nothing hold it up, each group keeps the same part of what it is given.
     """
-    kept = torch.cat([torch.stack(model.reduce(packed)[2]).sum(-1) for packed in sample], 1)  # (D, B)
-    own = (kept.cpu().double().mean(1) / sample[0].num_patches).clamp_min(1e-3).tolist()
+    own = [max(share, 1e-3) for share in own]
     whole = own[-1] > 0.99
     most = 1.0 if whole else max(1.0, math.log(MIN_SHARE) / math.log(own[-1]))
     if whole or not meets([share**most for share in own]):
-        own = [2.0 ** -(group + 1) for group in range(model.num_groups)]
+        own = [2.0 ** -(group + 1) for group in range(len(own))]
     return lambda alpha: [share**alpha for share in own]
 
 
-def _at_shares(
-    model: ReducedVisionTransformer, sample: list[PackedTokens], shares: Sequence[float]
-) -> tuple[list[float], Tensor]:
-    """Thresholds that keep these shares of all patches of the sample, and what they keep ``(D, B)``."""
+def at_shares(
+    model: ReducedVisionTransformer, sample: list[PackedTokens], shares: Sequence[float], to_the_end: bool = False
+) -> tuple[list[float], Tensor, list[PackedTokens]]:
+    """Thresholds that keep these shares of all patches of the sample.
+
+    Returns:
+        The thresholds, the numbers of patches that they keep ``(D, B)``, and the remaining tokens; those of the last
+        group, whose blocks no threshold depends on, have run through these only ``to_the_end``.
+    """
     thresholds: list[float] = []
     kept = []
     for group, share in enumerate(shares):
@@ -143,12 +175,10 @@ def _at_shares(
         thresholds.append(model.decision.threshold_at(level))
         decide = model.decision.at(thresholds[-1])
         keep = [model.decide(s, p.alive, group, decide) for s, p in zip(scores, sample, strict=True)]
-        sample = [
-            model.run_blocks(model.drop(packed, k), group) if group + 1 < len(shares) else packed
-            for packed, k in zip(sample, keep, strict=True)
-        ]
+        if to_the_end or group + 1 < len(shares):
+            sample = [model.run_blocks(model.drop(p, k), group) for p, k in zip(sample, keep, strict=True)]
         kept.append(torch.cat([k.sum(1) for k in keep]))
-    return thresholds, torch.stack(kept).cpu()
+    return thresholds, torch.stack(kept).cpu(), sample
 
 
 def _quantile(standing: Tensor, num_keep: int) -> float:
@@ -164,7 +194,7 @@ def _quantile(standing: Tensor, num_keep: int) -> float:
     return torch.nextafter(first_to_go, first_to_go.new_tensor(-math.inf)).item()
 
 
-def _solve(falls: Callable[[float], float], target: float) -> float:
+def solve(falls: Callable[[float], float], target: float) -> float:
     """The alpha in [0, MAX_ALPHA] where a falling function meets its target."""
     low, high = 0.0, MAX_ALPHA
     for _ in range(60):
@@ -173,22 +203,29 @@ def _solve(falls: Callable[[float], float], target: float) -> float:
     return (low + high) / 2
 
 
-def _for_gmacs(model: ReducedVisionTransformer, sample: list[PackedTokens], gmacs: float) -> list[float]:
-    num_patches = sample[0].num_patches
+def gmacs_of(model: ReducedVisionTransformer, num_patches: int, shares: Sequence[float]) -> float:
+    """10⁹ MACs of an image that keeps these shares."""
     dither = (torch.arange(64) + 0.5) / 64  # whole patches, whose mean over 64 images is the share to 1/64 of a patch
+    counts = torch.stack([(num_patches * share + dither).floor().long() for share in shares])
+    return model.count_macs(counts, num_patches).double().mean().item() / 1e9
+
+
+def _for_gmacs(
+    model: ReducedVisionTransformer, sample: list[PackedTokens], gmacs: float, own: list[float]
+) -> list[float]:
+    num_patches = sample[0].num_patches
 
     def estimate(shares: list[float]) -> float:  # as if each image kept the mean
-        counts = torch.stack([(num_patches * share + dither).floor().long() for share in shares])
-        return model.count_macs(counts, num_patches).double().mean().item() / 1e9
+        return gmacs_of(model, num_patches, shares)
 
-    family = _family(model, sample, lambda shares: estimate(shares) <= gmacs)
+    family = _family(own, lambda shares: estimate(shares) <= gmacs)
 
     least, most = estimate(family(MAX_ALPHA)), estimate(family(0))
     if not least <= gmacs <= most:
         raise InputError(f"gmacs={gmacs:g} cannot be met: this model takes {least:.3g} to {most:.3g} GMACs an image")
     target = gmacs
     for _ in range(6):  # images differ and cost is convex, so the mean image costs a little less than the mean cost
-        thresholds, kept = _at_shares(model, sample, family(_solve(lambda alpha: estimate(family(alpha)), target)))
+        thresholds, kept, _ = at_shares(model, sample, family(solve(lambda alpha: estimate(family(alpha)), target)))
         found = model.count_macs(kept, num_patches).double().mean().item() / 1e9
         if abs(found / gmacs - 1) < TOLERANCE:
             break
@@ -199,7 +236,7 @@ def _for_gmacs(model: ReducedVisionTransformer, sample: list[PackedTokens], gmac
 
 
 def _for_latency(
-    model: ReducedVisionTransformer, sample: list[PackedTokens], images: Tensor, latency_ms: float
+    model: ReducedVisionTransformer, sample: list[PackedTokens], images: Tensor, latency_ms: float, own: list[float]
 ) -> list[float]:
     def median_ms(thresholds: list[float]) -> float:
         decide = model.decision.at(thresholds)
@@ -207,10 +244,10 @@ def _for_latency(
         return 1000 * statistics.median(seconds[len(images) :])  # the first round warms up
 
     def at(alpha: float) -> tuple[list[float], float]:
-        thresholds = _at_shares(model, sample, family(alpha))[0]
+        thresholds = at_shares(model, sample, family(alpha))[0]
         return thresholds, median_ms(thresholds)
 
-    family = _family(model, sample, lambda shares: median_ms(_at_shares(model, sample, shares)[0]) <= latency_ms)
+    family = _family(own, lambda shares: median_ms(at_shares(model, sample, shares)[0]) <= latency_ms)
     whole, slowest = at(0.0)
     if slowest <= latency_ms:
         return whole

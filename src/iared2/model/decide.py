@@ -131,7 +131,7 @@ class Decision:
                 f"spread={self.spread:g} is laid over a grid of {self.grid_size}, not over {like.shape[-1]} patches:"
                 " set it in model.decision, and give images of the model's own size"
             )
-        return (self.spread * pattern(self.grid_size or ()).logit()).to(like)
+        return (self.spread * pattern(self.grid_size or ()).logit()).to(like, non_blocking=True)
 
     def level(self, threshold: float) -> float:
         """What `standing` is compared with, for a threshold above 0."""

@@ -156,6 +156,22 @@ class Facade(nn.Module):
         """The backbone's head."""
         return self.backbone.get_classifier()
 
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters without weight decay, for timm's optimisers."""
+        return {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """timm's patterns of layers, for a learning rate per layer. Interpreters count as the last layer, as a head."""
+
+        def ours(pattern: str) -> str:
+            return rf"^backbone\.(?:{pattern.replace('^', '')})"
+
+        found = self.backbone.group_matcher(coarse)
+        return {
+            layer: ours(given) if isinstance(given, str) else [(ours(pattern), order) for pattern, order in given]
+            for layer, given in found.items()
+        }
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade compute for memory in training: recompute each block's activations in the backward pass."""
         self.backbone.set_grad_checkpointing(enable)
@@ -194,6 +210,9 @@ class Facade(nn.Module):
         cfg = dict(getattr(self.backbone, "pretrained_cfg", None) or {})
         cfg["input_size"] = (self.backbone.patch_embed.proj.in_channels, *self.backbone.patch_embed.img_size)
         return cfg
+
+    default_cfg = pretrained_cfg
+    """timm's older name of it."""
 
     @property
     def dense_macs(self) -> int:

@@ -40,6 +40,9 @@ LOADER = {
     *("scriptable", "exportable", "no_jit", "use_naflex", "out_indices", "device", "dtype"),
 }
 """Arguments that describe the source of weights, not the model; files of version 0.1.0 may contain them."""
+POLICY = "interpreters."
+"""Prefix of the tensors of the policy."""
+FINGERPRINT = "fingerprint"
 FAMILIES: dict[str, tuple[type, ...]] = {
     "timm.models.vision_transformer": (VisionTransformer,),
     "timm.models.deit": (VisionTransformer,),
@@ -88,6 +91,25 @@ def save(model: ReducedVisionTransformer, path: Path | str, half: bool = False, 
     write(path, quantized(tensors) if int8 else tensors, config_of(model))
 
 
+def save_policy(model: ReducedVisionTransformer, path: Path | str) -> None:
+    """Write the interpreters alone, with the configuration of the model and a `fingerprint` of the backbone.
+
+    Raises:
+        InputError: as for `save`.
+    """
+    tensors = {name: t for name, t in model.state_dict().items() if name.startswith(POLICY)}
+    check_values(tensors, path)
+    write(path, tensors, {**config_of(model), FINGERPRINT: fingerprint(model.backbone)})
+
+
+def fingerprint(backbone: Any) -> list[float]:
+    """Mean magnitudes of the weights of each block and of the head: alike for the same weights rounded to 8 bits."""
+    parts = [list(part.parameters()) for part in (*backbone.blocks, backbone.head)]
+    with torch.no_grad():
+        means = [torch.cat([p.float().abs().flatten() for p in part]).mean().item() for part in parts if part]
+    return [round(mean, 6) for mean in means]
+
+
 def write(path: Path | str, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
     """Write tensors and configuration to ``path``, whole or not at all.
 
@@ -95,8 +117,12 @@ def write(path: Path | str, tensors: dict[str, Tensor], config: dict[str, Any]) 
         InputError: the folder does not exist or cannot be written.
     """
     with whole(path, errors=SafetensorError) as file:
-        contents = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-        save_file(contents, file, {"iared2": json.dumps(config)})
+        write_tensors(file, tensors, {"iared2": json.dumps(config)})
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
+    """Write a safetensors file. Raises OSError and SafetensorError."""
+    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path, header)
 
 
 def is_safetensors(path: Path | str) -> bool:
@@ -115,7 +141,7 @@ def is_safetensors(path: Path | str) -> bool:
 
 
 def read(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what ``write`` wrote.
+    """Read what ``write`` wrote, or a ``model.safetensors`` whose configuration is in the ``config.json`` beside it.
 
     Raises:
         InputError: no such file, or not a file of this format.
@@ -123,13 +149,35 @@ def read(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        config = json.loads(metadata.get("iared2", "null"))
+            # Transformers puts the name of the attribute before ours
+            tensors = {name.removeprefix("iared2."): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        config = json.loads(metadata["iared2"]) if "iared2" in metadata else read_config(Path(path).parent)
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is not a readable safetensors file ({error})") from None
     if not isinstance(config, dict):
-        raise InputError(f"{path} is a safetensors file, but not one that iared2 saved: it has no configuration")
+        raise InputError(
+            f"{path} is a safetensors file, but not one that iared2 saved: it has no configuration, nor is there a"
+            " config.json with one beside it"
+        )
     return tensors, config
+
+
+def read_config(folder: Path) -> Any:
+    """The entry ``iared2`` of a folder's ``config.json``, not checked; None if there is none.
+
+    Raises:
+        InputError: the file cannot be read, or is no JSON.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        return None
+    try:
+        if path.stat().st_size > LARGEST:
+            raise ValueError(f"it is larger than {LARGEST:,} bytes")
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from None
+    return config.get("iared2") if isinstance(config, dict) else None
 
 
 def check_values(tensors: dict[str, Any], path: Path | str) -> None:
@@ -199,7 +247,7 @@ def check(config: dict[str, Any]) -> dict[str, Any]:
     config |= late | config
     if missing := CONFIG.keys() - config.keys():
         raise InputError(f"{min(missing)} is missing")
-    _check_types(config, CONFIG)
+    _check_types(config, {**CONFIG, FINGERPRINT: list[float]})
     _check_types(config["pretrained_cfg"], PRETRAINED_CFG, "pretrained_cfg.")
     args = {key: value for key, value in config["model_args"].items() if key not in LOADER}
 

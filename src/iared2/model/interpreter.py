@@ -79,6 +79,8 @@ class MultiHeadInterpreter(nn.Module):
         with without_autocast(packed.x.device):
             width, prefix = packed.x.shape[1], packed.num_prefix_tokens
             x = packed.x.to(torch.promote_types(packed.x.dtype, torch.float32))
+            if _is_padded(packed):
+                return self._padded(packed, packed.to_dense(x), has_class_token)
             x_hat = F.layer_norm(x, (width,), eps=1e-5)  # (T, C)
             if has_class_token:
                 p_hat = x_hat.index_select(0, packed.first_rows)  # (B, C), packed order
@@ -94,6 +96,16 @@ class MultiHeadInterpreter(nn.Module):
                 found = self.compare(rows[:, prefix:], u[images], bias[images])
                 scores.append(F.pad(found, (prefix, 0)).flatten())
             return packed.to_dense(scores[0] if len(scores) == 1 else torch.cat(scores))[:, prefix:]
+
+    def _padded(self, packed: PackedTokens, x: Tensor, has_class_token: bool) -> Tensor:
+        """The same from dense tokens ``x (B, S, C)``, 0 where a patch was dropped: one launch for all lengths."""
+        width, prefix, alive = x.shape[2], packed.num_prefix_tokens, packed.alive
+        normed = F.layer_norm(x, (width,), eps=1e-5)
+        if has_class_token:
+            p_hat = normed[:, 0]
+        else:
+            p_hat = F.layer_norm(x[:, prefix:].sum(1) / alive.sum(1, keepdim=True), (width,), eps=1e-5)
+        return self.compare(normed[:, prefix:], *self.directions(p_hat), alive)
 
     def directions(self, p_hat: Tensor) -> tuple[Tensor, Tensor]:
         """The query, multiplied by the key matrix: ``x̂ · u + bias`` is the query-key product of a patch in every head.
@@ -111,7 +123,7 @@ class MultiHeadInterpreter(nn.Module):
         bias = torch.bmm(q, self.key.bias.to(dtype).view(heads, -1, 1))  # (H, B, 1)
         return u.permute(1, 2, 0), bias.permute(1, 2, 0)
 
-    def compare(self, x_hat: Tensor, u: Tensor, bias: Tensor) -> Tensor:
+    def compare(self, x_hat: Tensor, u: Tensor, bias: Tensor, alive: Tensor | None = None) -> Tensor:
         """``(b, n)`` scores of the n patches alive in b images.
 
         With ``relative`` they are ``r / (1 + r)`` of ``r = (n/H) Σ_h softmax_j(q^h · k_j^h / sqrt(C/H))``. A patch with
@@ -121,10 +133,21 @@ class MultiHeadInterpreter(nn.Module):
         Args:
             x_hat: ``(b, n, C)`` normalised patches.
             u, bias: of `directions`.
+            alive: ``(b, n)`` bool, if not all of them are; the score of the others is 0.
         """
         scale = 1 / math.sqrt(x_hat.shape[2] // self.num_heads)
         logits = torch.baddbmm(bias, x_hat, u, beta=scale, alpha=scale)  # (b, n, H)
         if not self.relative:
-            return logits.sigmoid().mean(-1)
-        received = logits.softmax(1).mean(-1) * x_hat.shape[1]
-        return received / (1 + received)
+            scores = logits.sigmoid().mean(-1)
+        else:
+            number: int | Tensor = x_hat.shape[1]
+            if alive is not None:
+                logits, number = logits.masked_fill(~alive[..., None], -torch.inf), alive.sum(1, keepdim=True)
+            received = logits.softmax(1).mean(-1) * number
+            scores = received / (1 + received)
+        return scores if alive is None else scores.masked_fill(~alive, 0)  # NaN where no patch is alive
+
+
+def _is_padded(packed: PackedTokens) -> bool:
+    """On a GPU, launches for each of a hundred lengths would take as long as the blocks."""
+    return packed.x.is_cuda and len(packed.bucket_sizes) > 1

@@ -10,6 +10,7 @@ they are missing, or an argument does not fit, the plain block runs.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -97,6 +98,17 @@ class PackedWeights:
 
 
 NOTHING_PACKED = PackedWeights()
+
+
+def forget_shapes(capacity: int = 8) -> None:
+    """Keep kernels for so many shapes only, in this process, unless the user has set the variables.
+
+    Torch and oneDNN each keep the last 1,024, with their buffers, and ragged batches hardly repeat a shape: for the
+    model in the box, 640 MB more after 20,000 photos than after 2,000. Eight are enough for the layers of one group.
+    Has an effect only before the first use of oneDNN.
+    """
+    for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+        os.environ.setdefault(name, str(capacity))
 
 
 def can_run(block: Any, x: Tensor) -> bool:

@@ -18,6 +18,7 @@ from . import calibrate, file, macs
 from .block import attentions
 from .decide import Decide, Decision
 from .facade import Facade
+from .hugging_face import HubModel
 from .interpreter import MultiHeadInterpreter
 from .merge import merge
 from .tokens import PackedTokens
@@ -45,7 +46,7 @@ class Output:
         return self.kept.float().mean(-1)
 
 
-class ReducedVisionTransformer(Facade):
+class ReducedVisionTransformer(Facade, HubModel):
     """A timm vision transformer that drops uninformative patches at the entrance of each group.
 
     ``model.backbone`` is the timm model, untouched: ``model.backbone.load_state_dict`` takes timm weights as they are.
@@ -180,18 +181,20 @@ class ReducedVisionTransformer(Facade):
         """``num_kept (D, B)`` patches in each group -> ``(B,)`` int64 MACs, including the interpreters (`macs`)."""
         return macs.reduced_macs(self, num_kept, num_patches or self.num_patches)
 
-    def calibrate(
-        self,
-        images: Tensor,
-        *,
-        keep: float | Sequence[float] | None = None,
-        gmacs: float | None = None,
-        latency_ms: float | None = None,
-    ) -> tuple[float, ...]:
-        """Set and return the thresholds that meet one budget on ``images`` (`calibrate.thresholds_for`)."""
-        self.threshold = calibrate.thresholds_for(self, images, keep=keep, gmacs=gmacs, latency_ms=latency_ms)
+    def calibrate(self, images: Tensor, **budget: Any) -> tuple[float, ...]:
+        """Set and return the thresholds that meet one budget on ``images``.
+
+        Args:
+            images: ``(B, in_chans, height, width)``, a sample of what the model will see.
+            budget: one of ``keep``, ``gmacs`` and ``latency_ms``, as for `calibrate.thresholds_for`.
+        """
+        self.threshold = calibrate.thresholds_for(self, images, **budget)
         return self.thresholds or ()
 
     def save(self, path: Path | str, half: bool = False, int8: bool = False) -> None:
         """Write weights and configuration to one file (`file.save`); ``iared2.load`` reads it."""
         file.save(self, path, half, int8)
+
+    def save_policy(self, path: Path | str) -> None:
+        """Write the interpreters alone (`file.save_policy`), for ``iared2.load(path, backbone)``."""
+        file.save_policy(self, path)

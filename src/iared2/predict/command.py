@@ -10,6 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -42,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="images, or videos for a video model; folders or quoted globs of them",
     )
+    parser.add_argument("-r", "--recursive", action="store_true", help="also the subfolders of folders")
     parser.add_argument(
         "-o", "--output", required=True, help="folder for the results; several files get one subfolder each"
     )
@@ -52,7 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-t", "--threshold", nargs="+", metavar="T", help="keep patches that score above T: one number or one per group"
     )
     parser.add_argument("--spread", help="spread the kept patches: 0 as published, 1 as if sampled")
-    parser.add_argument("-g", "--group", help="group whose scores make the heat map, from 1 (default: 2)")
+    parser.add_argument(
+        "-g", "--group", help="group whose scores make the heat map, from 1 (default: the last; of 3, the second)"
+    )
     parser.add_argument("--colormap", default="jet", help="a colormap of matplotlib (default: %(default)s)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda if there is one)")
 
@@ -68,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
         group=None if args.group is None else _number(args.group, int, "group"),
         colormap=args.colormap,
         device=args.device,
+        recursive=args.recursive,
     )
 
 
@@ -81,6 +86,7 @@ def interpret(
     group: int | None = None,
     colormap: str = "jet",
     device: str | None = None,
+    recursive: bool = False,
 ) -> int:
     """Interpret photos, or videos for a model of clips, write the results, and print a few lines for each.
 
@@ -91,9 +97,10 @@ def interpret(
         checkpoint: for `iared2.load`.
         threshold: one number or one per group; the model's own if None.
         spread: see `model.decide.Decision`; the model's own if None.
-        group: the group whose scores make the heat map, from 1; the second if None.
+        group: the group whose scores make the heat map, from 1; if None, see `explain.heatmap.default_group`.
         colormap: a colormap of matplotlib.
         device: for torch; if None, `cuda` if available, else `cpu`.
+        recursive: also the files in subfolders of folders.
 
     Returns:
         0, or 1 if some files could not be read; each is named on stderr, and the others are processed.
@@ -113,7 +120,7 @@ def interpret(
         raise InputError(f"there is no group {group}; the model has groups 1 to {model.num_groups}")
     predictor = (VideoPredictor if model.is_video else Predictor)(model, torch_device, checkpoint)
     thresholds = predictor.thresholds(threshold)
-    files = (find_videos if model.is_video else find_photos)(patterns)
+    files = (find_videos if model.is_video else find_photos)(patterns, recursive)
     is_one = files == list(map(Path, patterns)) and len(files) == 1  # a file, not a folder or glob of one
     folders = [output] if is_one else [output / name for name in folder_names(files)]
     kind = ClipInterpretation if model.is_video else Interpretation
@@ -130,6 +137,8 @@ def interpret(
             bar.remove_task(frames)
         else:
             result = predictor(file, thresholds)
+            dense = result if result.kept.all() else predictor(result.photo, 0.0)
+            result = replace(result, dense_top5=dense.top5)
         result.save(folder, None if group is None else group - 1, colormap)
         print(summary(result, folder))
 
@@ -153,6 +162,7 @@ def interpret(
 def summary(result: Result, folder: Path) -> str:
     """A summary in five lines."""
     best = ", ".join(f"{name} {100 * p:.1f} %" for name, p in result.top5[:1]) or "no classes"
+    best += "".join(f" (with every patch: {name} {100 * p:.1f} %)" for name, p in (result.dense_top5 or ())[:1])
     kept = " > ".join(f"{ratio:.2f}" for ratio in (1, *result.keep_ratio))
     change = 100 * (result.macs / result.dense_macs - 1)
     lines = (

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+import http.client
+import io
+import os
+import urllib.request
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, overload
 
 import numpy as np
 import torch
@@ -15,11 +21,16 @@ from PIL import Image
 from timm.data import ImageNetInfo, infer_imagenet_subset
 
 from ..data.clips import is_video
-from ..data.photo import read_photo, to_rgb, upright
-from ..errors import InputError
+from ..data.photo import fault, find_photos, load_image, read_photo, reason, to_rgb, upright
+from ..errors import InputError, printable
 from ..explain import figures
-from ..explain.heatmap import overlay
+from ..explain.heatmap import default_group, overlay
+from ..model.reduced import ReducedVisionTransformer
 from .result import BasePredictor, Result, png
+
+Photo = str | Path | bytes | BinaryIO | Image.Image | np.ndarray
+MAX_BYTES, TIMEOUT = 1 << 28, 30
+"""Of a photo from a file object or an address: its size, and the seconds without an answer."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -35,7 +46,7 @@ class Interpretation(Result):
     photo: Image.Image
 
     def heatmap(self, group: int | None = None) -> np.ndarray:
-        """``(H, W)`` float32 in [0, 1]: the scores of a group, by default the second, see ``Result.map``."""
+        """``(H, W)`` float32 in [0, 1]: the scores of a group, see ``Result.map``."""
         return self.map(group, self.photo)
 
     def overlay(self, group: int | None = None, colormap: str = "jet") -> Image.Image:
@@ -43,12 +54,27 @@ class Interpretation(Result):
         return overlay(self.photo, self.heatmap(group), colormap)
 
     def figure(self, group: int | None = None, colormap: str = "jet") -> Image.Image:
-        """The overlay with a colour bar."""
-        return figures.result_figure(self.photo, self.heatmap(group), colormap)
+        """The overlay with a colour bar, and what it shows below; a small photo is enlarged."""
+        photo = figures.enlarged(self.photo)
+        number = default_group(len(self.scores)) if group is None else group
+        what = f"colour: the scores by which group {number + 1} of {len(self.scores)} keeps patches"
+        return figures.result_figure(photo, self.map(group, photo), colormap, [*self._words()[-1:], what])
 
     def hierarchy(self) -> Image.Image:
-        """The photo, then the patches kept by each group."""
-        return figures.hierarchy_figure(self.photo, self.kept, self.grid)
+        """The photo, then the patches kept by each group, with their share, the class, and a legend."""
+        return figures.hierarchy_figure(self.photo, self.kept, self.grid, self._words())
+
+    def _words(self) -> list[str]:
+        """The class and the cost: with all patches, if known, and with those that were kept."""
+        found = []
+        for what, best, macs in (
+            ("with every patch", self.dense_top5, self.dense_macs),
+            ("with the kept patches", self.top5, self.macs),
+        ):
+            for name, p in (best or ())[:1]:
+                share = macs / self.dense_macs
+                found.append(f"{what}: {printable(name):.60} {100 * p:.0f} %, {100 * share:.0f} % of the MACs")
+        return found
 
     def pictures(self, group: int | None, colormap: str) -> list[bytes]:
         """`interpret-result.png`, the figure, and `hierarchy.png`."""
@@ -72,36 +98,97 @@ class Interpretation(Result):
 
 
 class Predictor(BasePredictor):
-    """Interprets photos, one at a time."""
+    """Interprets photos: ``Predictor()("photo.jpg")`` by the model in the box.
+
+    Attributes:
+        allow_urls: download photos whose name is an address (``https://…``). Without it, nothing uses the network.
+    """
 
     TAKES = "photos"
 
+    def __init__(
+        self,
+        model: ReducedVisionTransformer | str | Path | None = None,
+        device: str | torch.device = "cpu",
+        checkpoint: str | Path | None = None,
+        *,
+        allow_urls: bool = False,
+    ) -> None:
+        """Prepare the model for calls: see `BasePredictor` and the class."""
+        super().__init__(model, device, checkpoint)
+        self.allow_urls = allow_urls
+
+    @overload
+    def __call__(self, photo: Photo, threshold: float | Sequence[float] | None = None) -> Interpretation: ...
+
+    @overload
     def __call__(
-        self, photo: str | Path | Image.Image | np.ndarray, threshold: float | Sequence[float] | None = None
-    ) -> Interpretation:
-        """Interpret one photo.
+        self, photo: list[Photo] | tuple[Photo, ...], threshold: float | Sequence[float] | None = None
+    ) -> list[Interpretation]: ...
+
+    def __call__(
+        self, photo: Photo | list[Photo] | tuple[Photo, ...], threshold: float | Sequence[float] | None = None
+    ) -> Interpretation | list[Interpretation]:
+        """Interpret one photo, or a list of photos in one batch.
 
         Args:
-            photo: a file, a Pillow image of any mode, or ``(H, W, 3)`` uint8 RGB. Any size; it is resized to the
-                model's input as a whole, never cropped.
+            photo: a file, its contents as bytes, a binary file object, a Pillow image of any mode, or ``(H, W, 3)``
+                uint8 RGB; an address with ``allow_urls``. Any size; it is resized to the model's input as a whole,
+                never cropped. Or a list of these.
             threshold: for this call only, one number or one per group; the model's own if None. The model is not
                 changed, so calls from several threads are independent.
 
+        Returns:
+            The result, or a list of them.
+
         Raises:
             InputError: the file is not a readable photo, the array has another shape or type, or the thresholds are
-                not finite or not one per group.
+                not finite or not one per group. Nothing of a list is interpreted then.
         """
-        image = _as_image(photo)
-        fields = self.predict(self.prepare(image), self.thresholds(threshold))
-        return Interpretation(photo=image, file=str(photo) if isinstance(photo, (str, Path)) else None, **fields)
+        thresholds = self.thresholds(threshold)
+        if not isinstance(photo, (list, tuple)):
+            return self._batch([photo], thresholds)[0]
+        return self._batch(photo, thresholds) if photo else []
+
+    def folder(
+        self, folder: str | Path, threshold: float | Sequence[float] | None = None, *, recursive: bool = False
+    ) -> Iterator[Interpretation]:
+        """Interpret the photos of a folder, one at a time, in the order of their names. For many: ``iared2 predict``.
+
+        Args:
+            folder: the folder. Hidden files are left out; a photo that cannot be read gives a warning.
+            threshold: as for a call.
+            recursive: also the photos in subfolders.
+
+        Raises:
+            InputError: the folder cannot be read, or has no photo.
+        """
+        for file in find_photos([folder], recursive):
+            try:
+                result = self(file, threshold)
+            except InputError as error:
+                warnings.warn(f"left out: {error}", stacklevel=2)
+            else:
+                yield result
+
+    def _batch(self, photos: Sequence[Photo], thresholds: list[float] | None) -> list[Interpretation]:
+        images = [_as_image(photo, self.allow_urls) for photo in photos]
+        fields = self.predict(torch.cat([self.prepare(image) for image in images]), thresholds)
+        names = [str(photo) if isinstance(photo, (str, Path)) else getattr(photo, "name", None) for photo in photos]
+        files = [name if isinstance(name, str) else None for name in names]
+        return [Interpretation(photo=i, file=f, **own) for i, f, own in zip(images, files, fields, strict=True)]
 
     def prepare(self, photo: Image.Image) -> torch.Tensor:
         """An RGB photo as the model's input ``(1, 3, height, width)``: resized whole, normalised, on the device."""
         return self.on_device(self._transform(photo))
 
-    def _class_name(self, index: int) -> str:
+    def class_name(self, index: int) -> str:
+        """The model's own name, that of ImageNet for a model with as many classes, or else the number."""
         subset = None if self.model.class_names else infer_imagenet_subset(self.model)  # by their number: 1k, 12k, …
-        return ImageNetInfo(subset).index_to_description(index) if subset else super()._class_name(index)
+        return _imagenet(subset).index_to_description(index) if subset else super().class_name(index)
+
+
+_imagenet = cache(ImageNetInfo)  # reads files
 
 
 def _inline(picture: Image.Image, width: int, name: str) -> str:
@@ -110,8 +197,18 @@ def _inline(picture: Image.Image, width: int, name: str) -> str:
     return f'<img alt="{name}" src="data:image/png;base64,{base64.b64encode(png(picture)).decode()}">'
 
 
-def _as_image(photo: str | Path | Image.Image | np.ndarray) -> Image.Image:
+def _as_image(photo: Any, allow_urls: bool = False) -> Image.Image:
+    if isinstance(photo, str) and photo.lower().startswith(("http://", "https://")):
+        if not allow_urls:
+            raise InputError(f"{photo}: an address; Predictor(…, allow_urls=True) downloads it, or give a file")
+        return _decode(io.BytesIO(_download(photo)), photo)
+    if isinstance(photo, (bytes, bytearray, memoryview)):
+        return _decode(io.BytesIO(photo), "the photo in these bytes")
+    if hasattr(photo, "read"):
+        return _decode(io.BytesIO(_contents(photo)), str(getattr(photo, "name", "the file object")))
     if isinstance(photo, (str, Path)):
+        if os.path.isdir(photo):
+            raise InputError(f"{photo}: a folder; Predictor.folder() takes it, or give the path of an image")
         if is_video(photo):
             raise InputError(f"{photo}: a video, and this model takes photos; give a video model with -c")
         return read_photo(photo)
@@ -120,4 +217,35 @@ def _as_image(photo: str | Path | Image.Image | np.ndarray) -> Image.Image:
     if isinstance(photo, np.ndarray) and photo.dtype == np.uint8 and photo.shape[2:] == (3,) and photo.size:
         return Image.fromarray(photo)
     what = f"{photo.shape} {photo.dtype}" if isinstance(photo, np.ndarray) else f"{photo!r:.80}"
-    raise InputError(f"a photo is a path, a PIL image with pixels or an (H, W, 3) uint8 RGB array, not {what}")
+    raise InputError(
+        "a photo is a path, bytes, a binary file object, a PIL image with pixels or an (H, W, 3) uint8 RGB array, not"
+        f" {what}"
+    )
+
+
+def _decode(file: BinaryIO, name: str) -> Image.Image:
+    try:
+        return to_rgb(upright(load_image(file)))
+    except Exception as error:  # decoders raise anything
+        raise InputError(f"{name}: {fault(error)}") from None
+
+
+def _contents(file: Any) -> bytes:
+    """All bytes of a binary file object, from where it stands."""
+    try:
+        data = file.read(MAX_BYTES + 1)
+    except (OSError, ValueError) as error:  # ValueError: it is closed
+        raise InputError(f"the file object cannot be read: {error}; open it anew, in binary mode") from None
+    if not isinstance(data, bytes):
+        raise InputError("the file object gives text, not bytes: open it in binary mode, 'rb'")
+    if len(data) > MAX_BYTES:
+        raise InputError(f"the photo has more than {MAX_BYTES:,} bytes; make it smaller first")
+    return data
+
+
+def _download(address: str) -> bytes:
+    try:
+        with urllib.request.urlopen(address, timeout=TIMEOUT) as response:
+            return _contents(response)
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise InputError(f"{address}: cannot be downloaded ({reason(error)}); download it, and give the file") from None

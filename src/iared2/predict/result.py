@@ -23,9 +23,10 @@ from ..atomic import to_json, whole
 from ..data.batches import model_transform
 from ..device import timed, usable_device
 from ..errors import InputError
-from ..explain.heatmap import clamp_below, grid_of, lowest_kept, upsample
+from ..explain.heatmap import default_group, grid_of, lowest_kept, score_map
 from ..model.decide import Decide
 from ..model.reduced import Output, ReducedVisionTransformer
+from ..pretrained.checkpoint import load
 from .output import check_not_read
 
 RESULT = "result.json"
@@ -37,12 +38,14 @@ class Result:
 
     Attributes:
         top5: the most probable classes and their probabilities, best first; fewer for a model with fewer classes.
+        dense_top5: the same with every patch kept; None if nobody asked.
         scores: ``(D, N)`` float32 in (0, 1), 0 where the patch was already dropped.
         kept: ``(D, N)`` bool, the patches on which each group's blocks ran.
         grid: rows and columns of patches that cover the photo, see ``explain.heatmap.grid_of``.
         thresholds: one per group; for a model with counts, the lowest score that was kept, 0 if all were.
         macs, dense_macs: MACs of this result, and of the dense model without interpreters.
-        milliseconds: time of the forward pass alone, after a warm-up, without reading and resizing.
+        milliseconds: time of the forward pass alone, after a warm-up, without reading and resizing; of a batch, its
+            share.
         model: the model, for `result.json`: architecture, input size, checkpoint.
         file: the input file, if any.
     """
@@ -60,6 +63,7 @@ class Result:
     milliseconds: float
     model: dict[str, Any]
     file: str | None = None
+    dense_top5: list[tuple[str, float]] | None = None
 
     @property
     def grid_size(self) -> tuple[int, ...]:
@@ -80,23 +84,27 @@ class Result:
     def map(self, group: int | None, shown: Image.Image) -> np.ndarray:
         """The scores of a group as a heat map of the size of ``shown``, ``(H, W)``, for clips ``(T', H, W)``.
 
-        The default is the second group, as in the authors' tool: the first is blind, since the class token has not
-        attended to any patch. A model with one group uses that.
+        The default is the last group; of fewer than four groups, the second (`explain.heatmap.default_group`).
 
         Raises:
             InputError: there is no such group.
         """
         if group is None:
-            group = min(1, len(self.scores) - 1)
+            group = default_group(len(self.scores))
         if not 0 <= group < len(self.scores):
             raise InputError(f"there is no group {group}; the model has groups 0 to {len(self.scores) - 1}")
-        scores, low = torch.from_numpy(self.scores[group]), clamp_below(self.thresholds[group])
-        return upsample(scores, self.grid, (shown.height, shown.width), low).numpy()
+        scores, spread = torch.from_numpy(self.scores[group])[None], self.model.get("spread", 0.0)
+        size = shown.height, shown.width
+        return score_map(scores, self.grid, size, self.thresholds[group : group + 1], spread)[0].numpy()
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything except the pictures, as JSON types. Patches are listed row by row, for a clip also by time."""
+        """Everything except the pictures, as JSON types: docs/interpret.md says what each is, and its unit.
+
+        Patches are listed row by row, for a clip also by time.
+        """
+        classes = {"top5": self.top5} | ({"dense_top5": self.dense_top5} if self.dense_top5 is not None else {})
         return {
-            "top5": [{"class": name, "probability": round(p, 6)} for name, p in self.top5],
+            **{key: [{"class": name, "probability": round(p, 6)} for name, p in best] for key, best in classes.items()},
             "grid_size": list(self.grid_size),
             "groups": [
                 {"threshold": t, "keep_ratio": float(k.mean()), "scores": s.round(6).tolist(), "kept": k.tolist()}
@@ -125,7 +133,7 @@ class Result:
         with whole(Path(folder, RESULT), parents=True) as result:
             for name, picture in zip(self.PICTURES, pictures, strict=True):
                 result.with_name(name).write_bytes(picture)
-            result.write_text(to_json(self.to_dict()) + "\n", encoding="utf-8")
+            result.write_text(to_json(self.to_dict(), indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def files(cls, folder: str | Path) -> list[Path]:
@@ -140,18 +148,29 @@ class BasePredictor:
     """"photos" or "videos"."""
 
     def __init__(
-        self, model: ReducedVisionTransformer, device: str | torch.device = "cpu", checkpoint: str | Path | None = None
+        self,
+        model: ReducedVisionTransformer | str | Path | None = None,
+        device: str | torch.device = "cpu",
+        checkpoint: str | Path | None = None,
     ) -> None:
         """Prepare the model for calls.
 
         Args:
-            model: set to evaluation mode and moved to the device. Its decision may be changed between calls.
+            model: set to evaluation mode and moved to the device. Its decision may be changed between calls. Or what
+                `iared2.load` takes: a file, a folder, ``user/model`` of the Hugging Face Hub; None: the model in the
+                box.
             device: anything that `torch.device` takes.
             checkpoint: the source of the model, only for `result.json`.
 
         Raises:
-            InputError: the device is missing, or the model does not take RGB photos (`VideoPredictor`: RGB clips).
+            InputError: the device is missing, the model cannot be loaded, or it does not take RGB photos
+                (`VideoPredictor`: RGB clips).
         """
+        if isinstance(model, torch.nn.Module) and not isinstance(model, ReducedVisionTransformer):
+            raise InputError(f"a {type(model).__name__} drops no patches: give iared2.from_timm(model)")
+        if not isinstance(model, ReducedVisionTransformer):
+            checkpoint = checkpoint or model
+            model = load(model)
         cfg = model.pretrained_cfg
         channels, *size = cfg["input_size"]
         if (takes := "videos" if model.is_video else "photos") != self.TAKES:
@@ -184,19 +203,23 @@ class BasePredictor:
             raise InputError(f"threshold {threshold}: give one finite number, or {groups}, one for each group")
         return values * (groups // len(values))
 
-    def predict(self, inputs: Tensor, thresholds: list[float] | None) -> dict[str, Any]:
-        """The fields of ``Result`` except `file`, from the output of ``on_device`` and `thresholds`."""
+    def predict(self, inputs: Tensor, thresholds: list[float] | None) -> list[dict[str, Any]]:
+        """The fields of ``Result`` except `file`, for each photo or clip of a batch of ``on_device``."""
         decision = self.model.decision
         output, seconds = self._trace(inputs, decision if thresholds is None else decision.at(thresholds))
-        scores, kept = output.scores[:, 0], output.kept[:, 0]
+        return [self._fields(output, i, thresholds, seconds / len(inputs)) for i in range(len(inputs))]
+
+    def _fields(self, output: Output, i: int, thresholds: list[float] | None, seconds: float) -> dict[str, Any]:
+        decision = self.model.decision
+        scores, kept = output.scores[:, i], output.kept[:, i]
         own = decision.thresholds or lowest_kept(scores, kept).tolist()
         return {
-            "top5": self._top5(output.logits[0]),
+            "top5": self._top5(output.logits[i]),
             "scores": scores.cpu().numpy(),
             "kept": kept.cpu().numpy(),
             "grid": self._grid,
             "thresholds": tuple(thresholds or own),
-            "macs": int(output.macs[0]),
+            "macs": int(output.macs[i]),
             "dense_macs": self.model.dense_macs,
             "milliseconds": 1000 * seconds,
             "model": self._about | ({"spread": decision.spread} if decision.spread else {}),
@@ -218,9 +241,10 @@ class BasePredictor:
         if not self.model.num_classes:  # the output is features, not logits
             return []
         probabilities, classes = logits.float().softmax(0).topk(min(5, len(logits)))
-        return [(self._class_name(c), p) for c, p in zip(classes.tolist(), probabilities.tolist(), strict=True)]
+        return [(self.class_name(c), p) for c, p in zip(classes.tolist(), probabilities.tolist(), strict=True)]
 
-    def _class_name(self, index: int) -> str:
+    def class_name(self, index: int) -> str:
+        """The name of a class, or its number if it has none."""
         return self.model.class_names[index] if self.model.class_names else str(index)
 
 

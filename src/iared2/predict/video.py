@@ -45,7 +45,7 @@ class ClipInterpretation(Result):
         return np.repeat(by_time, len(self.frames) // self.grid_size[0], 1)
 
     def heatmap(self, group: int | None = None) -> np.ndarray:
-        """``(T, H, W)`` float32 in [0, 1], of the size of ``frames``: the scores of a group, by default the second.
+        """``(T, H, W)`` float32 in [0, 1], of the size of ``frames``: the scores of a group, see ``Result.map``.
 
         The maps are normalised over the clip, so that frames can be compared.
         """
@@ -128,5 +128,5 @@ class VideoPredictor(BasePredictor):
                 shown.append(frame)
                 advance(1)
 
-        fields = self.predict(self.on_device(self._transform(frames())), thresholds)
+        [fields] = self.predict(self.on_device(self._transform(frames())), thresholds)
         return ClipInterpretation(video=video, indices=indices, frames=shown, file=str(path), **fields)

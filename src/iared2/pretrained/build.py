@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import timm
 from torch import nn
 
 from ..errors import InputError
 from ..model.reduced import ReducedVisionTransformer
+from ..model.restore import build
 
 
 def from_timm(
@@ -38,15 +38,5 @@ def from_timm(
         if pretrained or timm_kwargs:
             raise InputError("from_timm: pretrained and timm arguments go with a model name, not with a module")
         return ReducedVisionTransformer(backbone, groups, interpreter=interpreter, dropped=dropped)
-    if not timm.is_model(backbone):
-        close = timm.list_models(f"*{backbone.split('_patch')[0]}*")[:3]
-        raise InputError(f"timm has no model {backbone!r}" + (f"; did you mean {', '.join(close)}?" if close else ""))
-    try:
-        vision_transformer = timm.create_model(backbone, pretrained=pretrained, **timm_kwargs)
-    except Exception as error:  # timm and custom layers raise anything; OSError: no network
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        what = "load the pretrained weights of" if pretrained and isinstance(error, OSError) else "build"
-        raise InputError(f"timm cannot {what} {backbone} with {timm_kwargs or 'its defaults'}: {reason}") from error
-    model = ReducedVisionTransformer(vision_transformer, groups, interpreter=interpreter, dropped=dropped)
-    model.model_args = timm_kwargs
-    return model
+    given: Any = {"groups": groups, "pretrained": pretrained, "interpreter": interpreter, "dropped": dropped}
+    return build(ReducedVisionTransformer, backbone, **given, **timm_kwargs)

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..model import file as saved
-from ..model.decide import Decision
+from ..model.hugging_face import fetch, is_hub_name
 from ..model.quantize import dequantized
 from ..model.reduced import ReducedVisionTransformer
+from ..model.restore import checked, configure, filled, load_strictly, restored
 from ..model.video_transformer import VideoTransformer
 from .build import from_timm
 
@@ -33,100 +34,73 @@ BOX = "box"
 """The name under which ``load`` finds the model that comes with the package."""
 WRAPPERS = "state_dict_ema", "model_ema", "state_dict", "model", "model_state", "module", "encoder"
 """Keys under which checkpoints of training programs keep their weights, the best first."""
-MAX_DEPTH, MAX_VALUES = 1000, 1 << 27
-"""Limits for a model in a file: its blocks, and the numbers that it needs besides its weights."""
 MAX_PATCH = 128
 """Limit for the patches of foreign weights, in pixels."""
 
 
-def load(path: Path | str | None = None) -> ReducedVisionTransformer:
+def load(
+    path: Path | str | None = None, backbone: nn.Module | Path | str | None = None, pretrained: bool = False
+) -> ReducedVisionTransformer:
     """Load a reduced model, in evaluation mode, on the CPU.
 
     Args:
-        path: a file of ``model.save``, a folder with such a ``model.safetensors`` (a run of ``iared2 train``), or a
-            file in the layout of the authors' interpretation tool; detected by content, not by name. None, or the
-            string ``"box"``: the model in the box, even if there is a file of that name; for the file, use ``"./box"``.
+        path: a file of ``model.save``, a folder with such a ``model.safetensors`` (a run of ``iared2 train``) or of
+            ``model.save_pretrained``, or a file in the layout of the authors' interpretation tool; detected by content,
+            not by name. ``"user/model"`` or ``"user/model@revision"``, where there is no such path and nothing
+            is called ``user``: a model on the Hugging Face Hub, from the cache or the network. None, or the string
+            ``"box"``: the model in the box, even if there is a file of that name; for the file, use ``"./box"``. Or a
+            file of ``model.save_policy``, which needs one of the following.
+        backbone: the timm model on whose weights the policy was trained, which is used unchanged, or a file of these
+            weights.
+        pretrained: these are timm's own weights: download them.
 
     Raises:
         InputError: no such file, not a checkpoint, or a tensor is missing, unexpected, of the wrong shape or kind, or
-            not finite.
+            not finite. Or a backbone is missing, superfluous, or not the one of the policy.
     """
     if path is None or path == BOX:
-        path = str(importlib.resources.files("iared2") / "box")
+        path = box_folder()
+    elif isinstance(path, str) and is_hub_name(path):
+        path = fetch(path)
     path = Path(path, "model.safetensors") if os.path.isdir(path) else Path(path)
-    return (_load_ours if saved.is_safetensors(path) else _load_authors)(path).eval()
+    tensors, config = saved.read(path) if saved.is_safetensors(path) else ({}, None)
+    if config and saved.FINGERPRINT in config:
+        return _load_policy(path, tensors, config, backbone, pretrained).eval()
+    if backbone is not None or pretrained:
+        raise InputError(f"{path} is not a policy alone: it has its own backbone, so give no other")
+    if config is None:
+        return _load_authors(path).eval()
+    return restored(ReducedVisionTransformer, path, tensors, config).eval()
 
 
-def _load_ours(path: Path) -> ReducedVisionTransformer:
-    tensors, config = saved.read(path)
-    try:
-        tensors = dequantized(tensors)
-        arguments, num_keep = saved.check(config), config["num_keep"]
-        threshold = config["threshold"] if num_keep is None else None
-        decision = Decision(threshold, num_keep, config["max_tokens"], config["spread"])
-    except InputError as error:
-        raise InputError(f"{path} does not describe a model: {error}") from None
-    saved.check_values(tensors, path)
-    model = filled(arguments, tensors, path)
-    model.decision = decision
-    model.backbone.pretrained_cfg = {**model.backbone.pretrained_cfg, **config["pretrained_cfg"]}
-    model.class_names = tuple(config["class_names"] or ()) or None
-    return model
-
-
-def filled(
-    arguments: dict[str, Any],
-    tensors: dict[str, Tensor],
-    path: Path | str,
-    part: Callable[[ReducedVisionTransformer], nn.Module] = lambda model: model,
+def _load_policy(
+    path: Path, tensors: dict[str, Tensor], config: dict[str, Any], backbone: Any, pretrained: bool
 ) -> ReducedVisionTransformer:
-    """Build a model from arguments of `from_timm` and load weights into a part of it; allocated only if they fit.
-
-    Raises:
-        InputError: it cannot be built, is far larger than the file, or a tensor does not fit.
-    """
-    try:
-        if (depth := arguments.get("depth", 1)) > MAX_DEPTH:
-            raise InputError(f"{depth} blocks are more than {MAX_DEPTH}")
-        with torch.device("meta"):
-            model = from_timm(**arguments)
-        # takes memory but is in no file: computed positions, and the input of the model
-        size = model.pretrained_cfg["input_size"]
-        if sum(b.numel() for b in model.buffers()) + math.prod(size) > MAX_VALUES:
-            raise InputError(f"inputs of {size} are too large")
-    except InputError as error:
-        raise InputError(f"{path} does not describe a model: {error}") from None
-    _check_fit(part(model), tensors, path)
-    model = from_timm(**arguments)
-    part(model).load_state_dict(tensors)
-    return model
-
-
-def load_strictly(model: nn.Module, tensors: dict[str, Tensor], path: Path | str) -> None:
-    """``load_state_dict`` that names the tensor that does not fit, in one line, before any weight is changed.
-
-    Raises:
-        InputError: a tensor is missing, unexpected, or of the wrong shape or type.
-    """
-    _check_fit(model, tensors, path)
-    model.load_state_dict(tensors)
+    tensors, arguments = checked(path, tensors, config)
+    if (backbone is not None) == pretrained:
+        raise InputError(
+            f"{path} is a policy alone: give backbone=, the {arguments['backbone']} on whose weights it was trained or"
+            " a file of them, or pretrained=True to download timm's"
+        )
+    tensors = {name.removeprefix(saved.POLICY): tensor for name, tensor in tensors.items()}
+    if isinstance(backbone, nn.Module):
+        model = from_timm(backbone, **{key: arguments[key] for key in ("groups", "interpreter", "dropped")})
+        load_strictly(model.interpreters, tensors, path)
+    else:
+        model = filled(ReducedVisionTransformer, arguments, tensors, path, lambda model: model.interpreters)
+        if pretrained:
+            model.backbone = from_timm(**arguments, pretrained=True).backbone
+        else:
+            load_backbone_weights(model.backbone, backbone)
+    found, expected = saved.fingerprint(model.backbone), config[saved.FINGERPRINT]
+    if len(found) != len(expected) or any(abs(a / b - 1) > 0.01 for a, b in zip(found, expected, strict=True) if b):
+        raise InputError(f"{path} is a policy for other weights than those of this backbone")
+    return configure(model, config)
 
 
-def _check_fit(model: nn.Module, tensors: dict[str, Tensor], path: Path | str) -> None:
-    expected, wrong = model.state_dict(), None
-    missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
-    if missing or extra:
-        first, *rest = missing or extra
-        wrong = f"it {'lacks' if missing else 'has unexpected'} the tensor {first:.100}"
-        wrong += f" and {len(rest)} more" if rest else ""
-    for name in sorted(expected.keys() & tensors.keys()):
-        have, want = tensors[name], expected[name]
-        if have.shape != want.shape:
-            wrong = wrong or f"{name} has shape {tuple(have.shape)}, expected {tuple(want.shape)}"
-        if have.dtype != want.dtype and not (have.is_floating_point() and want.is_floating_point()):
-            wrong = wrong or f"{name} has numbers of {have.dtype}, expected {want.dtype}"
-    if wrong:
-        raise InputError(f"{path} does not fit the model: {wrong}")
+def box_folder() -> str:
+    """The folder of the model that comes with the package."""
+    return str(importlib.resources.files("iared2") / BOX)
 
 
 def load_backbone_weights(backbone: Any, path: Path | str) -> None:
@@ -142,12 +116,17 @@ def load_backbone_weights(backbone: Any, path: Path | str) -> None:
     tensors = read_foreign(Path(path))
     if any(name.startswith("backbone.") for name in tensors):
         tensors = {n.removeprefix("backbone."): t for n, t in tensors.items() if n.startswith("backbone.")}
+    load_strictly(backbone, fitted(tensors, backbone), path)
+
+
+def fitted(tensors: dict[str, Tensor], backbone: Any) -> dict[str, Tensor]:
+    """Weights of another backbone, converted by timm, and with this head if classes differ."""
     tensors, own = converted(tensors, backbone), backbone.state_dict()
     heads = [name for name in own if name.split(".")[0] in ("head", "head_dist")]
     if any(name not in tensors or own[name].shape != tensors[name].shape for name in heads):
         body = {name: tensor for name, tensor in tensors.items() if name.split(".")[0] not in ("head", "head_dist")}
         tensors = {**body, **{name: own[name] for name in heads}}
-    load_strictly(backbone, tensors, path)
+    return tensors
 
 
 def converted(tensors: dict[str, Tensor], backbone: Any) -> dict[str, Tensor]:
@@ -251,4 +230,6 @@ def _load_authors(path: Path) -> ReducedVisionTransformer:
                 raise InputError(f"{path} contradicts itself: {name} differs from its twin {twin}")
         else:
             ours[f"backbone.{name}"] = tensor
-    return filled({"backbone": "deit_small_patch16_224", "groups": groups, **arguments}, ours, path)
+    return filled(
+        ReducedVisionTransformer, {"backbone": "deit_small_patch16_224", "groups": groups, **arguments}, ours, path
+    )

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..model.reduced import ReducedVisionTransformer
+from ..model.restore import filled
 from .build import from_timm
-from .checkpoint import filled, read_arguments, read_foreign
+from .checkpoint import read_arguments, read_foreign
 
 NAMES = {  # Hugging Face's -> timm's
     r"^(timesformer|videomae)\.": "",
@@ -133,7 +134,7 @@ def _make(
     weight = tensors.get("patch_embed.proj.weight")
     if weight is not None and weight.ndim == 4:  # a tubelet of one frame was a patch
         tensors["patch_embed.proj.weight"] = weight.unsqueeze(2)
-    model = filled(arguments, tensors, source, lambda model: model.backbone)
+    model = filled(ReducedVisionTransformer, arguments, tensors, source, lambda model: model.backbone)
     model.start_interpreters()
     model.class_names = class_names
     return model.eval()

@@ -36,8 +36,9 @@ from ..model.baselines import baseline_scores
 from ..model.decide import by_share
 from ..model.file import config_of
 from ..model.reduced import ReducedVisionTransformer
+from ..model.restore import load_strictly
 from ..pretrained.build import from_timm
-from ..pretrained.checkpoint import load_backbone_weights, load_strictly
+from ..pretrained.checkpoint import load_backbone_weights
 from .finetune import FinetuneStage
 from .gumbel import GumbelStage
 from .log import RunLog
@@ -59,18 +60,21 @@ def stages_of(recipe: Recipe, model: ReducedVisionTransformer, teacher: nn.Modul
     stages = [Stage("backbone", None, recipe.backbone, dense, model.backbone, policy=False)]
     decide = None if learns else by_share(policy.keep, model.decision.standing)
     learn: type[PolicyGradientStage] = GumbelStage if policy.decisions == "gumbel" else PolicyGradientStage
-    for i, interpreter in enumerate(model.interpreters):
-        if policy.keep and policy.keep[i] == (1, *policy.keep)[i]:
-            continue
+    dropping = [i for i in range(model.num_groups) if not policy.keep or policy.keep[i] != (1, *policy.keep)[i]]
+    for groups in [dropping] if policy.joint else [[i] for i in dropping]:
+        first, last, number = groups[0], groups[-1], "" if policy.joint else f" {groups[0] + 1}"
         if learns:
-            step = partial(learn, model, i, recipe.reward, policy, teacher)
-            budget = _budget(policy.keep, i - 1)
+            step = partial(learn, model, groups, recipe.reward, policy, teacher)
+            trained = nn.ModuleList(model.interpreters[i] for i in groups)
+            budget = _budget(policy.keep, last if policy.joint else first - 1)
             stages.append(
-                Stage(f"policy_gradient {i + 1}", i, recipe.policy_gradient, step, interpreter, True, budget=budget)
+                Stage(f"policy_gradient{number}", last, recipe.policy_gradient, step, trained, True, budget=budget)
             )
-        tune = partial(FinetuneStage, model, i, decide=decide, teacher=teacher, distill=recipe.finetune.distill)
-        budget = _budget(policy.keep, i) if learns else ()
-        stages.append(Stage(f"finetune {i + 1}", i, recipe.finetune, tune, model.backbone, False, decide, budget))
+        tune = partial(
+            FinetuneStage, model, first, decide=decide, teacher=teacher, distill=recipe.finetune.distill, last=last
+        )
+        budget = _budget(policy.keep, last) if learns else ()
+        stages.append(Stage(f"finetune{number}", last, recipe.finetune, tune, model.backbone, False, decide, budget))
     return [stage for stage in stages if stage.config.epochs > 0]
 
 
@@ -190,7 +194,7 @@ def train(recipe: Recipe, output: Path, data: RunData | None = None) -> Path:
     Args:
         recipe: the recipe.
         output: the run's folder: ``state.safetensors`` (resume), ``model.safetensors`` (result), ``metrics.jsonl`` and
-            ``tensorboard/``.
+            ``tensorboard/``; with a frozen backbone also ``policy.safetensors``, the policy alone.
         data: replaces the data of the recipe.
 
     Returns:
@@ -220,7 +224,7 @@ def train(recipe: Recipe, output: Path, data: RunData | None = None) -> Path:
             load_strictly(model, parts["model"], output / STATE)
             model.decision = state.decision
         teacher = None
-        if recipe.reward.label == "dense" or recipe.finetune.distill:
+        if recipe.reward.label == "dense" or recipe.reward.divergence or recipe.finetune.distill:
             teacher = copy.deepcopy(model.backbone).eval().requires_grad_(False)
             if state:
                 load_strictly(teacher, parts["teacher"], output / STATE)
@@ -309,6 +313,8 @@ def _finish(trainer: Trainer) -> Path:
     if trainer.accelerator.is_main_process:
         model.eval().requires_grad_(True)
         model.save(path)
+        if not trainer.recipe.backbone.epochs and not trainer.recipe.finetune.epochs:
+            model.save_policy(trainer.output / "policy.safetensors")
     return path
 
 

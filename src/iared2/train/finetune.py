@@ -20,13 +20,14 @@ class FinetuneStage(nn.Module):
 
     With ``group`` i, the blocks of groups i…D, the final norm and the head are trained. The interpreters, the embedding
     and the earlier blocks are frozen, since training them would change the input of interpreters that are already
-    fixed. They run in evaluation mode and without a graph. Groups after i drop nothing more.
+    fixed. They run in evaluation mode and without a graph. Groups after ``last``, by default i, drop nothing more.
     With ``group=None``, the whole backbone is trained. Nothing is dropped except a random share ``patch_drop``, which
     falls to 0 at the end of the stage (as in Liu et al., PatchDropout, WACV 2023, where it is constant).
 
     Args:
         model: the stage freezes everything that it does not train.
-        group: the last group that drops patches, or None.
+        group: the first group that is trained, or None.
+        last: the last group that drops patches; by default ``group``.
         patch_drop: see above.
         decide: the decision; by default ``model.decision``, read in every step.
         teacher: a dense model whose probabilities make up the share ``distill`` of the target (Hinton et al. 2015).
@@ -44,12 +45,13 @@ class FinetuneStage(nn.Module):
         decide: Decide | None = None,
         teacher: nn.Module | None = None,
         distill: float = 0.0,
+        last: int | None = None,
     ) -> None:
         super().__init__()
         self.patch_drop, self.decide = patch_drop, decide
         self.teacher, self.distill = teacher, distill
         self.model, self.group = model, group
-        self.first = 0 if group is None else group
+        self.first, self.last = group or 0, group if last is None else last
         backbone = model.backbone
         model.requires_grad_(False)
         if group is None:
@@ -81,7 +83,7 @@ class FinetuneStage(nn.Module):
         Returns:
             The loss, and the step's metrics (docs/metrics.md) as detached scalars.
         """
-        model, decide = self.model, decide_up_to(self.model, self.group, self.decide)
+        model, decide = self.model, decide_up_to(self.model, self.last, self.decide)
         with torch.set_grad_enabled(self.group is None and torch.is_grad_enabled()):
             packed = model.embed(images, keys)
             if self.group is None and self.patch_drop:

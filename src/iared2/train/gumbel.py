@@ -27,7 +27,7 @@ class GumbelStage(PolicyGradientStage):
 
     def forward(self, images: Tensor, labels: Tensor, keys: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """One step on a batch; arguments and result as for `PolicyGradientStage`, without rewards."""
-        model, group = self.model, self.group
+        model, (group,) = self.model, self.groups
         with torch.no_grad():
             packed, _, _ = model.reduce(model.embed(images, keys), range(group))
             alive = packed.alive
@@ -50,7 +50,7 @@ class GumbelStage(PolicyGradientStage):
         metrics = {
             "loss": loss.detach(),
             "keep_ratio_sampled": ratio.detach().to(wide).mean(),
-            "keep_ratio_greedy": self.greedy(scores.detach(), alive).to(wide).mean(),
+            "keep_ratio_greedy": self.greedy(scores.detach(), alive, group).to(wide).mean(),
             "top1_sampled": 100 * (logits.argmax(1) == labels).to(wide).mean(),
         }
         return loss, metrics

@@ -21,19 +21,26 @@ Deviations from the paper, all of them settings that are off by default:
 3. ``samples`` and ``rloo``: several decisions per image; the baseline of each is the mean reward of the others (Kool et
    al., 2019). The greedy decision is then not run.
 4. ``spread``: `Decision.spread` shifts the logits of draws and of the deployed decision by the same pattern.
-5. ``reward.label`` and ``reward.soft_reward``: which prediction is correct, and how correct (reward.py).
+5. ``reward.label``, ``reward.soft_reward`` and ``reward.divergence``: which prediction is correct, how correct, and how
+   far from the dense model's (reward.py).
+6. ``joint``: one stage for all interpreters in place of one per group. Every step divides the batch over the groups.
+   On each part, one group draws, and the groups before and after it decide as they are deployed, at their budget. So
+   the credit of a draw is the change of the final prediction, whatever later groups do with what it left.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ..model.decide import sample, top_k
+from ..errors import InputError
+from ..model.decide import Decide, keep_all, sample, top_k
 from ..model.reduced import ReducedVisionTransformer
-from .reward import RewardConfig, correctness, reward
+from ..model.schedule import divergence
+from .reward import TEMPERATURE, RewardConfig, correctness, reward
 
 ANCHOR = 0.02  # found by trial: docs/LOG.md
 
@@ -44,7 +51,8 @@ class PolicyConfig:
 
     decisions: str = "learned"
     """"learned" by REINFORCE; "gumbel": by straight-through Gumbel-softmax; or a baseline without a policy, which
-    is fine-tuned with its own decisions: "random", "attention" (of the class token), "centre", "spread"."""
+    is fine-tuned with its own decisions: "random", "attention" (of the class token), "centre", "spread" (evenly),
+    "shift" (how far the following MLP moves a patch), "similarity" (the most similar go first)."""
     keep: tuple[float, ...] = ()
     """Shares of the patches alive after each group, D numbers that do not rise: the budget of the draws and of the
     threshold, or of a baseline. A group that drops nothing has no stages. Empty: the threshold is 0.5."""
@@ -54,6 +62,9 @@ class PolicyConfig:
     spread: float = 0.0
     """Spreads kept patches over the image: draws and thresholds depend on the position of a patch (`Decision.spread`).
     0: as published; 1: as if patches were drawn with their scores as probabilities."""
+    joint: bool = False
+    """One policy stage, and one fine-tuning stage, for all groups together; false: one of each per group, as published.
+    Needs keep."""
     samples: int = 1
     """Sampled decisions per image and step."""
     rloo: bool = False
@@ -68,11 +79,11 @@ class PolicyGradientStage(nn.Module):
     """Computes the loss and the metrics of one step on a batch.
 
     Args:
-        model: its interpreter of ``group`` becomes the only trainable part.
-        group: i, 0…D−1.
+        model: its interpreters of ``groups`` become the only trainable part.
+        groups: the groups that are trained, 0…D−1: one, or with ``policy.joint`` several.
         config: the reward.
         policy: how decisions are drawn and rewarded.
-        teacher: the dense model whose prediction is the label, if ``config.label`` is "dense".
+        teacher: the dense model, if ``config`` asks for its prediction.
     """
 
     progress = 0.0
@@ -81,16 +92,17 @@ class PolicyGradientStage(nn.Module):
     def __init__(
         self,
         model: ReducedVisionTransformer,
-        group: int,
+        groups: Sequence[int],
         config: RewardConfig,
         policy: PolicyConfig | None = None,
         teacher: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        self.model, self.group, self.config = model, group, config
+        self.model, self.groups, self.config = model, tuple(groups), config
         self.policy, self.teacher = policy or PolicyConfig(), teacher
         model.requires_grad_(False)
-        model.interpreters[group].requires_grad_(True)
+        for group in self.groups:
+            model.interpreters[group].requires_grad_(True)
 
     def train(self, mode: bool = True) -> PolicyGradientStage:
         """Evaluation mode for all modules: dropout and stochastic depth would add noise to the reward."""
@@ -108,25 +120,47 @@ class PolicyGradientStage(nn.Module):
         Returns:
             The loss, and the step's metrics (docs/metrics.md) as detached scalars.
         """
-        model, group, samples = self.model, self.group, self.policy.samples
+        several = len(self.groups)
+        if len(images) < several:
+            raise InputError(f"{len(images)} images cannot be divided over {several} groups; set a larger batch_size")
+        parts = [
+            self.of_group(group, images[i::several], labels[i::several], keys[i::several])
+            for i, group in enumerate(self.groups)
+        ]
+        weights = torch.tensor([len(images[i::several]) / len(images) for i in range(several)]).to(images.device)
+        loss = (torch.stack([loss for loss, _ in parts]) * weights).sum()
+        metrics = {}
+        for name in parts[0][1]:
+            values = torch.stack([found[name] for _, found in parts])
+            metrics[name] = (values * weights).sum()
+        return loss, metrics
+
+    def of_group(self, group: int, images: Tensor, labels: Tensor, keys: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """`forward` for the draws of one group."""
+        model, samples = self.model, self.policy.samples
+        before, after = (self.greedy, self.greedy) if self.policy.joint else (model.decision, keep_all)
+        dense = None
         with torch.no_grad():
-            if self.teacher is not None and self.config.label == "dense":
-                labels = self.teacher(images).argmax(1)
-            packed, _, _ = model.reduce(model.embed(images, keys), range(group))
+            if self.teacher is not None:
+                dense = self.teacher(images)
+                labels = dense.argmax(1) if self.config.label == "dense" else labels
+            packed, _, _ = model.reduce(model.embed(images, keys), range(group), before)
             alive = packed.alive
         scores = model.score(packed, group)  # (B, N)
-        probability, anchor = self.probability(scores, alive)
+        probability, anchor = self.probability(scores, alive, group)
 
         with torch.no_grad():
             u = sample(probability, alive, keys, group, samples)  # (k·B, N)
-            drawn = u if self.policy.rloo else torch.cat([u, self.greedy(scores, alive)])
+            drawn = u if self.policy.rloo else torch.cat([u, self.greedy(scores, alive, group)])
             several = len(drawn) // len(images)
-            groups = range(group, model.num_groups)
-            all_of_them, _, kept = model.reduce(packed, groups, lambda _, alive, i: drawn if i == group else alive)
+            all_of_them, _, kept = model.reduce(packed, range(group, model.num_groups), _first(drawn, group, after))
             keep, logits = kept[0], model.head(all_of_them)
             labels = labels.repeat(several)
             right, correct = logits.argmax(1) == labels, correctness(logits, labels, self.config)
             rewards = reward(keep.sum(1), scores.shape[1], correct, self.config)
+            if self.config.divergence and dense is not None:
+                far = divergence(dense.repeat(several, 1), logits, TEMPERATURE).to(rewards.dtype)
+                rewards = rewards - self.config.divergence * far
             rewards = rewards.view(several, -1)  # (k, B), and a last row of the greedy decision
             if self.policy.rloo:
                 advantage = (rewards - rewards.mean(0)) * samples / (samples - 1)
@@ -149,21 +183,21 @@ class PolicyGradientStage(nn.Module):
             metrics["top1_greedy"] = 100 * rights[-1].mean()
         return loss, metrics
 
-    def greedy(self, scores: Tensor, alive: Tensor) -> Tensor:
-        """The decision that is deployed, ``(B, N)`` bool: by the threshold, or the best-scored share of the budget.
+    def greedy(self, scores: Tensor, alive: Tensor, group: int) -> Tensor:
+        """The decision of a group that is deployed, ``(B, N)`` bool: by its threshold, or the best of its budget.
 
         With ``equal_counts``, the share is per image; otherwise it is of the batch, as in calibration.
         """
         decision = self.model.decision
         if not self.policy.keep:
-            return decision(scores, alive, self.group)
+            return decision(scores, alive, group)
         scores = decision.standing(scores)
         rows = len(scores) if self.policy.equal_counts else 1
         ranked, living = scores.reshape(rows, -1), alive.reshape(rows, -1)
-        num_keep = round(self.policy.keep[self.group] * ranked.shape[1])
+        num_keep = round(self.policy.keep[group] * ranked.shape[1])
         return top_k(ranked, living, num_keep).view_as(alive)
 
-    def probability(self, scores: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
+    def probability(self, scores: Tensor, alive: Tensor, group: int) -> tuple[Tensor, Tensor]:
         """Probability of drawing each patch ``(B, N)``: its score, or the score sharpened and shifted to the budget.
 
         Also returns a small loss that moves the logits by the shift. Without it, a common shift of all scores
@@ -175,13 +209,18 @@ class PolicyGradientStage(nn.Module):
         logits = decision.logits(scores.masked_fill(~alive, 0.5)) / policy.temperature**self.progress
         if not policy.keep:
             return logits.sigmoid(), none
-        shift = budget_shift(logits.detach(), alive, policy.keep[self.group], policy.equal_counts)
-        if self.model.interpreters[self.group].relative:  # has no such freedom
+        shift = budget_shift(logits.detach(), alive, policy.keep[group], policy.equal_counts)
+        if self.model.interpreters[group].relative:  # has no such freedom
             return (logits + shift).sigmoid(), none
         over = 1 if policy.equal_counts else (0, 1)
         mean = (logits * alive).sum(over, keepdim=True) / alive.sum(over, keepdim=True).clamp_min(1)
         # 20 where too few are alive
         return (logits + shift).sigmoid(), -ANCHOR * (shift.clamp(-5, 5) * mean).mean()
+
+
+def _first(drawn: Tensor, group: int, after: Decide) -> Decide:
+    """What was drawn in one group, another decision in those after it."""
+    return lambda scores, alive, i: drawn if i == group else after(scores, alive, i)
 
 
 def budget_shift(logits: Tensor, alive: Tensor, share: float, each: bool = False) -> Tensor:

@@ -149,6 +149,7 @@ RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("epochs", "warmup_epochs"), (0, 999)),
     **dict.fromkeys(("tau", "gumbel_weight"), (0, 10**4)),
     "mean": (-(10**4), 10**4),
+    "divergence": (0, 10**4),
     "keep": (1e-6, 1),
     "spread": (0, 10),
     "seed": (0, 2**31 - 1),
@@ -251,6 +252,8 @@ def check(recipe: Recipe) -> None:
             not falls or len(policy.keep) not in (0, groups),
             f"policy.keep = {list(policy.keep)} should be {shares} in (0, 1] that do not rise",
         ),
+        (policy.joint and not policy.keep, f"policy.joint needs policy.keep, {shares}"),
+        (policy.joint and not learned, 'policy.joint goes with policy.decisions = "learned"'),
         (policy.equal_counts and not policy.keep, f"policy.equal_counts needs policy.keep, {shares}"),
         (not learned and not policy.keep, f"policy.decisions = {policy.decisions!r} needs policy.keep, {shares}"),
         (

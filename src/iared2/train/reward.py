@@ -9,6 +9,9 @@ from torch import Tensor
 
 from ..device import widest_float
 
+TEMPERATURE = 3.0
+"""τ of ``τ² KL(dense ‖ reduced)``, as in DORA (arXiv 2605.11683)."""
+
 
 @dataclass(frozen=True)
 class RewardConfig:
@@ -22,6 +25,9 @@ class RewardConfig:
     """Which prediction is correct: the "true" label, or that of the "dense" model, which needs no labels."""
     soft_reward: bool = False
     """Use the probability of the label in the reward instead of correct or wrong."""
+    divergence: float = 0.0
+    """Weight a of the divergence from the dense model's prediction, which is subtracted from the reward; needs no
+    labels with label = "dense". 0: as published."""
 
 
 def correctness(logits: Tensor, labels: Tensor, config: RewardConfig) -> Tensor:

@@ -136,8 +136,8 @@ class Trainer:
             # also if another process, which has stopped already, was waited for in vain
             if self.position != saved:
                 self.save()
-            name = stages[min(self.position.stage, len(stages) - 1)].name
-            where = f"stopped at {name}, step {self.position.step}; the same command resumes the run"
+            stage = stages[min(self.position.stage, len(stages) - 1)]
+            where = f"stopped at {stage.name}, step {self.position.step}; the same command resumes the run"
             error.with_traceback(None)  # it holds the readers of the data, which end now
             raise Stopped(self.stop.signal, where if self.accelerator.is_main_process else "") from None
 
@@ -191,11 +191,10 @@ class Trainer:
             t_in_epochs=False,
         )
         wrapped, optimizer = self.accelerator.prepare(module, optimizer)  # from here on, all is on the device
-        ema, make_targets = None, None
-        if config.ema_decay and not stage.policy:
-            ema = ModelEmaV3(model.backbone, decay=config.ema_decay, use_warmup=True)
-        if not stage.policy:
-            make_targets = TargetMaker(config.label_smoothing, config.mixup, config.cutmix, model.num_classes)
+        averaged = config.ema_decay and not stage.policy
+        ema = ModelEmaV3(model.backbone, decay=config.ema_decay, use_warmup=True) if averaged else None
+        mix = config.label_smoothing, config.mixup, config.cutmix
+        make_targets = None if stage.policy else TargetMaker(*mix, model.num_classes)
         if self.position.step:
             load_optimizer_tensors(optimizer.optimizer, parts["optimizer"])
             if ema:
@@ -272,6 +271,8 @@ class Trainer:
         model, live, held = self.model, None, self.stop.held
         self.stop.held = False  # may take long; no process waits for another one before the end
         try:
+            if stage.policy and self.recipe.policy.joint:
+                self.calibrate(stage.budget)  # scores have moved
             if learning.ema:  # judge the average, then put the live weights back
                 with self.stop.whole():
                     live = {name: t.clone() for name, t in model.backbone.state_dict().items()}
@@ -291,8 +292,7 @@ class Trainer:
     def calibrate(self, keep: tuple[float, ...]) -> None:
         """Set thresholds, or counts, that keep these shares of the patches of unaugmented training images."""
         if self.recipe.policy.equal_counts:
-            num_patches = self.model.backbone.patch_embed.num_patches
-            self.model.num_keep = [round(share * num_patches) for share in keep]
+            self.model.num_keep = [round(share * self.model.num_patches) for share in keep]
             return
         size = min(CALIBRATION_IMAGES, len(self.samples))
         batches = self.read_train(None, seed=CALIBRATION_SEED, epoch=0, batch_size=size)

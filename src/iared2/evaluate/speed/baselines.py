@@ -40,11 +40,13 @@ def padded(model: ReducedVisionTransformer, images: Tensor, decide: Decide) -> T
         scores, alive = model.score(packed, group), packed.alive
         packed = packed.select(model.decide(scores, alive, group, decide))
         place = torch.arange(packed.max_seqlen, device=images.device)
-        tokens = place < torch.tensor(packed.lengths, device=images.device)[:, None]  # (B, longest)
+        lengths = torch.tensor(packed.lengths).to(images.device, non_blocking=True)
+        tokens = place < lengths[:, None]  # (B, longest)
         rows = (packed.first_rows[:, None] + place).clamp_max(len(packed.x) - 1)
-        rows, lengths = rows.flatten(), (packed.max_seqlen,) * packed.num_images
-        long = replace(packed, x=packed.x[rows], token_ids=packed.token_ids[rows], lengths=lengths)
-        packed = packed.with_x(_run_group(model, group, long, tokens)[tokens.flatten()])
+        rows, longest = rows.flatten(), (packed.max_seqlen,) * packed.num_images
+        long = replace(packed, x=packed.x[rows], token_ids=packed.token_ids[rows], lengths=longest)
+        valid = torch.nonzero_static(tokens.flatten(), size=len(packed.x))[:, 0]  # without another synchronisation
+        packed = packed.with_x(_run_group(model, group, long, tokens)[valid])
     return model.head(packed)
 
 
@@ -57,7 +59,7 @@ def _run_group(model: ReducedVisionTransformer, group: int, packed: PackedTokens
         attend = _attend_where(tokens[first : first + len(piece.lengths)])
         first += len(piece.lengths)
         for index in model.groups[group]:
-            piece = piece.with_x(_run_block(blocks[index], piece, index, attend, model.packed_weights))
+            piece = piece.with_x(_run_block(model, blocks[index], piece, index, attend))
         pieces.append(piece.x)
     return torch.cat(pieces)
 
@@ -78,8 +80,9 @@ def _attend_where(tokens: Tensor) -> Attend:
     return attend
 
 
-def _run_block(block: Any, packed: PackedTokens, index: int, attend: Attend, weights: onednn.PackedWeights) -> Tensor:
-    """One block in evaluation mode with the fastest available layers and the given attention."""
-    if onednn.can_run(block, packed.x):
-        return onednn.run_block(block, packed.x, packed, index, weights, attend)
-    return vit.run_block(block, packed.x, packed, index, attend=attend)
+def _run_block(model: ReducedVisionTransformer, block: Any, packed: PackedTokens, index: int, attend: Attend) -> Tensor:
+    """One block in evaluation mode with the given attention and the layers of ``model.engine``."""
+    compiled = model.engine == "compiled"
+    if not compiled and onednn.can_run(block, packed.x):
+        return onednn.run_block(block, packed.x, packed, index, model.packed_weights, attend)
+    return vit.run_block(block, packed.x, packed, index, compiled, attend)

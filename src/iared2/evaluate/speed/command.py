@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -119,8 +119,15 @@ def machine(device: torch.device) -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
-        **{package: version(package) for package in ("iared2", "torch", "timm")},
+        **{package: _version(package) for package in ("iared2", "torch", "timm")},
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # ours, run from its sources
+        return None
 
 
 def _check(arguments: argparse.Namespace) -> None:

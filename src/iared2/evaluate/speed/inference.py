@@ -25,6 +25,10 @@ from .workload import Workload
 DENSE, DENSE_COMPILED = "dense, timm", "dense, timm, compiled"
 OURS, OURS_COMPILED, WHOLE = "ours", "ours, compiled", "ours, nothing dropped"
 RANDOM, TOP_K, MASKED, PADDED = "random, same counts", "top-k, same counts", "masked", "padded to the longest"
+Way = Callable[[Tensor], Any]
+"""Images -> logits."""
+Ways = Mapping[str, tuple[Way, float]]
+"""Name -> a way to run the batch, and its mean GMACs per image."""
 WARM_UP = 2
 MIN_ROUNDS = 11
 
@@ -75,7 +79,7 @@ def measure(
     *,
     seconds: float = 20.0,
     compiled: bool = True,
-    more: Mapping[str, tuple[Callable[[Tensor], Tensor], float]] | None = None,
+    more: Ways | None = None,
 ) -> Speed:
     """Time every baseline on one batch, taking turns.
 
@@ -84,11 +88,38 @@ def measure(
         workload: the batch.
         seconds: of measuring, without warm-up and compilation.
         compiled: also measure `torch.compile`, which takes a minute to start.
-        more: further baselines, name -> (images -> logits, mean GMACs per image).
+        more: further baselines.
     """
-    images, decide, num_keep = workload.images, workload.decide, workload.num_keep
-    keys = keyed.sample_keys(0, 0, torch.arange(len(images))).to(images.device)
-    dense, gmacs = model.dense_macs / 1e9, workload.gmacs
+    images, dense = workload.images, model.dense_macs / 1e9
+    ways = {**dense_ways(model, workload), **our_ways(model, workload), **(more or {})}
+    if compiled:
+        torch.compiler.reset()  # else a second batch size would be compiled for any, which is slower
+        ways |= compiled_ways(model, workload)
+    with torch.inference_mode():
+        rows = compare(ways, images, dense, seconds)
+        share = interpreters_share(model, images, workload.decide)
+    seconds_of = {row.name: row.p50_ms for row in rows}
+    return Speed(rows, seconds_of[WHOLE] / seconds_of[OURS] * workload.gmacs / dense, share)
+
+
+def dense_ways(model: ReducedVisionTransformer, workload: Workload) -> Ways:
+    """timm's model as it is."""
+    return {DENSE: (model.backbone, model.dense_macs / 1e9)}
+
+
+def compiled_ways(model: ReducedVisionTransformer, workload: Workload) -> Ways:
+    """timm's model and ours by `torch.compile`."""
+    return {
+        DENSE_COMPILED: (torch.compile(model.backbone, dynamic=False), model.dense_macs / 1e9),
+        OURS_COMPILED: (with_engine(model, "compiled", lambda x: model(x, workload.decide)), workload.gmacs),
+    }
+
+
+def our_ways(model: ReducedVisionTransformer, workload: Workload) -> Ways:
+    """Our engine: the decision, nothing dropped, other choices of as many patches; and the same decision otherwise."""
+    decide, num_keep, gmacs = workload.decide, workload.num_keep, workload.gmacs
+    keys = keyed.sample_keys(0, 0, torch.arange(len(workload.images))).to(workload.images.device)
+    dense = model.dense_macs / 1e9
 
     def whole(x: Tensor) -> Tensor:
         packed = model.embed(x)
@@ -96,37 +127,39 @@ def measure(
             packed = model.run_blocks(packed, group)
         return model.head(packed)
 
-    def ours_compiled(x: Tensor) -> Tensor:
-        engine, model.engine = model.engine, "compiled"
-        try:
-            return model(x, decide)
-        finally:
-            model.engine = engine
-
-    baselines: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
-        DENSE: (model.backbone, dense),
+    ways: dict[str, tuple[Way, float]] = {
         OURS: (lambda x: model(x, decide), gmacs),
         WHOLE: (whole, dense),
         RANDOM: (lambda x: model(x, at_random(num_keep, keys)), gmacs),
         TOP_K: (lambda x: model(x, lambda scores, alive, group: top_k(scores, alive, num_keep[group])), gmacs),
     }
     if model.dropped == "gone":  # these two do not merge
-        baselines[MASKED] = (lambda x: masked(model, x, decide)), dense
-        baselines[PADDED] = (lambda x: padded(model, x, decide)), _padded_gmacs(model, num_keep)
-    baselines |= more or {}
-    if compiled:
-        torch.compiler.reset()  # else a second batch size would be compiled for any, which is slower
-        baselines[DENSE_COMPILED] = torch.compile(model.backbone, dynamic=False), dense
-        baselines[OURS_COMPILED] = ours_compiled, gmacs
+        ways[MASKED] = (lambda x: masked(model, x, decide)), dense
+        ways[PADDED] = (lambda x: padded(model, x, decide)), _padded_gmacs(model, num_keep)
+    return ways
 
-    with torch.inference_mode():
-        times = take_turns({name: partial(run, images) for name, (run, _) in baselines.items()}, images.device, seconds)
-        memory = {name: peak_memory(images.device, run, images) for name, (run, _) in baselines.items()}
-        share = _interpreters(model, images, decide)
+
+def with_engine(model: ReducedVisionTransformer, engine: str, run: Callable[[Tensor], Tensor]) -> Way:
+    """``run`` with another ``model.engine``, which is set back afterwards."""
+
+    def other(x: Tensor) -> Tensor:
+        before, model.engine = model.engine, engine
+        try:
+            return run(x)
+        finally:
+            model.engine = before
+
+    return other
+
+
+def compare(ways: Ways, images: Tensor, dense_gmacs: float, seconds: float) -> list[Row]:
+    """Time and memory of each way, taking turns; `DENSE`, `DENSE_COMPILED` or both are among them."""
+    times = take_turns({name: partial(run, images) for name, (run, _) in ways.items()}, images.device, seconds)
+    memory = {name: peak_memory(images.device, run, images) for name, (run, _) in ways.items()}
     medians = {name: statistics.median(t) for name, t in times.items()}
-    t_dense = min(medians[DENSE], medians.get(DENSE_COMPILED, float("inf")))
+    t_dense = min(medians[name] for name in (DENSE, DENSE_COMPILED) if name in medians)
     rows = []
-    for name, (_, macs) in baselines.items():
+    for name, (_, macs) in ways.items():
         t, median, peak = sorted(times[name]), medians[name], memory[name]
         q1, _, q3 = statistics.quantiles(t, n=4)
         rows.append(
@@ -139,12 +172,12 @@ def measure(
                 spread=(q3 - q1) / median,
                 gmacs=macs,
                 speed_up=t_dense / median,
-                efficiency=t_dense / median * macs / dense,
+                efficiency=t_dense / median * macs / dense_gmacs,
                 rounds=len(t),
                 peak_mb=None if peak is None else peak / 1e6,
             )
         )
-    return Speed(rows, medians[WHOLE] / medians[OURS] * gmacs / dense, share)
+    return rows
 
 
 def take_turns(runs: Mapping[str, Callable[[], Any]], device: torch.device, seconds: float) -> dict[str, list[float]]:
@@ -170,7 +203,7 @@ def _padded_gmacs(model: ReducedVisionTransformer, num_keep: Tensor) -> float:
     return model.count_macs(longest).item() / 1e9
 
 
-def _interpreters(model: ReducedVisionTransformer, images: Tensor, decide: Decide) -> float:
+def interpreters_share(model: ReducedVisionTransformer, images: Tensor, decide: Decide) -> float:
     """The interpreters' share of a forward pass, median of ten."""
     spent: list[float] = []
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from ... import keyed
+from ...device import peak_memory
 from ...model.decide import keep_all
 from ...model.reduced import ReducedVisionTransformer
 from ...model.tokens import PackedTokens
@@ -43,6 +44,8 @@ class TrainingSpeed:
     finetune_step_ms: float
     macs_ratio: float
     """MACs of the reduced model over those of the dense one, in the fine-tuning step."""
+    peak_mb: dict[str, float | None]
+    """Peak memory of each run without weights, images and optimiser state, 10⁶ bytes (`device.peak_memory`)."""
 
     @property
     def policy_over_forward(self) -> float:
@@ -80,7 +83,7 @@ def measure(
     num_patches = model.backbone.patch_embed.num_patches
     num_keep = round(keep_ratio * num_patches)
 
-    policy = PolicyGradientStage(_keeping(model, keep_ratio), group, RewardConfig()).train()
+    policy = PolicyGradientStage(_keeping(model, keep_ratio), [group], RewardConfig()).train()
     finetune = FinetuneStage(_keeping(model, keep_ratio), group).train()
     dense = FinetuneStage(deepcopy(model), group).train()  # for its choice of what learns
     whole = deepcopy(model).eval()
@@ -103,6 +106,7 @@ def measure(
         "finetune": step(finetune, lambda: finetune(images, labels, keys)[0]),
     }
     times = take_turns(runs, images.device, seconds)
+    memory = {name: peak_memory(images.device, run) for name, run in runs.items()}
     ms = {name: 1000 * statistics.median(t) for name, t in times.items()}
     kept = torch.full((model.num_groups, 1), num_keep)
     kept[:group] = num_patches
@@ -117,6 +121,7 @@ def measure(
         dense_step_ms=ms["dense step"],
         finetune_step_ms=ms["finetune"],
         macs_ratio=ratio,
+        peak_mb={name: None if peak is None else peak / 1e6 for name, peak in memory.items()},
     )
 
 

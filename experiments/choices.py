@@ -1,0 +1,204 @@
+"""Which patches stay, and where: every choice on one frozen backbone, each with the schedule that suits it best.
+
+    python experiments/choices.py --data DATA --backbone FILE [--sharp FILE] [--policy FILE ...] -o OUT
+
+For each choice, `iared2.model.schedule.search` looks for the best schedule at half of the dense MACs on training photos
+without labels, with one count for all photos and with counts that differ; the better one goes on, and its shape serves
+the other budgets. Then the share of the dense model's answers that are kept is measured on photos that nothing was
+chosen on: the validation photos of DATA, and with ``--sharp`` a parquet file of larger photos.
+
+The untrained choices are those of ``model/baselines.py``, and attention with `Decision.spread`. A policy is a file of
+``model.save_policy``. Rows are written to OUT/choices.json after each choice; a killed run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lab import interval
+from torch import Tensor
+
+import iared2
+from iared2 import ReducedVisionTransformer, keyed
+from iared2.data.batches import eval_batches, model_transform
+from iared2.data.images import DataConfig, Samples, open_samples
+from iared2.measure import RANDOM_EPOCH
+from iared2.model.baselines import KINDS, baseline_scores
+from iared2.model.calibrate import gmacs_of, solve, thresholds_for
+from iared2.model.decide import Decision, keep_all
+from iared2.model.schedule import Schedule, search
+from iared2.pretrained.checkpoint import load_backbone_weights
+
+BATCH = 50
+SEARCH_BUDGET = 0.5
+SPREADS = (0.5, 1.0, 2.0)
+Make = Callable[[], ReducedVisionTransformer]
+
+
+def dense_model(arguments: argparse.Namespace, classes: int) -> ReducedVisionTransformer:
+    """The backbone with interpreters that start as its attention."""
+    model = iared2.from_timm(
+        arguments.model, groups=arguments.groups, interpreter="attention", img_size=arguments.size, num_classes=classes
+    )
+    load_backbone_weights(model.backbone, arguments.backbone)
+    model.start_interpreters()
+    return model
+
+
+def choices(arguments: argparse.Namespace, classes: int) -> Iterator[tuple[str, bool, Make]]:
+    """``(name, whether counts may differ from photo to photo, how to make the model)``."""
+
+    def baseline(kind: str) -> ReducedVisionTransformer:
+        model = dense_model(arguments, classes)
+        for group in range(model.num_groups):
+            model.interpreters[group] = baseline_scores(kind, model, group)
+        return model
+
+    def spread(strength: float) -> ReducedVisionTransformer:
+        model = dense_model(arguments, classes)
+        model.spread = strength
+        return model
+
+    for kind in KINDS:
+        yield kind, kind in ("attention", "shift"), lambda kind=kind: baseline(kind)
+    for strength in SPREADS:
+        yield f"attention + spread {strength:g}", True, lambda strength=strength: spread(strength)
+    for path in arguments.policy:
+        yield f"learned: {path.parent.name}", True, lambda path=path: iared2.load(path, arguments.backbone)
+
+
+class Photos:
+    """Some photos in memory, as the model wants them, with keys of their own for random draws."""
+
+    def __init__(self, samples: Samples, model: ReducedVisionTransformer, number: int) -> None:
+        transform = model_transform(model.pretrained_cfg)
+        found: list[Any] = []
+        for batch in eval_batches(samples, transform, batch_size=BATCH, workers=0):
+            found.append((batch.images.bfloat16(), batch.labels, keyed.sample_keys(0, RANDOM_EPOCH, batch.samples)))
+            if sum(len(labels) for _, labels, _ in found) >= number:
+                break
+        self.images, self.labels, self.keys = (torch.cat(parts)[:number] for parts in zip(*found, strict=True))
+
+    def answers(self, model: ReducedVisionTransformer, decide: Any) -> tuple[Tensor, Tensor]:
+        """Predictions ``(n,)`` and MACs ``(n,)``."""
+        with torch.inference_mode():
+            parts = zip(self.images.split(BATCH), self.keys.split(BATCH), strict=True)
+            found = [model.trace(images, decide, keys) for images, keys in parts]
+        return torch.cat([out.logits.argmax(1) for out in found]), torch.cat([out.macs for out in found])
+
+
+def at(model: ReducedVisionTransformer, schedule: Schedule, images: Tensor, macs: float) -> Decision:
+    """The decision of a schedule's shape at another budget."""
+    gmacs = macs * model.dense_macs / 1e9
+    if schedule.decision.num_keep is None:
+        return model.decision.at(thresholds_for(model, images, gmacs=gmacs, shape=schedule.shares))
+    patches = model.num_patches
+    alpha = solve(lambda alpha: gmacs_of(model, patches, [s**alpha for s in schedule.shares]), gmacs)
+    counts = [round(patches * share**alpha) for share in schedule.shares]
+    return model.decision.but(thresholds=None, num_keep=counts)
+
+
+def main() -> None:
+    """See above."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="photos with labels, as for iared2 train")
+    parser.add_argument("--sharp", type=Path, help="parquet file of photos whose labels are not used")
+    parser.add_argument("--backbone", type=Path, required=True, help="weights of the dense model")
+    parser.add_argument("--model", default="vit_small_patch14_dinov2", help="its timm name")
+    parser.add_argument("--size", type=int, default=224, help="pixels")
+    parser.add_argument("--groups", type=int, default=6)
+    parser.add_argument("--policy", type=Path, nargs="*", default=[], help="files of model.save_policy")
+    parser.add_argument("--only", nargs="*", help="names of choices; default: all")
+    parser.add_argument("--macs", type=float, nargs="*", default=[0.65, 0.5, 0.38])
+    parser.add_argument("--trials", type=int, default=40)
+    parser.add_argument("--search-photos", type=int, default=200)
+    parser.add_argument("--photos", type=int, default=1000)
+    parser.add_argument("--sharp-photos", type=int, default=500)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    arguments = parser.parse_args()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+
+    data = DataConfig(path=arguments.data)
+    train, validation = open_samples(data, "train"), open_samples(data, "eval")
+    classes = len(train.class_names)
+    model = dense_model(arguments, classes)
+    chosen_on = Photos(train, model, arguments.search_photos)
+    measured_on = {"photos": Photos(validation, model, arguments.photos)}
+    if arguments.sharp:
+        sharp = open_samples(DataConfig(path=str(arguments.sharp)), "eval", whole=True)
+        measured_on["sharp"] = Photos(sharp, model, arguments.sharp_photos)
+    file = arguments.output / "choices.json"
+    rows = json.loads(file.read_text()) if file.exists() else {}
+    model = ready(model)
+    dense = {name: photos.answers(model, keep_all)[0] for name, photos in measured_on.items()}
+    top1 = (dense["photos"] == measured_on["photos"].labels).double().mean().item()
+    print(f"dense: top-1 {100 * top1:.1f} of {len(dense['photos'])} photos", flush=True)
+
+    for name, differ, make in choices(arguments, classes):
+        if name in rows or (arguments.only and name not in arguments.only):
+            continue
+        start, model = time.monotonic(), ready(make())
+        found = [
+            search(model, chosen_on.images, SEARCH_BUDGET, trials=arguments.trials, equal_counts=equal)
+            for equal in ((True, False) if differ else (True,))
+        ]
+        best = min(found, key=lambda schedule: schedule.divergence)
+        row: dict[str, Any] = {
+            "shares": best.shares,
+            "equal counts": best.decision.num_keep is not None,
+            "divergence": [schedule.divergence for schedule in found],
+        }
+        for macs in arguments.macs:
+            for kind, photos in measured_on.items():
+                # thresholds are set on the same photos, without their answers: MACs are equal in every comparison
+                decision = at(model, best, photos.images, macs)
+                answers, cost = photos.answers(model, decision)
+                row[f"{macs:g} {kind}"] = {
+                    "macs": cost.double().mean().item() / model.dense_macs,
+                    "kept": (answers == dense[kind]).int().tolist(),
+                    **({"top1": (answers == photos.labels).double().mean().item()} if kind == "photos" else {}),
+                }
+        row["seconds"] = time.monotonic() - start
+        rows[name] = row
+        file.write_text(json.dumps(rows) + "\n")
+        (arguments.output / "choices.md").write_text(table(rows), encoding="utf-8")
+        print(table({name: row}), flush=True)
+    print(table(rows))
+
+
+def ready(model: ReducedVisionTransformer) -> ReducedVisionTransformer:
+    """For inference in bfloat16, the interpreters' scores in float32."""
+    model.eval().requires_grad_(False).backbone.bfloat16()
+    model.pack_weights()
+    return model
+
+
+def table(rows: dict[str, Any]) -> str:
+    """Share of the dense answers that each choice keeps, and its difference to the best untrained one."""
+    columns = [key for key in next(iter(rows.values())) if isinstance(next(iter(rows.values()))[key], dict)]
+    kept = {name: {c: np.array(row[c]["kept"]) for c in columns} for name, row in rows.items()}
+    untrained = [name for name in rows if not name.startswith("learned")]
+    lines = [f"| choice | shares, counts | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
+    for name, row in rows.items():
+        cells = [name, " ".join(f"{share:.2f}" for share in row["shares"]) + (", equal" * row["equal counts"])]
+        for column in columns:
+            cell = f"{100 * kept[name][column].mean():.1f} at {100 * row[column]['macs']:.0f} %"
+            if name.startswith("learned") and untrained:
+                rival = max(untrained, key=lambda other: kept[other][column].mean())
+                difference = kept[name][column] - kept[rival][column]
+                low, high = interval(difference)
+                cell += f", {100 * difference.mean():+.1f} ({low:+.1f} … {high:+.1f}) on {rival}"
+            cells.append(cell)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

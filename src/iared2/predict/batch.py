@@ -1,0 +1,176 @@
+"""Many photos -> a table: the class that `iared2 predict`, Ray Data and `datasets.map` call, batch by batch.
+
+Owns the columns. Does not find photos and writes no files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data.batches import model_transform
+from ..data.photo_batches import read_images
+from ..errors import InputError
+from ..model import backbone as vit
+from ..model import onednn
+from ..model.reduced import ReducedVisionTransformer
+from ..pretrained.checkpoint import load
+from .photo import Predictor
+
+IMAGE_COLUMNS = ("image", "bytes", "img")
+"""Where a batch has its photos, if it is not said: `ray.data.read_images`, `read_binary_files`, and many data sets."""
+
+
+class BatchPredictor:
+    """Columns of a batch of photos -> a `pyarrow.Table` with one row per photo.
+
+    ``ray.data.read_images(…).map_batches(iared2.BatchPredictor, batch_size=64, concurrency=2)`` and
+    ``dataset.map(iared2.BatchPredictor(), batched=True, batch_size=64)`` both take it.
+
+    The columns: ``top5``, a list of ``{class: string, index: int32, probability: float32}``, the best first; ``kept``,
+    a list of D int32, the patches alive after each group; ``macs``, int64, including the interpreters; ``embedding``,
+    C float32, the pooled features before the classifier, on request; ``scores``, D × N float16 in (0, 1), 0 where a
+    patch was already dropped, on request; and ``error``, why a photo could not be read, in which case the others are
+    null. The rest of the batch has no influence on a row, except for rounding.
+
+    Args:
+        model: a model, or a checkpoint for `iared2.load`; None: the model in the box.
+        device: anything that `torch.device` takes; None: cuda if available, else cpu.
+        embedding, scores: add these columns.
+        threshold: one number or one per group; the model's own decision if None.
+        image_column: the column of photos in a batch; None: the first of ``IMAGE_COLUMNS`` that there is.
+
+    Raises:
+        InputError: the checkpoint is not a model of RGB photos, the device is missing, the thresholds are invalid, or
+            the package pyarrow is missing.
+    """
+
+    def __init__(
+        self,
+        model: ReducedVisionTransformer | str | Path | None = None,
+        device: str | torch.device | None = None,
+        *,
+        embedding: bool = False,
+        scores: bool = False,
+        threshold: float | Sequence[float] | None = None,
+        image_column: str | None = None,
+    ) -> None:
+        _arrow()
+        onednn.forget_shapes()
+        own = not isinstance(model, ReducedVisionTransformer)
+        loaded: ReducedVisionTransformer = load(model) if own else model  # type: ignore[arg-type, assignment]
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        predictor = Predictor(loaded, device, model if isinstance(model, (str, Path)) else None)
+        thresholds = predictor.thresholds(threshold)
+        self.model, self.device = predictor.model, predictor.device
+        self.decision = self.model.decision if thresholds is None else self.model.decision.at(thresholds)
+        self.embedding, self.scores, self.image_column = embedding, scores, image_column
+        self.transform = model_transform(self.model.pretrained_cfg)
+        self._names = [predictor.class_name(index) for index in range(self.model.num_classes)]
+        if own:
+            self.model.pack_weights()
+
+    @property
+    def schema(self) -> Any:
+        """The `pyarrow.Schema` of the columns, ``error`` last."""
+        pa = _arrow()
+        best = pa.struct([("class", pa.string()), ("index", pa.int32()), ("probability", pa.float32())])
+        fields = {"top5": pa.list_(best), "kept": pa.list_(pa.int32()), "macs": pa.int64()}
+        if self.embedding:
+            fields["embedding"] = pa.list_(pa.float32(), self.model.num_features)
+        if self.scores:
+            fields["scores"] = pa.list_(pa.list_(pa.float16(), self.model.num_patches), self.model.num_groups)
+        return pa.schema([*fields.items(), ("error", pa.string())])
+
+    def __call__(self, batch: Mapping[str, Any]) -> Any:
+        """A `pyarrow.Table` of the other columns of the batch and ours.
+
+        Args:
+            batch: columns of equal length. Photos are Pillow images, uint8 arrays ``(H, W, 3)`` or ``(H, W)``, encoded
+                photos as bytes, or ``{"bytes": …}``.
+
+        Raises:
+            InputError: there is no such column, or another column cannot be kept in Arrow.
+        """
+        pa = _arrow()
+        wanted = IMAGE_COLUMNS if self.image_column is None else (self.image_column,)
+        if (column := next((name for name in wanted if name in batch), None)) is None:
+            raise InputError(f"no column {' or '.join(wanted)}, there is {', '.join(batch)}; set image_column")
+        images, errors = read_images(batch[column], self.transform)
+        found, others = self.predict(images, errors), {}
+        for name in set(batch) - {column} - set(found.schema.names):
+            try:
+                others[name] = pa.array(list(batch[name]) if getattr(batch[name], "ndim", 1) > 1 else batch[name])
+            except (pa.ArrowException, TypeError, ValueError) as error:
+                raise InputError(f"the column {name} cannot be kept ({error}); drop it first") from None
+        columns = {name: others[name] for name in batch if name in others}
+        return pa.table({**columns, **dict(zip(found.schema.names, found.columns, strict=True))})
+
+    @torch.inference_mode()
+    def predict(self, images: Tensor, errors: Sequence[str | None]) -> Any:
+        """The columns as a `pyarrow.RecordBatch`, from the output of ``data.photo_batches.read_images``.
+
+        Args:
+            images: ``(G, 3, H, W)``, transformed.
+            errors: B entries, None for the G rows that have an image.
+        """
+        pa = _arrow()
+        schema = self.schema
+        if not len(images):
+            columns = [pa.nulls(len(errors), field.type) for field in schema][:-1]
+            return pa.record_batch([*columns, pa.array(errors, pa.string())], schema)
+        model = self.model
+        weight = next(model.parameters())
+        packed, scores, kept = model.reduce(
+            model.embed(images.to(weight.device, weight.dtype, non_blocking=True)), decide=self.decision
+        )
+        counts = torch.stack([group.sum(-1) for group in kept])
+        rows = {
+            "top5": self._top5(model.head(packed)),
+            "kept": _lists(counts.T.cpu().numpy().astype(np.int32), pa.list_(pa.int32())),
+            "macs": pa.array(model.count_macs(counts, kept[0].shape[-1]).cpu().numpy()),
+        }
+        if self.embedding:
+            features = vit.head(model.backbone, packed, pre_logits=True)
+            rows["embedding"] = _lists(features.float().cpu().numpy(), schema.field("embedding").type)
+        if self.scores:
+            halves = torch.stack(scores, 1).half().cpu().numpy()
+            rows["scores"] = _lists(halves, schema.field("scores").type)
+        numbers = iter(range(len(images)))
+        places = pa.array([next(numbers) if error is None else None for error in errors], pa.int64())
+        columns = [rows[name].take(places).cast(schema.field(name).type) for name in schema.names[:-1]]
+        return pa.record_batch([*columns, pa.array(errors, pa.string())], schema)
+
+    def _top5(self, logits: Tensor) -> Any:
+        """``(G, K)`` -> the best classes; none for a model whose output is features."""
+        pa = _arrow()
+        best = logits.float().softmax(-1).topk(min(5, self.model.num_classes))
+        indices, probabilities = best.indices.cpu().numpy().astype(np.int32), best.values.cpu().numpy()
+        names = pa.array(self._names, pa.string()).take(pa.array(indices.ravel()))
+        flat = [names, pa.array(indices.ravel()), pa.array(probabilities.ravel())]
+        offsets = np.arange(len(indices) + 1, dtype=np.int32) * indices.shape[1]
+        return pa.ListArray.from_arrays(offsets, pa.StructArray.from_arrays(flat, ["class", "index", "probability"]))
+
+
+def _lists(values: np.ndarray, kind: Any) -> Any:
+    """``(G, …)`` as an array of G lists, of this type, without a copy of each number to Python."""
+    pa = _arrow()
+    flat = pa.array(values.ravel())
+    for size in reversed(values.shape[1:]):
+        flat = pa.FixedSizeListArray.from_arrays(flat, size)
+    return flat.cast(kind)
+
+
+def _arrow() -> Any:
+    try:
+        import pyarrow
+    except ImportError:
+        raise InputError(
+            "predictions for many photos need the package pyarrow; pip install 'iared2[predict]'"
+        ) from None
+    return pyarrow
