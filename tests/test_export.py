@@ -141,6 +141,21 @@ def test_adaptive_keeps_what_the_threshold_keeps(tmp_path, suffix, dropped, spre
         check(logits, ids[None], output, 1)
 
 
+@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
+def test_the_adaptive_form_rotates_by_position(tmp_path, suffix):
+    model, x = make("vit_base_patch16_rope_mixed_224"), images(3)
+    model.calibrate(x, keep=(0.8, 0.5, 0.2))
+    model.threshold = [t + 1e-6 for t in model.thresholds]
+    export(Adaptive(model), tmp_path / f"m{suffix}")
+    for image in x.split(1):
+        if suffix == ".onnx":
+            logits, ids = run_onnx(tmp_path / "m.onnx", image)
+        else:
+            logits, ids = torch.export.load(tmp_path / "m.pt2").module()(image)
+        with torch.no_grad():
+            check(logits, ids[None], model.trace(image), 1)
+
+
 @pytest.mark.parametrize(("dropped", "spread"), [("gone", 0.0), ("merged", 0.0), ("gone", 1.0)])
 def test_adaptive_survives_an_image_that_loses_everything(tmp_path, dropped, spread):
     model = make(dropped=dropped, spread=spread)
