@@ -156,7 +156,7 @@ def test_datasets_map(tmp_path: Path, model):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_ray_data_with_two_actors(tmp_path: Path, model):
+def test_ray_data_with_two_actors(tmp_path: Path, model, monkeypatch):
     """The same rows as without Ray, from `read_images` and from `read_binary_files`."""
     ray = pytest.importorskip("ray", reason="needs the package ray: pip install 'iared2[ray]'")
     pytest.importorskip("ray.data", reason="needs the packages of ray.data: pip install 'iared2[ray]'")
@@ -167,6 +167,7 @@ def test_ray_data_with_two_actors(tmp_path: Path, model):
     for name, cell in cells.items():
         (tmp_path / "photos" / name).write_bytes(cell)
     expected = BatchPredictor(checkpoint, "cpu")({"path": list(cells), "image": list(cells.values())}).to_pylist()
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # 15 otherwise: on a busy machine, an actor takes minutes to start
     # two logical CPUs are for the readers: with two, the actors would hold both, and nothing would be read
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=10**8)
     try:
