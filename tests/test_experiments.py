@@ -164,6 +164,24 @@ def test_box_from_a_run_to_a_file_that_describes_itself(
     assert "cannot be met" in capsys.readouterr().err
 
 
+def test_boxes_of_the_free_photos(experiments: Any) -> None:
+    import photos
+
+    assert (
+        photos.inside([0, 0, 50, 20], (100, 80), (4, 5)).reshape(4, 5).tolist()
+        == [[True] * 3 + [False] * 2] + [[False] * 5] * 3
+    )
+    assert photos.inside([41, 30, 42, 80], (100, 80), (4, 5)).reshape(4, 5).sum(1).tolist() == [0, 1, 1, 1]
+    drawn = json.loads(photos.BOXES.read_text(encoding="utf-8"))["photos"]
+    assert len(drawn) == 10
+    for one in drawn:
+        image = photos.open_photo(one["name"], one["from"])
+        left, top, right, bottom = one["box"]
+        assert 0 <= left < right <= image.width, one["name"]
+        assert 0 <= top < bottom <= image.height, one["name"]
+        assert one["licence"]
+
+
 def test_measures(experiments: Any) -> None:
     import lab
     import looks
