@@ -26,6 +26,7 @@ from iared2.model import attention
 
 KEEP, SPREAD = (0.85, 0.6, 0.35), 0.12
 PADDED_COMPILED, MASKED_COMPILED = f"{speed.PADDED}, compiled", f"{speed.MASKED}, compiled"
+FLASH, CUDNN, CHOICE, BUCKETS = "flash", "cudnn", "torch's choice", "one call per length"
 OTHER_COUNTS = ", other counts every time"
 TINY = {"patch_size": 8, "embed_dim": 48, "num_heads": 3, "depth": 3, "num_classes": 5}
 SLOW = 0.5
@@ -163,21 +164,23 @@ def profiled(case: Case, ways: Ways) -> dict[str, Any]:
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Force a backend of ragged attention; what torch uses is read off its kernels.
+    """A backend of ragged attention; what really runs is read off its kernels.
 
-    "flash" and "cudnn" go through ``sdpa_kernel``, which ``varlen_attn`` obeys in the newest versions of torch alone,
-    and through its private choice in the others. "buckets" calls ``scaled_dot_product_attention`` once per length.
+    `FLASH` and `CUDNN` go through ``sdpa_kernel``, which ``varlen_attn`` obeys in the newest versions of torch alone,
+    and through its private choice in the others. `CHOICE` lets torch choose. `BUCKETS` calls
+    ``scaled_dot_product_attention`` once per length.
     """
     with ExitStack() as stack:
-        if name == "buckets":
+        if name == BUCKETS:
             stack.enter_context(mock.patch.object(attention, "_has_varlen_kernel", return_value=False))
         else:
+            stack.enter_context(mock.patch.object(attention, "FLASH_ONLY", name == FLASH, create=True))
+        if name in (FLASH, CUDNN):
             kinds = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
-            if name == "cudnn":  # flash takes what cuDNN refuses: images of up to 128 tokens
+            if name == CUDNN:  # flash takes what cuDNN refuses: images of up to 128 tokens
                 kinds.insert(0, SDPBackend.CUDNN_ATTENTION)
             stack.enter_context(sdpa_kernel(kinds, set_priority=True))
-            stack.enter_context(mock.patch.object(attention, "FLASH_ONLY", name == "flash", create=True))
-            choice = mock.patch.object(varlen, "_should_use_cudnn", return_value=name == "cudnn", create=True)
+            choice = mock.patch.object(varlen, "_should_use_cudnn", return_value=name == CUDNN, create=True)
             stack.enter_context(choice)
         yield
 
@@ -185,11 +188,17 @@ def backend(name: str) -> Iterator[None]:
 @contextmanager
 def flash_impl(name: str) -> Iterator[None]:
     """Another implementation of flash attention that torch knows, such as FA3; it is a package of its own."""
+    restore = torch_attention.restore_flash_attention_impl  # before: a version without it would stay with this one
     torch_attention.activate_flash_attention_impl(name)
     try:
         yield
     finally:
-        torch_attention.restore_flash_attention_impl()
+        restore()
+
+
+def flash_impls() -> list[str]:
+    """The names that `flash_impl` takes."""
+    return getattr(torch_attention, "list_flash_attention_impls", list)()
 
 
 def under(context: Callable[[], Any], run: Way) -> Way:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 import torch.distributed as dist
-from test_parity import images, make, ragged
+from test_parity import error, images, make, ragged
 from torch._dynamo.utils import counters
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -30,7 +30,7 @@ def synchronisations(mode):
             yield found
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    found += [str(w.message) for w in caught if "synchronizing" in str(w.message)]
+    found += [str(w.message) for w in caught if "called a synchronizing" in str(w.message)]
 
 
 @pytest.mark.parametrize("dropped", ["gone", "merged"])
@@ -119,7 +119,7 @@ def test_fixed_counts_replay_as_a_cuda_graph(cuda):
     static = FixedCount(model, (150, 100, 50)).to(cuda, torch.bfloat16)
     x, other = (images(6) * scale for scale in (1, 0.5))
     pixels = x.to(cuda, torch.bfloat16)
-    with torch.inference_mode(), synchronisations("default"):
+    with torch.inference_mode():
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -132,7 +132,8 @@ def test_fixed_counts_replay_as_a_cuda_graph(cuda):
         for images_ in (x, other):
             pixels.copy_(images_)
             want, _ = static(pixels)
-            graph.replay()
+            with synchronisations("error"):
+                graph.replay()
             torch.testing.assert_close(logits, want, rtol=0, atol=0.05)
 
 
@@ -151,5 +152,4 @@ def test_one_process_of_a_group_has_the_gradients_of_no_group(device):
     finally:
         dist.destroy_process_group()
     assert gradients[0].keys() == gradients[1].keys()
-    for name, alone in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], alone, msg=name)
+    assert error(gradients[1].values(), gradients[0].values()) < 1e-5

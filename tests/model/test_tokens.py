@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from iared2.model import attention
 from iared2.model.attention import attend
 from iared2.model.tokens import PackedTokens
 
@@ -69,6 +70,26 @@ def test_attend_is_attention_within_each_image(dense, keep):
         rows = slice(start, stop)
         weights = (torch.einsum("ihd,jhd->hij", q[rows], k[rows]) / 2).softmax(-1)
         torch.testing.assert_close(out[rows], torch.einsum("hij,jhd->ihd", weights, v[rows]))
+
+
+@pytest.mark.parametrize("window", [True, False], ids=["as torch 2.14", "as torch 2.10"])
+def test_ragged_batches_are_kept_from_cudnn(dense, window, monkeypatch):
+    """On Hopper, torch 2.14 takes cuDNN unless there is a window; flash attention ignores one as wide as an image."""
+    packed, asked = PackedTokens.from_dense(dense, P).select(KEEP), []
+
+    def varlen_attn(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1)):
+        asked.append((max_q, window_size))
+        return attend(q, k, v, packed)
+
+    def older(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k):
+        return varlen_attn(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k)
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn if window else older)
+    q, k, v = (torch.randn(len(packed.x), 2, 4) for _ in range(3))
+    torch.testing.assert_close(attention._attend_varlen(q, k, v, packed), attend(q, k, v, packed))
+    ((max_q, size),) = asked
+    assert max_q == packed.max_seqlen
+    assert min(size) >= max_q if window else size == (-1, -1)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the variable-length kernel needs CUDA")

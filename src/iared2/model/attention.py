@@ -9,7 +9,9 @@ inference in bfloat16 on a CPU.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from inspect import signature
 from itertools import repeat
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +21,10 @@ from .tokens import PackedTokens
 
 EXTRA = 8
 """Channels that `with_bias_channel` adds to each head: the kernel needs a multiple of this number."""
+FLASH_ONLY = True
+"""Keep ragged batches from cuDNN, to which newer versions of torch send images of more than 128 tokens on Hopper GPUs.
+cuDNN plans anew for every shape, and no two ragged batches have the same (pytorch#187770). In torch 2.14,
+``num_splits=1`` would keep the forward pass alone, and cuDNN would get the backward pass of flash attention."""
 Attend = Callable[[Tensor, Tensor, Tensor, PackedTokens, float], Tensor]
 
 
@@ -100,9 +106,13 @@ def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, packed: PackedTokens) -> Ten
     from torch.nn.attention.varlen import varlen_attn
 
     cu_seqlens, max_seqlen, width = packed.cu_seqlens, packed.max_seqlen, v.shape[-1]
+    options: Any = {}
+    # no window, to flash attention, since it is as wide as an image; cuDNN takes none, neither forward nor backward
+    if FLASH_ONLY and "window_size" in signature(varlen_attn).parameters:  # torch 2.10 has flash attention alone
+        options["window_size"] = (packed.num_tokens, packed.num_tokens)
     if packed.log_sizes is not None:
         q, k, v = with_bias_channel(q, k, v, packed.log_sizes)
-    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)
     assert isinstance(out, Tensor)  # a pair only if return_aux asks for one
     return out[..., :width]
 
