@@ -55,7 +55,9 @@ def create(name: str, pretrained: bool = False, **timm_kwargs: Any) -> Any:
     except Exception as error:  # timm and custom layers raise anything; OSError: no network
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         what = "load the pretrained weights of" if pretrained and isinstance(error, OSError) else "build"
-        raise InputError(f"timm cannot {what} {name} with {timm_kwargs or 'its defaults'}: {reason}") from error
+        raise InputError(
+            f"timm cannot {what} {name} with {timm_kwargs or 'its defaults'!s:.200}: {reason:.200}"
+        ) from error
 
 
 def check_supported(backbone: Any) -> None:
