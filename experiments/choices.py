@@ -8,7 +8,8 @@ the other budgets. Then the share of the dense model's answers that are kept is 
 chosen on: the validation photos of DATA, and with ``--sharp`` a parquet file of larger photos.
 
 The untrained choices are those of ``model/baselines.py``, and attention with `Decision.spread`. A policy is a file of
-``model.save_policy``. Rows are written to OUT/choices.json after each choice; a killed run goes on where it was.
+``model.save_policy``. Rows are written to OUT/rows.json after each choice, and a killed run goes on where it was; the table
+is OUT/choices.json and OUT/choices.md.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from lab import interval
+from lab import Table, interval
 from torch import Tensor
 
 import iared2
@@ -134,7 +135,7 @@ def main() -> None:
     if arguments.sharp:
         sharp = open_samples(DataConfig(path=str(arguments.sharp)), "eval", whole=True)
         measured_on["sharp"] = Photos(sharp, model, arguments.sharp_photos)
-    file = arguments.output / "choices.json"
+    file = arguments.output / "rows.json"
     rows = json.loads(file.read_text()) if file.exists() else {}
     model = ready(model)
     dense = {name: photos.answers(model, keep_all)[0] for name, photos in measured_on.items()}
@@ -168,9 +169,7 @@ def main() -> None:
         row["seconds"] = time.monotonic() - start
         rows[name] = row
         file.write_text(json.dumps(rows) + "\n")
-        (arguments.output / "choices.md").write_text(table(rows), encoding="utf-8")
-        print(table({name: row}), flush=True)
-    print(table(rows))
+        table(rows).write(arguments.output, "choices")
 
 
 def ready(model: ReducedVisionTransformer) -> ReducedVisionTransformer:
@@ -180,24 +179,36 @@ def ready(model: ReducedVisionTransformer) -> ReducedVisionTransformer:
     return model
 
 
-def table(rows: dict[str, Any]) -> str:
-    """Share of the dense answers that each choice keeps, and its difference to the best untrained one."""
-    columns = [key for key in next(iter(rows.values())) if isinstance(next(iter(rows.values()))[key], dict)]
+def table(rows: dict[str, Any]) -> Table:
+    """Share of the dense answers that each choice keeps; of a policy, also the difference to the best untrained one."""
+    columns = [key for key, value in next(iter(rows.values())).items() if isinstance(value, dict)]
     kept = {name: {c: np.array(row[c]["kept"]) for c in columns} for name, row in rows.items()}
     untrained = [name for name in rows if not name.startswith("learned")]
-    lines = [f"| choice | shares, counts | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
+    cells = []
     for name, row in rows.items():
-        cells = [name, " ".join(f"{share:.2f}" for share in row["shares"]) + (", equal" * row["equal counts"])]
+        cells.append([name, " ".join(f"{share:.2f}" for share in row["shares"]) + (", equal" * row["equal counts"])])
         for column in columns:
-            cell = f"{100 * kept[name][column].mean():.1f} at {100 * row[column]['macs']:.0f} %"
+            cell = f"{100 * kept[name][column].mean():.1f}"
             if name.startswith("learned") and untrained:
                 rival = max(untrained, key=lambda other: kept[other][column].mean())
-                difference = kept[name][column] - kept[rival][column]
+                difference = kept[name][column].astype(float) - kept[rival][column]
                 low, high = interval(difference)
-                cell += f", {100 * difference.mean():+.1f} ({low:+.1f} … {high:+.1f}) on {rival}"
-            cells.append(cell)
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+                cell += f"; {100 * difference.mean():+.1f} ({low:+.1f} … {high:+.1f}) on {rival}"
+            cells[-1].append(cell)
+    numbers = [len(next(iter(kept.values()))[column]) for column in columns]
+    heads = [f"{column.split()[1]}, {100 * float(column.split()[0]):.0f} %" for column in columns]
+    found = [one["macs"] for row in rows.values() for one in row.values() if isinstance(one, dict)]
+    off = max(abs(macs - float(c.split()[0])) for macs, c in zip(found, columns * len(rows), strict=True))
+    return Table(
+        "Share of the dense answers that are kept, in percent, by kind of photo and share of the MACs.",
+        "python experiments/choices.py --data DATA --sharp SHARP --backbone BACKBONE",
+        ["choice", "shares after each group, counts", *heads],
+        cells,
+        [
+            f"{max(numbers):,} photos with labels, {min(numbers):,} sharp ones; the MACs are met to {100 * off:.1f} points.",
+            "In brackets: the 95 % interval of the paired difference to the best untrained choice of the column.",
+        ],
+    )
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from timm.models import (
 
 from .errors import InputError
 from .model import video_transformer  # noqa: F401  # registers the backbones for clips
-from .model.names import PREFIX, short_name, timm_config
+from .model.names import PREFIX, WHOLE, short_name, timm_config
 
 if TYPE_CHECKING:
     from .model.reduced import ReducedVisionTransformer
@@ -104,7 +104,7 @@ def _trained(cfg: PretrainedCfg, pretrained: bool, kwargs: dict[str, Any]) -> Re
                 tensors[PATCHES] = adapt_input_conv(in_chans, tensors[PATCHES])
             restore.load_strictly(model.backbone, fitted(tensors, model.backbone), source)
             restore.load_strictly(model.interpreters, saved.interpreters.state_dict(), source)
-    model.backbone.pretrained_cfg |= restore.WHOLE
+    model.backbone.pretrained_cfg |= WHOLE
     return model
 
 

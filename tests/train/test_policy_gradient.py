@@ -13,8 +13,10 @@ from iared2 import keyed
 from iared2.model.decide import keep_all, sample
 from iared2.model.dither import pattern
 from iared2.train import policy_gradient
+from iared2.train.curriculum import stages_of
 from iared2.train.finetune import FinetuneStage
 from iared2.train.policy_gradient import PolicyConfig, PolicyGradientStage, budget_shift, policy_gradient_loss
+from iared2.train.recipe import read_recipe
 from iared2.train.reward import RewardConfig, reward
 
 N = 8
@@ -507,3 +509,16 @@ def test_without_a_baseline_there_is_no_greedy_pass(enumerated):
             assert any(name.endswith("greedy") for name in metrics) is not rloo
     assert seen == [12, 16]
     model.requires_grad_(True)
+
+
+@pytest.mark.parametrize(
+    ("reward", "needed"), [("", False), ("label = 'dense'", True), ("divergence = 1.0", True), ("tau = 1.0", False)]
+)
+def test_the_dense_model_runs_only_for_rewards_that_need_it(three_groups, reward, needed, tmp_path):
+    """Fine-tuning may need it all the same."""
+    model, teacher, _, _ = three_groups
+    (tmp_path / "recipe.toml").write_text(f"[reward]\n{reward}\n[finetune]\ndistill = 0.5\n")
+    stages = stages_of(read_recipe(tmp_path / "recipe.toml"), model, teacher)
+    steps = {stage.section: stage.step() for stage in stages}
+    assert (steps["policy_gradient"].teacher is teacher) == needed
+    assert steps["finetune"].teacher is teacher

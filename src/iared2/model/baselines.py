@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .. import keyed
 from ..errors import InputError
 from .attention import attention_weights
-from .block import before_attention, parts
+from .block import applied, before_attention, parts
 from .decide import SITE_RANDOM
 from .dither import pattern
 from .tokens import PackedTokens
@@ -105,8 +105,7 @@ class ShiftScores(nn.Module):
     def forward(self, packed: PackedTokens, has_class_token: bool = True) -> Tensor:
         """``(B, N)`` in [0, 1]."""
         (branch, *_) = parts(self._block[0]).mlps
-        y = branch.layer(branch.before(packed.x))
-        y = branch.after(y) if isinstance(branch.after, nn.Module) else y * branch.after
+        y = applied(branch.after, branch.layer(branch.before(packed.x)))
         moved = packed.to_dense(y.float().norm(dim=1))[:, packed.num_prefix_tokens :]
         return moved / moved.amax(1, keepdim=True).clamp_min(1e-9)
 

@@ -153,8 +153,13 @@ PLAIN = Layers()
 
 def add(x: Tensor, y: Tensor, after: nn.Module | Tensor, scale: Tensor | None = None) -> Tensor:
     """``x + scale · after(y)``."""
-    y = after * y if isinstance(after, Tensor) else after(y)
+    y = applied(after, y)
     return x + (y if scale is None else y * scale)
+
+
+def applied(after: nn.Module | Tensor, y: Tensor) -> Tensor:
+    """``after(y)``, `Branch.after` being a module or a vector."""
+    return after * y if isinstance(after, Tensor) else after(y)
 
 
 def before_attention(

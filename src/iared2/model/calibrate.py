@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -214,10 +215,7 @@ def _for_gmacs(
     model: ReducedVisionTransformer, sample: list[PackedTokens], gmacs: float, own: list[float]
 ) -> list[float]:
     num_patches = sample[0].num_patches
-
-    def estimate(shares: list[float]) -> float:  # as if each image kept the mean
-        return gmacs_of(model, num_patches, shares)
-
+    estimate = partial(gmacs_of, model, num_patches)  # as if each image kept the mean
     family = _family(own, lambda shares: estimate(shares) <= gmacs)
 
     least, most = estimate(family(MAX_ALPHA)), estimate(family(0))

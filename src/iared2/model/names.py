@@ -7,6 +7,8 @@ from typing import Any
 
 PREFIX = "iared2_"
 """What precedes timm's name of the backbone in the name of the reduced model."""
+WHOLE = {"crop_pct": 1.0, "crop_mode": "squash"}
+"""What timm calls it if an image is resized as a whole, without keeping its proportions: `data.batches` does so."""
 
 
 def timm_name(config: dict[str, Any]) -> str:
@@ -26,8 +28,7 @@ def timm_config(config: dict[str, Any]) -> dict[str, Any]:
     """Entries of timm's ``PretrainedCfg``. Our transform takes the whole image, so the crop is 100 %, squashed."""
     known = {key: config["pretrained_cfg"].get(key) for key in ("input_size", "mean", "std", "interpolation")}
     return {key: value for key, value in known.items() if value is not None} | {
-        "crop_pct": 1.0,
-        "crop_mode": "squash",
+        **WHOLE,
         "fixed_input_size": True,
         "num_classes": config["model_args"]["num_classes"],
         "first_conv": "backbone.patch_embed.proj",

@@ -186,7 +186,7 @@ class ReducedVisionTransformer(Facade, HubModel):
 
         Args:
             images: ``(B, in_chans, height, width)``, a sample of what the model will see.
-            budget: one of ``keep``, ``gmacs`` and ``latency_ms``, as for `calibrate.thresholds_for`.
+            budget: one of ``keep``, ``gmacs`` and ``latency_ms``, and ``shape``: see `calibrate.thresholds_for`.
         """
         self.threshold = calibrate.thresholds_for(self, images, **budget)
         return self.thresholds or ()

@@ -18,13 +18,12 @@ from ..errors import InputError
 from . import backbone as vit
 from . import file as saved
 from .decide import Decision
+from .names import WHOLE
 from .quantize import dequantized
 
 if TYPE_CHECKING:
     from .reduced import ReducedVisionTransformer
 
-WHOLE = {"crop_pct": 1.0, "crop_mode": "squash"}
-"""What timm calls it if an image is resized as a whole, without keeping its proportions: `data.batches` does so."""
 MAX_DEPTH, MAX_VALUES = 1000, 1 << 27
 """Limits for a model in a file: its blocks, and the numbers that it needs besides its weights."""
 

@@ -123,9 +123,8 @@ def search(
             else:
                 change = torch.randn(len(parent), generator=generator, dtype=torch.float64)
                 weights = (parent + 0.02 / len(parent)) * (step * change).exp()
-                weights = (weights / weights.sum() - 0.01 / len(parent)).clamp_min(
-                    0
-                )  # so that a group may drop nothing
+                # less a little, so that a group may drop nothing
+                weights = (weights / weights.sum() - 0.01 / len(parent)).clamp_min(0)
                 weights = weights / weights.sum()
             found = attempt(weights)
             better = found is not None and (best is None or found.divergence < best.divergence)

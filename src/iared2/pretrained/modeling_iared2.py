@@ -86,9 +86,8 @@ class IARED2ForImageClassification(PreTrainedModel):
         found = super().from_pretrained(None, *args, config=config, state_dict=state, **kwargs)
         loaded = found[0] if isinstance(found, tuple) else found  # with output_loading_info
         buffers = dict(loaded.iared2.named_buffers())
-        if (
-            computed := buffers.keys() - loaded.iared2.state_dict().keys()
-        ):  # rotary tables: Transformers left them empty
+        # rotary tables are in no file: Transformers left them empty
+        if computed := buffers.keys() - loaded.iared2.state_dict().keys():
             fresh = restore.build(ReducedVisionTransformer, **arguments)
             for name in computed:
                 buffers[name].copy_(fresh.get_buffer(name))

@@ -64,7 +64,7 @@ def stages_of(recipe: Recipe, model: ReducedVisionTransformer, teacher: nn.Modul
     for groups in [dropping] if policy.joint else [[i] for i in dropping]:
         first, last, number = groups[0], groups[-1], "" if policy.joint else f" {groups[0] + 1}"
         if learns:
-            step = partial(learn, model, groups, recipe.reward, policy, teacher)
+            step = partial(learn, model, groups, recipe.reward, policy, teacher if recipe.reward.needs_dense else None)
             trained = nn.ModuleList(model.interpreters[i] for i in groups)
             budget = _budget(policy.keep, last if policy.joint else first - 1)
             stages.append(
@@ -224,7 +224,7 @@ def train(recipe: Recipe, output: Path, data: RunData | None = None) -> Path:
             load_strictly(model, parts["model"], output / STATE)
             model.decision = state.decision
         teacher = None
-        if recipe.reward.label == "dense" or recipe.reward.divergence or recipe.finetune.distill:
+        if recipe.reward.needs_dense or recipe.finetune.distill:
             teacher = copy.deepcopy(model.backbone).eval().requires_grad_(False)
             if state:
                 load_strictly(teacher, parts["teacher"], output / STATE)

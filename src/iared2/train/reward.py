@@ -29,6 +29,11 @@ class RewardConfig:
     """Weight a of the divergence from the dense model's prediction, which is subtracted from the reward; needs no
     labels with label = "dense". 0: as published."""
 
+    @property
+    def needs_dense(self) -> bool:
+        """Whether the prediction of the dense model is needed."""
+        return self.label == "dense" or self.divergence > 0
+
 
 def correctness(logits: Tensor, labels: Tensor, config: RewardConfig) -> Tensor:
     """How correct a prediction is: ``logits (B, K)``, ``labels (B,)`` -> ``(B,)`` in [0, 1]; 0 or 1 if not soft."""
