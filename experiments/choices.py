@@ -8,8 +8,8 @@ the other budgets. Then the share of the dense model's answers that are kept is 
 chosen on: the validation photos of DATA, and with ``--sharp`` a parquet file of larger photos.
 
 The untrained choices are those of ``model/baselines.py``, and attention with `Decision.spread`. A policy is a file of
-``model.save_policy``. Rows are written to OUT/rows.json after each choice, and a killed run goes on where it was; the table
-is OUT/choices.json and OUT/choices.md.
+``model.save_policy``. Rows are written to OUT/rows.json after each choice, and a killed run goes on where it was. The
+table is OUT/choices.json and OUT/choices.md.
 """
 
 from __future__ import annotations
@@ -205,7 +205,8 @@ def table(rows: dict[str, Any]) -> Table:
         ["choice", "shares after each group, counts", *heads],
         cells,
         [
-            f"{max(numbers):,} photos with labels, {min(numbers):,} sharp ones; the MACs are met to {100 * off:.1f} points.",
+            f"{max(numbers):,} photos of the validation split, {min(numbers):,} at least in a column.",
+            f"The shares of the MACs are met to {100 * off:.1f} points.",
             "In brackets: the 95 % interval of the paired difference to the best untrained choice of the column.",
         ],
     )
