@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..data.batches import model_transform
 from ..data.photo_batches import read_images
-from ..errors import InputError
+from ..errors import InputError, missing
 from ..model import backbone as vit
 from ..model import onednn
 from ..model.reduced import ReducedVisionTransformer
@@ -170,7 +170,5 @@ def _arrow() -> Any:
     try:
         import pyarrow
     except ImportError:
-        raise InputError(
-            "predictions for many photos need the package pyarrow; pip install 'iared2[predict]'"
-        ) from None
+        raise missing("the table", "pyarrow", "predict") from None
     return pyarrow
