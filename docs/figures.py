@@ -3,7 +3,7 @@
 Each block lies between `<!-- figures NAME -->` and `<!-- /figures -->`. NAME is a file in docs/figures/, written by the
 command in the page. `box` is evaluated on Tiny-ImageNet, as the model card says:
 
-    OMP_NUM_THREADS=1 iared2 evaluate box DATA --json docs/figures/box.json
+    OMP_NUM_THREADS=1 iared2 evaluate DATA --json docs/figures/box.json
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def evaluation(result: dict[str, Any]) -> str:
     return "\n".join(
         [
             f"The model in the box, its shipped weights, on the {result['images']:,} validation photos of its classes",
-            "in Tiny-ImageNet: `OMP_NUM_THREADS=1 iared2 evaluate box DATA --json docs/figures/box.json`. Images/s:",
+            "in Tiny-ImageNet: `OMP_NUM_THREADS=1 iared2 evaluate DATA --json docs/figures/box.json`. Images/s:",
             "forward passes alone in batches of 64, float32, the three models taking turns on one CPU core.",
             "",
             *rows,
@@ -129,10 +129,11 @@ def bench_command(result: dict[str, Any]) -> str:
     given = result["arguments"]
     merging = any(row["name"].startswith("merging") for one in result.get("speed", ()) for row in one["rows"])
     words = ["python benchmarks/speed.py" if merging else "iared2 bench"]
-    words += [given["model"]] * (given["model"] != "deit_small_patch16_224")
+    words += [given["model"]] * (given["model"] not in (None, "deit_small_patch16_224"))
+    words += [f"-c {given.get('checkpoint')}"] * bool(given.get("checkpoint"))
     words += [f"--frames {given.get('frames')}"] * bool(given.get("frames"))
     words += ["--train"] * given["train"] + [f"--precision {given['precision']}"] * (given["precision"] != "fp32")
-    words += [f"--keep {','.join(map(str, given['keep']))}"] * (given["keep"] != [0.85, 0.6, 0.35])
+    words += [f"--keep {' '.join(map(str, given['keep']))}"] * (given["keep"] != [0.85, 0.6, 0.35])
     words += [f"--img-size {' '.join(map(str, given['img_size'] or ()))}"] * bool(given.get("img_size"))
     words += [f"--batch-size {' '.join(map(str, given['batch_size']))}", f"--seconds {given['seconds']:g}"]
     return " ".join(words + ["--no-compile"] * given["no_compile"])

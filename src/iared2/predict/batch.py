@@ -41,7 +41,8 @@ class BatchPredictor:
     Args:
         model: a model, or a checkpoint for `iared2.load`; None: the model in the box.
         device: anything that `torch.device` takes; None: cuda if available, else cpu.
-        embedding, scores: add these columns.
+        embedding: add this column.
+        scores: add this column.
         threshold: one number or one per group; the model's own decision if None.
         image_column: the column of photos in a batch; None: the first of ``IMAGE_COLUMNS`` that there is.
 
