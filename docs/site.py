@@ -16,7 +16,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
 CODE_OR_LINK = re.compile(
-    r"^ *```.*?^ *```|`[^`\n]+`|(!?\[(?:[^][]|\[[^][]*\])*\])\(([^)\s]+)\)", re.DOTALL | re.MULTILINE
+    r"^ *```.*?^ *```|`[^`\n]+`|(!?\[(?:`[^`\n]*`|[^][`]|\[[^][]*\])*\])\(([^)\s]+)\)", re.DOTALL | re.MULTILINE
 )
 HOMES = {"README.md": "index.md", "CONTRIBUTING.md": "CONTRIBUTING.md", "CHANGELOG.md": "CHANGELOG.md"}
 LANGUAGES = {".md": "", ".py": "python", ".toml": "toml", ".ipynb": "json", ".cff": "yaml", ".txt": "text", "": "text"}
@@ -87,3 +87,9 @@ def on_files(files: Files, config: Any) -> Files:
 def on_page_markdown(text: str, page: Any, **_: Any) -> str:
     """Change the links of the pages that lie in docs/; the others have been changed."""
     return text if page.file.generated_by else changed(text, f"docs/{page.file.src_uri}", set())
+
+
+def on_page_content(html: str, page: Any, **_: Any) -> str:
+    """Tell MkDocs of the lines of code: it looks for anchors, which it checks links to, before code is highlighted."""
+    page.present_anchor_ids |= set(re.findall(r'id="(line-0-\d+)"', html))
+    return html
