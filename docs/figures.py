@@ -105,10 +105,11 @@ def bench_command(result: dict[str, Any]) -> str:
     given = result["arguments"]
     merging = any(row["name"].startswith("merging") for one in result.get("speed", ()) for row in one["rows"])
     words = ["python benchmarks/speed.py" if merging else "iared2 bench"]
-    words += [given["model"]] * (given["model"] != "deit_small_patch16_224")
+    words += [given["model"]] * (given["model"] not in (None, "deit_small_patch16_224"))
+    words += [f"-c {given.get('checkpoint')}"] * bool(given.get("checkpoint"))
     words += [f"--frames {given.get('frames')}"] * bool(given.get("frames"))
     words += ["--train"] * given["train"] + [f"--precision {given['precision']}"] * (given["precision"] != "fp32")
-    words += [f"--keep {','.join(map(str, given['keep']))}"] * (given["keep"] != [0.85, 0.6, 0.35])
+    words += [f"--keep {' '.join(map(str, given['keep']))}"] * (given["keep"] != [0.85, 0.6, 0.35])
     words += [f"--img-size {' '.join(map(str, given['img_size'] or ()))}"] * bool(given.get("img_size"))
     words += [f"--batch-size {' '.join(map(str, given['batch_size']))}", f"--seconds {given['seconds']:g}"]
     return " ".join(words + ["--no-compile"] * given["no_compile"])
