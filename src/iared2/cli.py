@@ -18,6 +18,7 @@ COMMANDS = {  # name -> a module with add_arguments() and run(), and the help te
     "predict": ("predict.many", "predict any number of photos: Parquet files, resumable, several processes"),
     "figure": ("predict.figure", "draw the figures of the paper for your photos, for print"),
     "train": ("train.command", "train a model with Algorithm 1, or resume a killed run"),
+    "accelerate": ("adapt.command", "make your own model faster on photos without labels, and say what that costs"),
     "evaluate": ("evaluate.command", "measure top-1, patches kept, MACs and speed on labelled images or videos"),
     "bench": ("evaluate.speed.command", "compare the speed with dense, masked, padded and random baselines"),
     "export": ("export", "write a static model: ONNX or torch.export"),
