@@ -8,13 +8,15 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import track
 
 from ..atomic import to_json, whole, write
 from ..data.batches import clip_length, eval_batches, model_transform
-from ..data.images import DataConfig
+from ..data.images import DataConfig, Samples
+from ..data.unlabelled import open_photos
 from ..data.videos import ClipConfig, open_for, views_transform
 from ..device import usable_device
 from ..errors import InputError, NoSplit
@@ -23,6 +25,7 @@ from ..model.calibrate import thresholds_for
 from ..model.reduced import ReducedVisionTransformer
 from ..pretrained.checkpoint import load
 from .accuracy import evaluate
+from .embeddings import evaluate_embeddings
 
 CALIBRATION_IMAGES = 512
 MAX_WORKERS, MAX_BATCH = 256, 1 << 16
@@ -32,7 +35,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     """The arguments of ``iared2 evaluate``."""
     command.add_argument("checkpoint", help="file of model.save(), folder of a run, or 'box' for the model in the box")
     command.add_argument(
-        "data", help="folder of class folders, folder of parquet files, hf:NAME; for videos, also a CSV"
+        "data",
+        help="folder of class folders, of parquet files, hf:NAME; also a CSV of videos; any photos for embeddings",
     )
     command.add_argument("--split", default="validation", help="split to evaluate on (default: validation, or test)")
     command.add_argument("--classes", nargs="+", default=[], help="use only these classes, in the model's order")
@@ -69,8 +73,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.spread is not None:
         model.spread = arguments.spread
     _check(arguments, clip_length(model.pretrained_cfg))
-    samples, train_samples = _open(arguments, model)
-    if len(samples.class_names) != model.num_classes:
+    samples, train_samples = _open(arguments, model) if model.num_classes else _open_any(arguments, model)
+    if model.num_classes and len(samples.class_names) != model.num_classes:
         raise InputError(f"{arguments.data} has {len(samples.class_names)} classes, the model {model.num_classes}")
     if arguments.limit:
         samples = replace(samples, rows=samples.rows[: arguments.limit], labels=samples.labels[: arguments.limit])
@@ -90,7 +94,8 @@ def run(arguments: argparse.Namespace) -> int:
         budgets = _thresholds(model, images, arguments.budget)
     steps, console = -(-len(samples) // arguments.batch_size), Console(stderr=True)
     progress = track(batches, "evaluating", steps, console=console, transient=True)
-    result = evaluate(model, progress, device, budgets=budgets)
+    compare = evaluate if model.num_classes else evaluate_embeddings
+    result = compare(model, progress, device, budgets=budgets)
     Console().print(result.table())
     text = to_json(result.to_dict())
     print(text)
@@ -134,6 +139,20 @@ def _open(arguments: argparse.Namespace, model: ReducedVisionTransformer) -> tup
         if share:
             print("warning: if the model was trained on this data, it has seen most of it", file=sys.stderr)
         return open_for(frames, data, "eval", clips, whole=True), train_samples
+
+
+def _open_any(arguments: argparse.Namespace, model: ReducedVisionTransformer) -> tuple[Any, Any]:
+    """`_open` for a model without classes, which needs no labels: other photos have the label −1."""
+    if model.is_video:
+        raise InputError("embeddings are evaluated of photos, and this is a model of clips")
+    try:
+        return _open(arguments, model)
+    except InputError as error:
+        try:
+            photos = open_photos([arguments.data])
+        except InputError:
+            raise error from None
+        return Samples(photos, np.arange(len(photos)), np.full(len(photos), -1), ()), None
 
 
 def _thresholds(model: ReducedVisionTransformer, images: torch.Tensor, shares: list[float]) -> dict[str, list[float]]:
