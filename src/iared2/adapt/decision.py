@@ -93,23 +93,27 @@ def choices(model: ReducedVisionTransformer, own: bool) -> Iterator[Choice]:
     """
     if own:
         yield Choice(f"its own policy, dropped patches {model.dropped}", model, equal_counts=False)
-    groups = min(GROUPS, len(model.backbone.blocks))
     for dropped, spread in (("merged", 0.5), ("merged", 2.0), ("gone", 2.0)):
         with suppress(InputError):  # attention that no interpreter can start as
-            made = ReducedVisionTransformer(model.backbone, groups, interpreter="attention", dropped=dropped)
-            made.spread = spread
-            yield Choice(f"attention, spread {spread:g}, dropped patches {dropped}", _like(model, made))
+            made = _untrained(model, "attention", dropped, spread)
+            yield Choice(f"attention, spread {spread:g}, dropped patches {dropped}", made)
     for dropped in ("merged", "gone"):
-        made = ReducedVisionTransformer(model.backbone, groups, dropped=dropped)
-        made.spread = 1.0
+        made = _untrained(model, "sigmoid", dropped, 1.0)
         with torch.no_grad():
             for name, parameter in made.interpreters.named_parameters():
                 if ".query." in name:  # a score of 0.5 for every patch; training can start from it
                     parameter.zero_()
-        yield Choice(f"evenly, dropped patches {dropped}", _like(model, made))
+        yield Choice(f"evenly, dropped patches {dropped}", made)
 
 
-def _like(model: ReducedVisionTransformer, made: ReducedVisionTransformer) -> ReducedVisionTransformer:
+def _untrained(
+    model: ReducedVisionTransformer, interpreter: str, dropped: str, spread: float
+) -> ReducedVisionTransformer:
+    groups = min(GROUPS, len(model.backbone.blocks))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made = ReducedVisionTransformer(model.backbone, groups, interpreter=interpreter, dropped=dropped)
+    made.spread = spread
     made.model_args, made.class_names, made.engine = model.model_args, model.class_names, model.engine
     made.packed_weights = model.packed_weights
     return made.eval()
@@ -122,14 +126,16 @@ def choose(model: ReducedVisionTransformer, own: bool, half: Half, target: Targe
         InputError: no choice meets the budget.
     """
     few, budget = slice(SEARCH_PHOTOS // 2), target.macs or PROBE
-    found = {}
+    found, failed = {}, None
     for choice in choices(model, own):
-        with suppress(InputError):
-            equal, dense = choice.equal_counts, half.dense[few]
+        equal, dense = choice.equal_counts, half.dense[few]
+        try:
             best = search(choice.model, half.images[few], budget, trials=2, equal_counts=equal, dense=dense)
             found[choice] = best.divergence
-    if not found:
-        raise InputError(f"macs={budget:g} cannot be met by any schedule; give a larger share of the MACs, below 1")
+        except InputError as error:
+            failed = error
+    if failed and not found:
+        raise failed
     return min(found, key=lambda choice: found[choice])
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
@@ -57,7 +58,7 @@ def read(images: Any, model: ReducedVisionTransformer, limit: int, workers: int 
         found = (read_images([images[row] for row in batch], transform) for batch in batches)
     tensors: list[Tensor] = []
     errors: list[str | None] = []
-    for read_ones, failed in track(found, "reading photos", len(batches), transient=True):
+    for read_ones, failed in track(found, "reading photos", len(batches), console=Console(stderr=True), transient=True):
         tensors += read_ones
         errors += failed
     if not tensors:
