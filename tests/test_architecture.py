@@ -25,6 +25,7 @@ PUBLIC = [
     "Output",
     "Predictor",
     "ReducedVisionTransformer",
+    "accelerate",
     "from_timesformer",
     "from_timm",
     "from_videomae",

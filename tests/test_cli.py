@@ -7,7 +7,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from iared2.evaluate.speed.command import MODEL, PRECISIONS
 from iared2.explain.names import EVERY
 
 PHOTO = Path(iared2.__file__).parent / "box" / "chelsea.jpg"
-TAKE_A_MODEL = set(COMMANDS) - {"train"}
+TAKE_A_MODEL = set(COMMANDS) - {"train", "accelerate"}  # the latter takes -m: a name or a file
 HEAVY = "torch", "timm", "numpy", "matplotlib", "rich", "PIL", "pyarrow"
 
 
@@ -56,23 +55,15 @@ def silent(help_text: str, action: argparse.Action) -> bool:
 
 
 @pytest.mark.parametrize("argv", [["--help"], [], *([command, "--help"] for command in COMMANDS)], ids=" ".join)
-def test_help_waits_for_nothing(argv):
-    """What is measured is the process that a person waits for; the fastest of three, as other work may run."""
+def test_help_waits_for_no_torch(argv):
     code = (
         "import sys, iared2.cli\n"
         f"try: iared2.cli.main({argv!r})\n"
         f"finally: print(sorted({{*{HEAVY!r}}} & set(sys.modules)), file=sys.stderr)"
     )
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        seconds.append(time.perf_counter() - start)
-        assert done.stderr.endswith("[]\n")
-        assert done.stdout.startswith(f"usage: iared2{''.join(f' {word}' for word in argv[:-1])} [-h]")
-        if seconds[-1] < 1:
-            break
-    assert min(seconds) < 1
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr.endswith("[]\n")
+    assert done.stdout.startswith(f"usage: iared2{''.join(f' {word}' for word in argv[:-1])} [-h]")
 
 
 def test_no_argument_shows_the_help(capsys):

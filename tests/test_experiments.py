@@ -224,15 +224,25 @@ def test_choices_from_command_to_table(data: Path, tmp_path: Path, monkeypatch: 
     command = ["choices.py", "--data", str(data), "--sharp", str(data / "validation.parquet")]
     command += ["--backbone", str(tmp_path / "backbone.safetensors"), "--model", "deit_tiny_patch16_224"]
     command += ["--size", "64", "--groups", "3", "--macs", "0.7", "--trials", "2", "--search-photos", "8"]
-    command += ["--photos", "20", "--sharp-photos", "10", "-o", str(tmp_path / "out"), "--only", "spread", "shift"]
+    command += [
+        "--photos",
+        "20",
+        "--sharp-photos",
+        "10",
+        "-o",
+        str(tmp_path / "out"),
+        "--only",
+        "spread",
+        "shift, merged",
+    ]
     for more in ([], ["learned: seed0", "--policy", str(tmp_path / "seed0" / "policy.safetensors")]):
         monkeypatch.setattr(sys, "argv", [*command, *more])
         choices.main()
     table = json.loads((tmp_path / "out" / "choices.json").read_text())
-    assert [row[0] for row in table["rows"]] == ["spread", "shift", "learned: seed0"]
-    assert table["columns"][2:] == ["photos, 70 %", "sharp, 70 %"]
+    assert [row[0] for row in table["rows"]] == ["spread", "shift, merged", "learned: seed0"]
+    assert table["columns"][1:] == ["shares at 70 %", "photos, 70 %", "sharp, 70 %"]
     rows = json.loads((tmp_path / "out" / "rows.json").read_text())
-    for row in rows.values():
+    for row in (row["measured"] for row in rows.values()):
         assert row["0.7 photos"]["macs"] == pytest.approx(0.7, abs=0.05)
         assert (len(row["0.7 photos"]["kept"]), len(row["0.7 sharp"]["kept"])) == (20, 10)
     assert "on spread" in table["rows"][2][2] or "on shift" in table["rows"][2][2]

@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .adapt.accelerate import accelerate
     from .errors import InputError
     from .explain.methods import heatmap
     from .model.reduced import Output, ReducedVisionTransformer
@@ -29,6 +30,7 @@ __all__ = [
     "Output",
     "Predictor",
     "ReducedVisionTransformer",
+    "accelerate",
     "from_timesformer",
     "from_timm",
     "from_videomae",
@@ -36,6 +38,7 @@ __all__ = [
     "load",
 ]
 _HOMES = {
+    "adapt.accelerate": ["accelerate"],
     "errors": ["InputError"],
     "explain.methods": ["heatmap"],
     "model.reduced": ["Output", "ReducedVisionTransformer"],

@@ -201,10 +201,34 @@ def train(command: argparse.ArgumentParser) -> None:
     )
 
 
+def accelerate(command: argparse.ArgumentParser) -> None:
+    """Of ``iared2 accelerate``."""
+    add = command.add_argument
+    add("photos", nargs="+", help="photos like those that the model will see: folders, tar, parquet files, hf:NAME")
+    add("-m", "--model", required=True, help="timm's name of a model, or a file for iared2.load")
+    add("-o", "--output", required=True, help="file for the faster model")
+    add(
+        "--max-drop",
+        type=float,
+        metavar="SHARE",
+        help="share of the photos whose answer, or nearest neighbour, may change (default: 0.01)",
+    )
+    add("--macs", type=float, metavar="SHARE", help="in place of it: share of the dense MACs (default: none)")
+    add("--minutes", type=float, default=0, help="also train the policy so long (default: 0)")
+    add("--embedding", action="store_true", help="leave the classifier out: return embeddings")
+    add("--limit", type=int, default=2000, metavar="N", help="maximum number of photos (default: %(default)s)")
+    add("--workers", type=int, default=2, metavar="N", help="reading processes (default: 2)")
+    _json(command)
+    _device(command, None)
+
+
 def evaluate(command: argparse.ArgumentParser) -> None:
     """Of ``iared2 evaluate``."""
     add = command.add_argument
-    add("data", help="folder of class folders, folder of parquet files, hf:NAME; for videos, also a CSV")
+    add(
+        "data",
+        help="folder of class folders, of parquet files, hf:NAME; also a CSV of videos; any photos for embeddings",
+    )
     _checkpoint(command)
     add("--split", default="validation", help="split to evaluate on (default: %(default)s, or test)")
     add("--classes", nargs="+", default=[], help="use only these, in the model's order (default: the model's own)")

@@ -25,6 +25,11 @@ COMMANDS: dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None]]] 
     ),
     "figure": ("predict.figure", "draw the figures of the paper for your photos, for print", arguments.figure),
     "train": ("train.command", "train a model with Algorithm 1, or resume a killed run", arguments.train),
+    "accelerate": (
+        "adapt.command",
+        "make your own model faster on photos without labels, and say what that costs",
+        arguments.accelerate,
+    ),
     "evaluate": (
         "evaluate.command",
         "measure top-1, patches kept, MACs and speed on labelled images or videos",

@@ -9,7 +9,7 @@ import torch
 from planted import PLANTED, learn, planted_images, untrained_model
 
 import iared2
-from iared2 import keyed
+from iared2 import InputError, keyed
 from iared2.model.decide import keep_all, sample
 from iared2.model.dither import pattern
 from iared2.train import policy_gradient
@@ -522,3 +522,34 @@ def test_the_dense_model_runs_only_for_rewards_that_need_it(three_groups, reward
     steps = {stage.section: stage.step() for stage in stages}
     assert (steps["policy_gradient"].teacher is teacher) == needed
     assert steps["finetune"].teacher is teacher
+
+
+def test_without_classes_the_reward_is_the_cosine_with_the_dense_embedding():
+    torch.manual_seed(0)
+    model = iared2.from_timm(
+        "deit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=32, depth=3, num_heads=2, num_classes=0
+    ).eval()
+    images, keys = torch.randn(6, 3, 16, 16), keyed.sample_keys(0, 0, torch.arange(6))
+    policy = PolicyConfig(keep=(0.5, 0.5, 0.25), joint=True, samples=2, rloo=True)
+    config = RewardConfig(label="dense", divergence=0.5)
+    with pytest.raises(InputError, match=r"reward\.label"):
+        PolicyGradientStage(model, [0, 2], config, policy)
+    stage = PolicyGradientStage(model, [0, 2], config, policy, model.backbone)
+    labels = torch.zeros(6, dtype=torch.int64)
+    loss, metrics = stage(images, labels, keys)
+    loss.backward()
+    assert any(parameter.grad.abs().sum() > 0 for parameter in model.interpreters[0].parameters())
+
+    # the same by hand, for the draws of the last group alone
+    _, last = stage.of_group(2, images, labels, keys)
+    with torch.no_grad():
+        packed, _, _ = model.reduce(model.embed(images), range(2), stage.greedy)
+        scores = model.score(packed, 2)
+        probability, _ = stage.probability(scores, packed.alive, 2)
+        u = sample(probability, packed.alive, keys, 2, 2)
+        ends, _, (keep,) = model.reduce(packed, range(2, 3), lambda scores, alive, group: u)
+        cosine = torch.cosine_similarity(model.head(ends), model.backbone(images).repeat(2, 1)).double().clamp(0, 1)
+    expected = reward(keep.sum(1), 16, cosine, config) - 0.5 * (1 - cosine)
+    assert last["reward"].item() == pytest.approx(expected.mean().item(), abs=1e-5)
+    assert last["top1_sampled"].item() == pytest.approx(100 * cosine.mean().item(), abs=1e-4)
+    assert metrics["reward"].isfinite()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import iared2
-from iared2.train.reward import RewardConfig, correctness, reward
+from iared2.train.reward import RewardConfig, alike, correctness, reward
 
 
 @pytest.mark.parametrize(
@@ -52,3 +52,10 @@ def test_no_training_code_asks_a_device_for_float64():
     files = [*(source / "train").glob("*.py"), source / "measure.py"]
     # of numbers that were read back from the device, for the checkpoint
     assert [f.name for f in files if re.search(r"torch\.float64|\.double\(", f.read_text())] == ["optimizer.py"]
+
+
+def test_an_embedding_is_as_correct_as_it_is_like_the_dense_one():
+    dense = torch.tensor([[3.0, 4.0], [1.0, 0.0], [1.0, 0.0]])
+    found = alike(dense, torch.tensor([[4.0, 3.0], [-1.0, 0.0], [5.0, 0.0]]))
+    assert found.tolist() == pytest.approx([24 / 25, 0, 1])
+    assert alike(dense.to("meta"), dense.to("meta")).dtype == torch.float32

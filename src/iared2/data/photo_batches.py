@@ -27,7 +27,7 @@ from .unlabelled import Photos
 class PhotoBatch:
     """Photos that were read together."""
 
-    rows: range
+    rows: Sequence[int]
     """Their numbers."""
     names: list[str]
     """``Photos.name`` of each."""
@@ -80,7 +80,7 @@ def _as_rgb(photo: Any) -> Image.Image:
 class _Reading(Dataset[PhotoBatch]):
     photos: Photos
     transform: Transform
-    batches: Sequence[range]
+    batches: Sequence[Sequence[int]]
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -92,7 +92,7 @@ class _Reading(Dataset[PhotoBatch]):
 
 
 def photo_batches(
-    photos: Photos, transform: Transform, batches: Sequence[range], workers: int = 0, pin_memory: bool = False
+    photos: Photos, transform: Transform, batches: Sequence[Sequence[int]], workers: int = 0, pin_memory: bool = False
 ) -> Iterator[PhotoBatch]:
     """Read these batches, in order.
 

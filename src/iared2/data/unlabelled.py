@@ -151,6 +151,10 @@ class Photos:
         name = part.filename(own, absolute=True)
         return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
+    def filename(self, row: int, absolute: bool = False) -> str:
+        """`name`, as other readers call it."""
+        return self.name(row)
+
     def digest(self) -> str:
         """Changes with the names, the order and the number of the photos, and with the size of a shard."""
         total = hashlib.blake2b(digest_size=16)

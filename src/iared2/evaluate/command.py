@@ -8,13 +8,15 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import track
 
 from ..atomic import whole
 from ..data.batches import clip_length, eval_batches, model_transform
-from ..data.images import DataConfig
+from ..data.images import DataConfig, Samples
+from ..data.unlabelled import open_photos
 from ..data.videos import ClipConfig, open_for, views_transform
 from ..device import usable_device
 from ..errors import InputError, NoSplit
@@ -24,6 +26,7 @@ from ..model.reduced import ReducedVisionTransformer
 from ..predict.output import check_file, console, write_json
 from ..pretrained.checkpoint import load
 from .accuracy import evaluate
+from .embeddings import evaluate_embeddings
 
 CALIBRATION_IMAGES = 512
 MAX_WORKERS, MAX_BATCH = 256, 1 << 16
@@ -39,8 +42,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.spread is not None:
         model.spread = arguments.spread
     _check(arguments, clip_length(model.pretrained_cfg))
-    samples, train_samples = _open(arguments, model)
-    if len(samples.class_names) != model.num_classes:
+    samples, train_samples = _open(arguments, model) if model.num_classes else _open_any(arguments, model)
+    if model.num_classes and len(samples.class_names) != model.num_classes:
         raise InputError(f"{arguments.data} has {len(samples.class_names)} classes, the model {model.num_classes}")
     if arguments.limit:
         samples = replace(samples, rows=samples.rows[: arguments.limit], labels=samples.labels[: arguments.limit])
@@ -60,7 +63,8 @@ def run(arguments: argparse.Namespace) -> int:
         budgets = _thresholds(model, images, arguments.budget)
     steps, screen = -(-len(samples) // arguments.batch_size), Console(stderr=True)
     progress = track(batches, "evaluating", steps, console=screen, transient=True)
-    result = evaluate(model, progress, device, budgets=budgets)
+    compare = evaluate if model.num_classes else evaluate_embeddings
+    result = compare(model, progress, device, budgets=budgets)
     console(arguments.json).print(result.table())
     write_json(arguments.json, result.to_dict())
     if arguments.plot:
@@ -103,6 +107,20 @@ def _open(arguments: argparse.Namespace, model: ReducedVisionTransformer) -> tup
         if share:
             print("warning: if the model was trained on this data, it has seen most of it", file=sys.stderr)
         return open_for(frames, data, "eval", clips, whole=True), train_samples
+
+
+def _open_any(arguments: argparse.Namespace, model: ReducedVisionTransformer) -> tuple[Any, Any]:
+    """`_open` for a model without classes, which needs no labels: other photos have the label −1."""
+    if model.is_video:
+        raise InputError("embeddings are evaluated of photos, and this is a model of clips")
+    try:
+        return _open(arguments, model)
+    except InputError as error:
+        try:
+            photos = open_photos([arguments.data])
+        except InputError:
+            raise error from None
+        return Samples(photos, np.arange(len(photos)), np.full(len(photos), -1), ()), None
 
 
 def _thresholds(model: ReducedVisionTransformer, images: torch.Tensor, shares: list[float]) -> dict[str, list[float]]:

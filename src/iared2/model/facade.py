@@ -49,6 +49,7 @@ class Facade(nn.Module):
         self.engine = "auto"
         self.packed_weights = onednn.PackedWeights()
         self.class_names: tuple[str, ...] | None = None
+        self.report: Any = None  # of `iared2.accelerate`
         self.model_args: dict[str, Any] = {}  # what the backbone was built with, for save()
 
     # ---- the decision, and shorthands for its parts ---------------------------------------------------------------

@@ -3,8 +3,8 @@
 The same MACs can be saved early and gently, or late and hard, and which of them keeps more answers of the dense model
 depends on the model far more than on which patches are kept. The shares are
 ``share_g = exp(−alpha · (w_0 + … + w_g))``: the weights w, of sum 1, say where patches are dropped, and one alpha for
-each w meets the budget. So the search is over w alone. It starts from plain ones (all of it at one group, evenly,
-falling) and goes on with random changes of the best, an evolution strategy of one parent and one child (Rechenberg
+each w meets the budget. So the search is over w alone. It starts from plain ones (in the second half, evenly, falling,
+at one group) and goes on with random changes of the best, an evolution strategy of one parent and one child (Rechenberg
 1973). It minimises the divergence from the dense model, which changes smoothly where the share of equal answers jumps.
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,7 @@ from .decide import Decision, keep_all
 
 if TYPE_CHECKING:
     from .reduced import ReducedVisionTransformer
+    from .tokens import PackedTokens
 
 STEP = 0.5
 """Standard deviation of the first changes, of the logarithms of the weights."""
@@ -41,6 +42,7 @@ class Schedule:
         macs: mean MACs of an image, as a share of the dense model's.
         agreement: share of the images with the dense model's prediction; without classes, NaN.
         divergence: mean of `divergence`.
+        output: ``(B, K)``, what the model says so. Not a part of the value.
     """
 
     shares: tuple[float, ...]
@@ -48,6 +50,7 @@ class Schedule:
     macs: float
     agreement: float
     divergence: float
+    output: Tensor = field(compare=False, repr=False)
 
 
 def divergence(dense: Tensor, reduced: Tensor, temperature: float = 1.0, classes: bool = True) -> Tensor:
@@ -72,6 +75,7 @@ def search(
     equal_counts: bool = False,
     seed: int = 0,
     log: Callable[[Schedule], None] | None = None,
+    dense: Tensor | None = None,
 ) -> Schedule:
     """The best schedule of a budget. The model is not changed: set ``model.decision = schedule.decision``.
 
@@ -83,6 +87,7 @@ def search(
         equal_counts: all images keep the same number of patches; false: one threshold for all, so they differ.
         seed: of the random changes.
         log: called with every trial that is the best so far.
+        dense: ``(B, K)``, what the dense model says of the images, if it is known.
 
     Raises:
         InputError: no images, a model in training mode, or a budget that no schedule meets.
@@ -92,26 +97,13 @@ def search(
     generator = torch.Generator().manual_seed(seed)
     with torch.inference_mode():
         sample = [model.embed(chunk) for chunk in images.to(next(model.parameters())).split(BATCH_SIZE)]
-        dense = torch.cat([model.head(model.reduce(packed, decide=keep_all)[0]) for packed in sample])
-        num_patches, classes = sample[0].num_patches, model.num_classes > 0
+        if dense is None:
+            dense = dense_output(model, sample)
+        num_patches = sample[0].num_patches
 
         def attempt(weights: Tensor) -> Schedule | None:
             shares = _shares(model, weights.tolist(), macs * model.dense_macs / 1e9, num_patches)
-            if shares is None:
-                return None
-            if equal_counts:
-                counts = [round(share * num_patches) for share in shares]
-                decision = model.decision.but(thresholds=None, num_keep=counts)
-                ends = [model.reduce(packed, decide=decision)[0] for packed in sample]
-                kept = torch.tensor(counts)[:, None]
-            else:
-                thresholds, kept, ends = at_shares(model, sample, shares, to_the_end=True)
-                decision = model.decision.at(thresholds)
-            reduced = torch.cat([model.head(packed) for packed in ends])
-            agreement = (reduced.argmax(1) == dense.argmax(1)).double().mean().item() if classes else math.nan
-            cost = model.count_macs(kept, num_patches).double().mean().item() / model.dense_macs
-            far = divergence(dense, reduced, classes=classes).double().mean().item()
-            return Schedule(tuple(shares), decision, cost, agreement, far)
+            return None if shares is None else tried(model, sample, dense, shares, equal_counts)
 
         best, parent, step = None, None, STEP
         starts = _starts(model.num_groups)[:trials]
@@ -139,10 +131,43 @@ def search(
     return best
 
 
+@torch.inference_mode()
+def dense_output(model: ReducedVisionTransformer, sample: Sequence[PackedTokens]) -> Tensor:
+    """``(B, K)``, what the model says with every patch. ``sample`` is of `ReducedVisionTransformer.embed`."""
+    return torch.cat([model.head(model.reduce(packed, decide=keep_all)[0]) for packed in sample])
+
+
+@torch.inference_mode()
+def tried(
+    model: ReducedVisionTransformer,
+    sample: list[PackedTokens],
+    dense: Tensor,
+    shares: Sequence[float],
+    equal_counts: bool = False,
+) -> Schedule:
+    """What shares keep of the dense model, in one pass; arguments: see `search` and `dense_output`."""
+    num_patches, classes = sample[0].num_patches, model.num_classes > 0
+    if equal_counts:
+        counts = [round(share * num_patches) for share in shares]
+        decision = model.decision.but(thresholds=None, num_keep=counts)
+        ends = [model.reduce(packed, decide=decision)[0] for packed in sample]
+        kept = torch.tensor(counts)[:, None]
+    else:
+        thresholds, kept, ends = at_shares(model, sample, shares, to_the_end=True)
+        decision = model.decision.at(thresholds)
+    reduced = torch.cat([model.head(packed) for packed in ends])
+    agreement = (reduced.argmax(1) == dense.argmax(1)).double().mean().item() if classes else math.nan
+    cost = model.count_macs(kept, num_patches).double().mean().item() / model.dense_macs
+    far = divergence(dense, reduced, classes=classes).double().mean().item()
+    return Schedule(tuple(shares), decision, cost, agreement, far, reduced)
+
+
 def _starts(num_groups: int) -> list[Tensor]:
     even = torch.ones(num_groups, dtype=torch.float64)
     falling = torch.arange(num_groups, 0, -1, dtype=torch.float64)
-    starts = [even, falling, falling**2, *torch.eye(num_groups, dtype=torch.float64)[: (num_groups + 1) // 2]]
+    late = (1 + 2 * torch.arange(num_groups, dtype=torch.float64) - num_groups).clamp_min(0) + (num_groups == 1)
+    one = torch.eye(num_groups, dtype=torch.float64)
+    starts = [late.sign() * falling, even, falling, falling**2, late.sign(), *one[: (num_groups + 1) // 2]]
     return [weights / weights.sum() for weights in starts]
 
 

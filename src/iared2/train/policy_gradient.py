@@ -40,7 +40,7 @@ from ..errors import InputError
 from ..model.decide import Decide, keep_all, sample, top_k
 from ..model.reduced import ReducedVisionTransformer
 from ..model.schedule import divergence
-from .reward import TEMPERATURE, RewardConfig, correctness, reward
+from .reward import TEMPERATURE, RewardConfig, alike, correctness, reward
 
 ANCHOR = 0.02  # found by trial: docs/LOG.md
 
@@ -83,7 +83,11 @@ class PolicyGradientStage(nn.Module):
         groups: the groups that are trained, 0…D−1: one, or with ``policy.joint`` several.
         config: the reward.
         policy: how decisions are drawn and rewarded.
-        teacher: the dense model, if ``config`` asks for its prediction.
+        teacher: the dense model, if ``config`` asks for its prediction. A model without classes needs it: a decision is
+            as correct as its embedding is like the dense one (`reward.alike`).
+
+    Raises:
+        InputError: the model has no classes, and there is no teacher.
     """
 
     progress = 0.0
@@ -98,6 +102,8 @@ class PolicyGradientStage(nn.Module):
         teacher: nn.Module | None = None,
     ) -> None:
         super().__init__()
+        if not model.num_classes and teacher is None:
+            raise InputError('a model without classes learns from the dense one: set reward.label = "dense"')
         self.model, self.groups, self.config = model, tuple(groups), config
         self.policy, self.teacher = policy or PolicyConfig(), teacher
         model.requires_grad_(False)
@@ -143,7 +149,7 @@ class PolicyGradientStage(nn.Module):
         with torch.no_grad():
             if self.teacher is not None:
                 dense = self.teacher(images)
-                labels = dense.argmax(1) if self.config.label == "dense" else labels
+                labels = dense.argmax(1) if self.config.label == "dense" and model.num_classes else labels
             packed, _, _ = model.reduce(model.embed(images, keys), range(group), before)
             alive = packed.alive
         scores = model.score(packed, group)  # (B, N)
@@ -155,11 +161,15 @@ class PolicyGradientStage(nn.Module):
             several = len(drawn) // len(images)
             all_of_them, _, kept = model.reduce(packed, range(group, model.num_groups), _first(drawn, group, after))
             keep, logits = kept[0], model.head(all_of_them)
-            labels = labels.repeat(several)
-            right, correct = logits.argmax(1) == labels, correctness(logits, labels, self.config)
+            labels, dense = labels.repeat(several), None if dense is None else dense.repeat(several, 1)
+            if model.num_classes:
+                right, correct = logits.argmax(1) == labels, correctness(logits, labels, self.config)
+            else:
+                assert dense is not None
+                right = correct = alike(dense, logits)
             rewards = reward(keep.sum(1), scores.shape[1], correct, self.config)
             if self.config.divergence and dense is not None:
-                far = divergence(dense.repeat(several, 1), logits, TEMPERATURE).to(rewards.dtype)
+                far = divergence(dense, logits, TEMPERATURE, model.num_classes > 0).to(rewards.dtype)
                 rewards = rewards - self.config.divergence * far
             rewards = rewards.view(several, -1)  # (k, B), and a last row of the greedy decision
             if self.policy.rloo:

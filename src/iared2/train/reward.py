@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..device import widest_float
@@ -40,6 +41,12 @@ def correctness(logits: Tensor, labels: Tensor, config: RewardConfig) -> Tensor:
     if config.soft_reward:
         return logits.to(widest_float(logits.device)).softmax(1).gather(1, labels[:, None])[:, 0]
     return (logits.argmax(1) == labels).to(widest_float(logits.device))
+
+
+def alike(dense: Tensor, features: Tensor) -> Tensor:
+    """How correct an embedding is: its cosine with that of the dense model, ``(B, C)`` each -> ``(B,)`` in [0, 1]."""
+    wide = widest_float(features.device)
+    return F.cosine_similarity(dense.to(wide), features.to(wide)).clamp(0, 1)
 
 
 def reward(num_kept: Tensor, num_patches: int, correct: Tensor, config: RewardConfig) -> Tensor:

@@ -120,16 +120,9 @@ def our_ways(model: ReducedVisionTransformer, workload: Workload) -> Ways:
     decide, num_keep, gmacs = workload.decide, workload.num_keep, workload.gmacs
     keys = keyed.sample_keys(0, 0, torch.arange(len(workload.images))).to(workload.images.device)
     dense = model.dense_macs / 1e9
-
-    def whole(x: Tensor) -> Tensor:
-        packed = model.embed(x)
-        for group in range(model.num_groups):  # no interpreter either
-            packed = model.run_blocks(packed, group)
-        return model.head(packed)
-
     ways: dict[str, tuple[Way, float]] = {
         OURS: (lambda x: model(x, decide), gmacs),
-        WHOLE: (whole, dense),
+        WHOLE: (partial(undropped, model), dense),
         RANDOM: (lambda x: model(x, at_random(num_keep, keys)), gmacs),
         TOP_K: (lambda x: model(x, lambda scores, alive, group: top_k(scores, alive, num_keep[group])), gmacs),
     }
@@ -137,6 +130,14 @@ def our_ways(model: ReducedVisionTransformer, workload: Workload) -> Ways:
         ways[MASKED] = (lambda x: masked(model, x, decide)), dense
         ways[PADDED] = (lambda x: padded(model, x, decide)), _padded_gmacs(model, num_keep)
     return ways
+
+
+def undropped(model: ReducedVisionTransformer, images: Tensor) -> Tensor:
+    """The model's output with every patch, and without its interpreters."""
+    packed = model.embed(images)
+    for group in range(model.num_groups):
+        packed = model.run_blocks(packed, group)
+    return model.head(packed)
 
 
 def with_engine(model: ReducedVisionTransformer, engine: str, run: Callable[[Tensor], Tensor]) -> Way:

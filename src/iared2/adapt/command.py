@@ -1,0 +1,30 @@
+"""``iared2 accelerate``: a model and a folder of photos -> a faster model in a file."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import torch
+
+from ..predict.output import check_not_read, check_writable, console, write_json
+from .accelerate import accelerate
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run ``iared2 accelerate``."""
+    outputs = [path for path in (arguments.output, arguments.json) if path and path != "-"]
+    for path in outputs:
+        check_writable(Path(path).parent)
+    check_not_read(outputs, [*arguments.photos, arguments.model])
+    names = "max_drop", "macs", "minutes", "embedding", "limit", "workers"
+    settings = {name: getattr(arguments, name) for name in names}
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with redirect_stdout(sys.stderr if arguments.json == "-" else sys.stdout):
+        model = accelerate(arguments.model, arguments.photos, device=device, **settings)
+    model.save(arguments.output)
+    write_json(arguments.json, model.report.to_dict())
+    console(arguments.json).print(f"the model is in {arguments.output}: iared2.load({arguments.output!r})")
+    return 0

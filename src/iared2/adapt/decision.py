@@ -1,0 +1,184 @@
+"""Which choice of patches suits a model, and how far it can drop: found on photos without labels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..evaluate.agreement import Agreement, agreement
+from ..model.calibrate import BATCH_SIZE, gmacs_of, solve
+from ..model.reduced import ReducedVisionTransformer
+from ..model.schedule import Schedule, search, tried
+
+GROUPS = 6
+SEARCH_PHOTOS, TRIALS = 128, 12
+PROBE = 0.8
+"""Share of the MACs at which choices are compared if only ``max_drop`` is given."""
+NEAR = 0.05
+"""A schedule suits budgets that are so near, as a share of the MACs."""
+LEAST, STEPS = 0.2, 6
+"""Bisection: the share of the MACs below which nothing is tried, and its steps."""
+TOLERANCE = 5e-3
+"""Of a budget; with equal counts, one patch of one group may be more than that."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What was asked for: one of the two."""
+
+    max_drop: float | None
+    macs: float | None
+
+    def allows(self, found: Agreement) -> bool:
+        """Whether so many photos may change: the upper 95 % bound of their share is below ``max_drop``."""
+        return self.max_drop is None or found.bound < self.max_drop
+
+    def better(self, one: Schedule, other: Schedule) -> bool:
+        """Whether one that is allowed is better than another."""
+        if self.macs is None:
+            return one.macs < other.macs
+        return one.divergence < other.divergence
+
+
+@dataclass(frozen=True)
+class Half:
+    """Photos, and what the dense model says of them.
+
+    Attributes:
+        images: ``(n, in_chans, height, width)``, on the device of the model.
+        dense: ``(n, K)``.
+        classes: whether this is logits.
+    """
+
+    images: Tensor
+    dense: Tensor
+    classes: bool
+
+    @property
+    def kind(self) -> str:
+        """What may change, in words."""
+        return "answers" if self.classes else "nearest neighbours"
+
+    def agreement(self, found: Schedule) -> Agreement:
+        """How far a schedule that was tried on all of them agrees with the dense model."""
+        return agreement(self.dense, found.output, self.classes)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to choose patches.
+
+    Attributes:
+        name: in words.
+        model: whose scores choose.
+        equal_counts: every image keeps the same number of patches, so that a batch is not ragged; false: the scores of
+            a trained policy decide how many.
+    """
+
+    name: str
+    model: ReducedVisionTransformer
+    equal_counts: bool = True
+
+
+def choices(model: ReducedVisionTransformer, own: bool) -> Iterator[Choice]:
+    """Untrained choices on the same backbone, and with ``own`` the model's own first.
+
+    The attention of the class token with a spread, and without it the same patches of every photo, evenly; dropped
+    patches are merged into kept ones or gone.
+    """
+    if own:
+        yield Choice(f"its own policy, dropped patches {model.dropped}", model, equal_counts=False)
+    for dropped, spread in (("merged", 0.5), ("merged", 2.0), ("gone", 2.0)):
+        with suppress(InputError):  # attention that no interpreter can start as
+            made = _untrained(model, "attention", dropped, spread)
+            yield Choice(f"attention, spread {spread:g}, dropped patches {dropped}", made)
+    for dropped in ("merged", "gone"):
+        made = _untrained(model, "sigmoid", dropped, 1.0)
+        with torch.no_grad():
+            for name, parameter in made.interpreters.named_parameters():
+                if ".query." in name:  # a score of 0.5 for every patch; training can start from it
+                    parameter.zero_()
+        yield Choice(f"evenly, dropped patches {dropped}", made)
+
+
+def _untrained(
+    model: ReducedVisionTransformer, interpreter: str, dropped: str, spread: float
+) -> ReducedVisionTransformer:
+    groups = min(GROUPS, len(model.backbone.blocks))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made = ReducedVisionTransformer(model.backbone, groups, interpreter=interpreter, dropped=dropped)
+    made.spread = spread
+    made.model_args, made.class_names, made.engine = model.model_args, model.class_names, model.engine
+    made.packed_weights = model.packed_weights
+    return made.eval()
+
+
+def choose(model: ReducedVisionTransformer, own: bool, half: Half, target: Target) -> Choice:
+    """The choice that is closest to the dense model at the budget, on a few photos.
+
+    Raises:
+        InputError: no choice meets the budget.
+    """
+    few, budget = slice(SEARCH_PHOTOS // 2), target.macs or PROBE
+    found, failed = {}, None
+    for choice in choices(model, own):
+        equal, dense = choice.equal_counts, half.dense[few]
+        try:
+            best = search(choice.model, half.images[few], budget, trials=2, equal_counts=equal, dense=dense)
+            found[choice] = best.divergence
+        except InputError as error:
+            failed = error
+    if failed and not found:
+        raise failed
+    return min(found, key=lambda choice: found[choice])
+
+
+def find(choice: Choice, half: Half, target: Target) -> Schedule | None:
+    """The best schedule of a choice for the target; None: none keeps what was asked for at fewer MACs."""
+    few, budget, best = slice(SEARCH_PHOTOS), target.macs or PROBE, None
+    for _ in range(1 if target.macs else 2):  # where to drop depends on how much
+        equal, dense = choice.equal_counts, half.dense[few]
+        shape = search(choice.model, half.images[few], budget, trials=TRIALS, equal_counts=equal, dense=dense).shares
+        found = at_shape(choice, half, target, shape)
+        if found and (best is None or target.better(found, best)):
+            best = found
+        if found is None or abs(found.macs - budget) < NEAR:
+            break
+        budget = found.macs
+    return best
+
+
+@torch.inference_mode()
+def at_shape(choice: Choice, half: Half, target: Target, shape: tuple[float, ...]) -> Schedule | None:
+    """`find` where the shape of the schedule is known: its shares at another budget."""
+    model = choice.model
+    sample = [model.embed(chunk) for chunk in half.images.split(BATCH_SIZE)]
+
+    def at(macs: float) -> Schedule:
+        gmacs, num_patches = macs * model.dense_macs / 1e9, sample[0].num_patches
+        alpha = solve(lambda alpha: gmacs_of(model, num_patches, [share**alpha for share in shape]), gmacs)
+        return tried(model, sample, half.dense, [share**alpha for share in shape], choice.equal_counts)
+
+    if target.macs is not None:
+        found, macs = at(target.macs), target.macs
+        for _ in range(3):  # images differ and cost is convex, so the mean image costs less than the mean cost
+            if abs(found.macs / target.macs - 1) < TOLERANCE:
+                break
+            macs *= target.macs / found.macs
+            found = at(macs)
+        return found
+    low, high, best = LEAST, 1.0, None
+    for _ in range(STEPS):
+        middle = (low + high) / 2
+        found = at(middle)
+        if found.macs < 1 and target.allows(half.agreement(found)):
+            high, best = middle, found
+        else:
+            low = middle
+    return best
