@@ -240,6 +240,9 @@ def test_a_method_makes_the_heat_map(like_the_box, tmp_path, capsys):
     assert pictures[0] != pictures[1]
     predictor = iared2.Predictor(like_the_box)
     result = predictor(PHOTO)
+    line = repr(result)  # what print(result) shows: before, all arrays, in hundreds of lines
+    assert line.startswith(f"<Interpretation {PHOTO}: {result.top5[0][0]} ")
+    assert len(line.splitlines()) == 1
     heat = predictor.heatmap(result.photo, "center")
     assert heat.shape == (result.photo.height, result.photo.width)
     assert heat[heat.shape[0] // 2, heat.shape[1] // 2] > 0.98

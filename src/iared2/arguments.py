@@ -74,32 +74,18 @@ def _device(command: argparse.ArgumentParser, default: str | None = "cpu") -> No
 
 
 def _threshold(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "-t",
-        "--threshold",
-        action=_List,
-        metavar="T",
-        help="keep patches that score above T: one number, or one per group (default: the model's own)",
-    )
+    text = "keep patches that score above T: one number, or one per group (default: the model's own)"
+    command.add_argument("-t", "--threshold", action=_List, metavar="T", help=text)
 
 
 def _spread(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--spread",
-        type=float,
-        metavar="S",
-        help="spread the kept patches: 0 as published, 1 as if sampled (default: the model's own)",
-    )
+    text = "spread the kept patches: 0 as published, 1 as if sampled (default: the model's own)"
+    command.add_argument("--spread", type=float, metavar="S", help=text)
 
 
 def _json(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--json",
-        nargs="?",
-        const="-",
-        metavar="FILE",
-        help="write the results to FILE as JSON; without FILE, to stdout, and all else to stderr (default: no JSON)",
-    )
+    text = "write the results to FILE as JSON; without FILE, to stdout, and all else to stderr (default: no JSON)"
+    command.add_argument("--json", nargs="?", const="-", metavar="FILE", help=text)
 
 
 def _colormap(command: argparse.ArgumentParser) -> None:

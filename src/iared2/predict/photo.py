@@ -35,7 +35,7 @@ MAX_BYTES, TIMEOUT = 1 << 28, 30
 """Of a photo from a file object or an address: its size, and the seconds without an answer."""
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Interpretation(Result):
     """The result for one photo; see ``Result`` for the other attributes.
 
