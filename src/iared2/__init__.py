@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .pretrained.checkpoint import load
     from .pretrained.convert import from_timesformer, from_videomae
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "BatchPredictor",
     "InputError",
