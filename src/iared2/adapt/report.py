@@ -41,8 +41,8 @@ class Report:
         dense_gmacs: 10⁹ MACs per image of the dense model.
         keep_ratio: share of the patches alive after each group.
         device, batch_size: of the timing.
-        images_per_second: of timm's model, of our engine without dropping, and with it, taking turns; the fastest round of
-            each, which other load on the machine affects least.
+        images_per_second: of timm's model, of our engine without dropping, and with it, taking turns; the fastest round
+            of each, which other load on the machine affects least.
         decision: what was found, also if it does not pay.
         pays: dropping makes the model faster, and keeps what was asked for. If not, the model drops nothing.
         notes: what else has to be said.
