@@ -10,6 +10,7 @@ import sys
 
 from merging import merging, merging_gmacs, r_for
 
+from iared2 import arguments
 from iared2.errors import InputError
 from iared2.evaluate.speed import command
 
@@ -22,7 +23,7 @@ def more(model, workload):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    command.add_arguments(parser)
+    arguments.bench(parser)
     try:
         sys.exit(command.run(parser.parse_args(), more))
     except InputError as error:

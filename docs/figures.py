@@ -1,9 +1,7 @@
 """Write the measured figures into the pages that show them: `python docs/figures.py`.
 
 Each block lies between `<!-- figures NAME -->` and `<!-- /figures -->`. NAME is a file in docs/figures/, written by the
-command in the page. `box` is evaluated on Tiny-ImageNet, as the model card says:
-
-    OMP_NUM_THREADS=1 iared2 evaluate box DATA --json docs/figures/box.json
+command in the page.
 """
 
 from __future__ import annotations
@@ -29,11 +27,11 @@ BLOCK = re.compile(r"(<!-- figures ([\w-]+) -->\n).*?(?=<!-- /figures -->)", re.
 
 
 def table(name: str) -> str:
-    """The Markdown of a file of figures: of `evaluate`, `explain-bench`, `bench` or an experiment."""
+    """The Markdown of a file of figures: of `explain-bench`, `bench` or an experiment."""
     result = json.loads((FIGURES / f"{name}.json").read_text(encoding="utf-8"))
     if "experiment" in result:
         return experiment(result)
-    kinds = {"variants": evaluation, "methods": explanations, "speed": speed, "training": training}
+    kinds = {"methods": explanations, "speed": speed, "training": training}
     return next(write for key, write in kinds.items() if key in result)(result)
 
 
@@ -42,28 +40,6 @@ def experiment(result: dict[str, Any]) -> str:
     lines = [f"{result['title']} `{result['command']}`", "", f"| {' | '.join(result['columns'])} |"]
     lines += ["|---" * len(result["columns"]) + "|", *(f"| {' | '.join(row)} |" for row in result["rows"]), ""]
     return "\n".join([*lines, *(f"- {note}" for note in result["notes"]), ""])
-
-
-def evaluation(result: dict[str, Any]) -> str:
-    """A table and its source."""
-    reduced, dense, random = result["variants"]
-    rows = [
-        "| model | top-1 % | patches alive after each group | GMACs | images/s |",
-        "|---|---|---|---|---|",
-    ]
-    for v in (dense, reduced, random):
-        kept = " · ".join(f"{100 * ratio:.0f} %" for ratio in v["keep_ratio"])
-        rows.append(f"| {v['name']} | {v['top1']:.2f} | {kept} | {v['gmacs']:.4f} | {v['images_per_second']:.0f} |")
-    return "\n".join(
-        [
-            f"The model in the box, its shipped weights, on the {result['images']:,} validation photos of its classes",
-            "in Tiny-ImageNet: `OMP_NUM_THREADS=1 iared2 evaluate box DATA --json docs/figures/box.json`. Images/s:",
-            "forward passes alone in batches of 64, float32, the three models taking turns on one CPU core.",
-            "",
-            *rows,
-            "",
-        ]
-    )
 
 
 def explanations(result: dict[str, Any]) -> str:
@@ -129,10 +105,11 @@ def bench_command(result: dict[str, Any]) -> str:
     given = result["arguments"]
     merging = any(row["name"].startswith("merging") for one in result.get("speed", ()) for row in one["rows"])
     words = ["python benchmarks/speed.py" if merging else "iared2 bench"]
-    words += [given["model"]] * (given["model"] != "deit_small_patch16_224")
+    words += [given["model"]] * (given["model"] not in (None, "deit_small_patch16_224"))
+    words += [f"-c {given.get('checkpoint')}"] * bool(given.get("checkpoint"))
     words += [f"--frames {given.get('frames')}"] * bool(given.get("frames"))
     words += ["--train"] * given["train"] + [f"--precision {given['precision']}"] * (given["precision"] != "fp32")
-    words += [f"--keep {','.join(map(str, given['keep']))}"] * (given["keep"] != [0.85, 0.6, 0.35])
+    words += [f"--keep {' '.join(map(str, given['keep']))}"] * (given["keep"] != [0.85, 0.6, 0.35])
     words += [f"--img-size {' '.join(map(str, given['img_size'] or ()))}"] * bool(given.get("img_size"))
     words += [f"--batch-size {' '.join(map(str, given['batch_size']))}", f"--seconds {given['seconds']:g}"]
     return " ".join(words + ["--no-compile"] * given["no_compile"])

@@ -1,4 +1,4 @@
-"""Write docs/recipes.md from the recipe's dataclasses: `python docs/settings.py`.
+"""Write docs/recipes.md from the recipe's dataclasses and docs/gallery.md from the recipes: `python docs/settings.py`.
 
 Parses the source and runs none of it. A setting is a field of `Recipe` or of its nested dataclasses. The string after a
 field is its meaning.
@@ -8,11 +8,37 @@ from __future__ import annotations
 
 import ast
 import re
+from itertools import takewhile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "iared2"
 PAGE = ROOT / "docs" / "recipes.md"
+GALLERY = ROOT / "docs" / "gallery.md"
+ORDER = (
+    "own_folder",
+    "frozen",
+    "tiny_imagenet_cpu_backbone",
+    "tiny_imagenet_cpu",
+    "tiny_imagenet_cpu_paper",
+    "cifar10",
+    "reference_dense_112",
+    "reference_dense",
+    "reference",
+    "tiny_imagenet_backbone",
+    "tiny_imagenet",
+    "tiny_imagenet_paper",
+    "deit_tiny_imagenet",
+    "deit_small_imagenet",
+    "deit_base_imagenet",
+    "videomae_kinetics400",
+)
+"""The recipes in the gallery: for your data, for two CPU cores, the reference model, and what was not run yet."""
+PICTURES = {
+    "tiny_imagenet_cpu": ("pictures/headline.png", "accuracy against MACs: this recipe is `ours`"),
+    "tiny_imagenet_cpu_paper": ("pictures/headline.png", "accuracy against MACs: this recipe is `paper`"),
+}
+"""Those whose result was measured and drawn."""
 
 INTRODUCTION = """\
 <!-- Written by docs/settings.py from the docstrings of the dataclasses. Change those, not this page. -->
@@ -24,10 +50,10 @@ A recipe is a TOML file that describes a training run. The command line adds the
 iared2 train RECIPE --data PATH -o RUN
 ```
 
-The files in [recipes/](../recipes) are complete runs. The header of each states its cost and its result. Settings that
-a recipe leaves out have the defaults below. By default, the stages have the published lengths
-([method.md, section 3](method.md#3-schedule)) and start from a trained backbone: set `model.pretrained` or
-`model.checkpoint`, or set `backbone.epochs`. `--set` changes single settings on the command line:
+The files in [recipes/](../recipes) are complete runs. The header of each states its cost and its result;
+[gallery.md](gallery.md) shows them all. Settings that a recipe leaves out have the defaults below. By default, the
+stages have the published lengths ([method.md, section 3](method.md#3-schedule)) and start from a trained backbone: set
+`model.pretrained` or `model.checkpoint`, or set `backbone.epochs`. `--set` changes single settings on the command line:
 
 ```
 iared2 train RECIPE --data PATH -o RUN --set finetune.epochs=2 --set model.groups=4
@@ -38,6 +64,14 @@ that was killed or stopped (Ctrl-C), give the same command again. The recipe mus
 `checkpoint_minutes`, `data.path` and `data.workers`. For several processes, run the command as `torchrun
 --nproc-per-node N -m iared2.cli train ...`. `batch_size` is per process. [scale.md](scale.md) describes one GPU, eight
 GPUs, several machines, and the data formats.
+"""
+
+GALLERY_INTRODUCTION = """\
+<!-- Written by docs/settings.py from the headers of the recipes. Change those, not this page. -->
+# Gallery of recipes
+
+Every recipe with what it costs, the data and the command that it needs, and what came of it, as its header says. A
+recipe whose result was measured and drawn has a picture. [recipes.md](recipes.md) explains the settings.
 """
 
 Fields = list[tuple[str, str, ast.expr | None, str]]
@@ -136,5 +170,24 @@ def render(source: Path = SOURCE) -> str:
     return "\n".join(parts)
 
 
+def gallery(folder: Path = ROOT / "recipes") -> str:
+    """The page of the recipes.
+
+    Raises:
+        ValueError: a recipe is missing in ``ORDER``, or there is no such recipe.
+    """
+    if odd := {*ORDER} ^ {file.stem for file in folder.glob("*.toml")}:
+        raise ValueError(f"docs/settings.py, ORDER: {', '.join(sorted(odd))}")
+    parts = [GALLERY_INTRODUCTION]
+    for name in ORDER:
+        lines = (folder / f"{name}.toml").read_text(encoding="utf-8").splitlines()
+        header = [line.removeprefix("#").removeprefix(" ") for line in takewhile(lambda line: line[:1] == "#", lines)]
+        title, text = header[0], "\n".join(header[1:]).strip("\n")
+        picture = "![{1}]({0})\n\n".format(*PICTURES[name]) if name in PICTURES else ""
+        parts.append(f"## [{name}.toml](../recipes/{name}.toml)\n\n{title}\n\n{picture}```text\n{text}\n```\n")
+    return "\n".join(parts)
+
+
 if __name__ == "__main__":
     PAGE.write_text(render(), encoding="utf-8")
+    GALLERY.write_text(gallery(), encoding="utf-8")

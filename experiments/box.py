@@ -49,6 +49,7 @@ def make(run: str, data: str, output: Path, macs: float, images: int, device: to
     if len(samples.class_names) != model.num_classes:
         raise InputError(f"{data} has {len(samples.class_names)} classes, the model {model.num_classes}")
     model.class_names = samples.class_names
+    model.backbone.pretrained_cfg = {**model.pretrained_cfg, "tag": "", "license": "apache-2.0"}  # not timm's
     sample = some(samples, images)
     (batch,) = eval_batches(sample, model_transform(model.pretrained_cfg), batch_size=len(sample))
     model.calibrate(batch.images.to(device), gmacs=macs * model.dense_macs / 1e9)

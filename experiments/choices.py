@@ -2,14 +2,14 @@
 
     python experiments/choices.py --data DATA --backbone FILE [--sharp FILE] [--policy FILE ...] -o OUT
 
-For each choice, `iared2.model.schedule.search` looks for the best schedule at half of the dense MACs on training photos
-without labels, with one count for all photos and with counts that differ; the better one goes on, and its shape serves
-the other budgets. Then the share of the dense model's answers that are kept is measured on photos that nothing was
-chosen on: the validation photos of DATA, and with ``--sharp`` a parquet file of larger photos.
+For each choice and budget, `iared2.model.schedule.search` looks for the best schedule on training photos without
+labels: with one count for all photos, and for a policy also with counts that differ. Then the share of the dense
+model's answers that are kept is measured on photos that nothing was chosen on: the validation photos of DATA, and with
+``--sharp`` a parquet file of larger photos.
 
-The untrained choices are those of ``model/baselines.py``, and attention with `Decision.spread`. A policy is a file of
-``model.save_policy``. Rows are written to OUT/rows.json after each choice, and a killed run goes on where it was. The
-table is OUT/choices.json and OUT/choices.md.
+The untrained choices are those of ``model/baselines.py``, and attention with `Decision.spread`; dropped patches are
+gone, or merged into kept ones. A policy is a file of ``model.save_policy``. Rows are written to OUT/rows.json after
+each choice, and a killed run goes on where it was. The table is OUT/choices.json and OUT/choices.md.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,47 +33,54 @@ from iared2.data.batches import eval_batches, model_transform
 from iared2.data.images import DataConfig, Samples, open_samples
 from iared2.measure import RANDOM_EPOCH
 from iared2.model.baselines import KINDS, baseline_scores
-from iared2.model.calibrate import gmacs_of, solve, thresholds_for
+from iared2.model.calibrate import thresholds_for
 from iared2.model.decide import Decision, keep_all
 from iared2.model.schedule import Schedule, search
 from iared2.pretrained.checkpoint import load_backbone_weights
 
 BATCH = 50
-SEARCH_BUDGET = 0.5
 SPREADS = (0.5, 1.0, 2.0)
+LEARNED = "learned"
 Make = Callable[[], ReducedVisionTransformer]
 
 
-def dense_model(arguments: argparse.Namespace, classes: int) -> ReducedVisionTransformer:
+def dense_model(arguments: argparse.Namespace, classes: int, dropped: str = "gone") -> ReducedVisionTransformer:
     """The backbone with interpreters that start as its attention."""
     model = iared2.from_timm(
-        arguments.model, groups=arguments.groups, interpreter="attention", img_size=arguments.size, num_classes=classes
+        arguments.model,
+        groups=arguments.groups,
+        interpreter="attention",
+        dropped=dropped,
+        img_size=arguments.size,
+        num_classes=classes,
     )
     load_backbone_weights(model.backbone, arguments.backbone)
     model.start_interpreters()
     return model
 
 
-def choices(arguments: argparse.Namespace, classes: int) -> Iterator[tuple[str, bool, Make]]:
-    """``(name, whether counts may differ from photo to photo, how to make the model)``."""
+def choices(arguments: argparse.Namespace, classes: int) -> Iterator[tuple[str, Make]]:
+    """``(name, how to make the model)``."""
 
-    def baseline(kind: str) -> ReducedVisionTransformer:
-        model = dense_model(arguments, classes)
+    def baseline(kind: str, dropped: str) -> ReducedVisionTransformer:
+        model = dense_model(arguments, classes, dropped)
         for group in range(model.num_groups):
             model.interpreters[group] = baseline_scores(kind, model, group)
         return model
 
-    def spread(strength: float) -> ReducedVisionTransformer:
-        model = dense_model(arguments, classes)
+    def spread(strength: float, dropped: str) -> ReducedVisionTransformer:
+        model = dense_model(arguments, classes, dropped)
         model.spread = strength
         return model
 
-    for kind in KINDS:
-        yield kind, kind in ("attention", "shift"), lambda kind=kind: baseline(kind)
-    for strength in SPREADS:
-        yield f"attention + spread {strength:g}", True, lambda strength=strength: spread(strength)
+    for dropped in ("gone", "merged"):
+        suffix = ", merged" * (dropped == "merged")
+        for kind in KINDS:
+            yield kind + suffix, partial(baseline, kind, dropped)
+        for strength in SPREADS:
+            yield f"attention + spread {strength:g}{suffix}", partial(spread, strength, dropped)
     for path in arguments.policy:
-        yield f"learned: {path.parent.name}", True, lambda path=path: iared2.load(path, arguments.backbone)
+        yield f"{LEARNED}: {path.parent.name}", partial(iared2.load, path, arguments.backbone)
 
 
 class Photos:
@@ -96,14 +104,11 @@ class Photos:
 
 
 def at(model: ReducedVisionTransformer, schedule: Schedule, images: Tensor, macs: float) -> Decision:
-    """The decision of a schedule's shape at another budget."""
+    """The decision of a schedule on other photos; thresholds are set on these, without their answers."""
+    if schedule.decision.num_keep is not None:
+        return schedule.decision
     gmacs = macs * model.dense_macs / 1e9
-    if schedule.decision.num_keep is None:
-        return model.decision.at(thresholds_for(model, images, gmacs=gmacs, shape=schedule.shares))
-    patches = model.num_patches
-    alpha = solve(lambda alpha: gmacs_of(model, patches, [s**alpha for s in schedule.shares]), gmacs)
-    counts = [round(patches * share**alpha) for share in schedule.shares]
-    return model.decision.but(thresholds=None, num_keep=counts)
+    return model.decision.at(thresholds_for(model, images, gmacs=gmacs, shape=schedule.shares))
 
 
 def main() -> None:
@@ -142,26 +147,21 @@ def main() -> None:
     top1 = (dense["photos"] == measured_on["photos"].labels).double().mean().item()
     print(f"dense: top-1 {100 * top1:.1f} of {len(dense['photos'])} photos", flush=True)
 
-    for name, differ, make in choices(arguments, classes):
+    for name, make in choices(arguments, classes):
         if name in rows or (arguments.only and name not in arguments.only):
             continue
         start, model = time.monotonic(), ready(make())
-        found = [
-            search(model, chosen_on.images, SEARCH_BUDGET, trials=arguments.trials, equal_counts=equal)
-            for equal in ((True, False) if differ else (True,))
-        ]
-        best = min(found, key=lambda schedule: schedule.divergence)
-        row: dict[str, Any] = {
-            "shares": best.shares,
-            "equal counts": best.decision.num_keep is not None,
-            "divergence": [schedule.divergence for schedule in found],
-        }
+        row: dict[str, Any] = {"schedules": {}, "measured": {}}
         for macs in arguments.macs:
+            found = [
+                search(model, chosen_on.images, macs, trials=arguments.trials, equal_counts=equal)
+                for equal in ((True, False) if name.startswith(LEARNED) else (True,))
+            ]
+            best = min(found, key=lambda schedule: schedule.divergence)
+            row["schedules"][f"{macs:g}"] = best.shares, best.decision.num_keep is not None, best.divergence
             for kind, photos in measured_on.items():
-                # thresholds are set on the same photos, without their answers: MACs are equal in every comparison
-                decision = at(model, best, photos.images, macs)
-                answers, cost = photos.answers(model, decision)
-                row[f"{macs:g} {kind}"] = {
+                answers, cost = photos.answers(model, at(model, best, photos.images, macs))
+                row["measured"][f"{macs:g} {kind}"] = {
                     "macs": cost.double().mean().item() / model.dense_macs,
                     "kept": (answers == dense[kind]).int().tolist(),
                     **({"top1": (answers == photos.labels).double().mean().item()} if kind == "photos" else {}),
@@ -181,28 +181,31 @@ def ready(model: ReducedVisionTransformer) -> ReducedVisionTransformer:
 
 def table(rows: dict[str, Any]) -> Table:
     """Share of the dense answers that each choice keeps; of a policy, also the difference to the best untrained one."""
-    columns = [key for key, value in next(iter(rows.values())).items() if isinstance(value, dict)]
-    kept = {name: {c: np.array(row[c]["kept"]) for c in columns} for name, row in rows.items()}
-    untrained = [name for name in rows if not name.startswith("learned")]
+    some = next(iter(rows.values()))
+    columns, budgets = list(some["measured"]), list(some["schedules"])
+    kept = {name: {c: np.array(row["measured"][c]["kept"]) for c in columns} for name, row in rows.items()}
+    untrained = [name for name in rows if not name.startswith(LEARNED)]
     cells = []
     for name, row in rows.items():
-        cells.append([name, " ".join(f"{share:.2f}" for share in row["shares"]) + (", equal" * row["equal counts"])])
+        cells.append([name])
+        for shares, equal, _ in (row["schedules"][budget] for budget in budgets):
+            cells[-1].append(" ".join(f"{share:.2f}" for share in shares) + ", differ" * (not equal))
         for column in columns:
             cell = f"{100 * kept[name][column].mean():.1f}"
-            if name.startswith("learned") and untrained:
+            if name.startswith(LEARNED) and untrained:
                 rival = max(untrained, key=lambda other: kept[other][column].mean())
                 difference = kept[name][column].astype(float) - kept[rival][column]
                 low, high = interval(difference)
                 cell += f"; {100 * difference.mean():+.1f} ({low:+.1f} … {high:+.1f}) on {rival}"
             cells[-1].append(cell)
     numbers = [len(next(iter(kept.values()))[column]) for column in columns]
-    heads = [f"{column.split()[1]}, {100 * float(column.split()[0]):.0f} %" for column in columns]
-    found = [one["macs"] for row in rows.values() for one in row.values() if isinstance(one, dict)]
-    off = max(abs(macs - float(c.split()[0])) for macs, c in zip(found, columns * len(rows), strict=True))
+    heads = [f"shares at {100 * float(budget):.0f} %" for budget in budgets]
+    heads += [f"{column.split()[1]}, {100 * float(column.split()[0]):.0f} %" for column in columns]
+    off = max(abs(row["measured"][c]["macs"] - float(c.split()[0])) for row in rows.values() for c in columns)
     return Table(
         "Share of the dense answers that are kept, in percent, by kind of photo and share of the MACs.",
         "python experiments/choices.py --data DATA --sharp SHARP --backbone BACKBONE",
-        ["choice", "shares after each group, counts", *heads],
+        ["choice", *heads],
         cells,
         [
             f"{max(numbers):,} photos of the validation split, {min(numbers):,} at least in a column.",

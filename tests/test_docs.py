@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("src/iared2/box/*.md")])
+INSTALL = re.compile(r"pip install (?:-q )?['\"]?(?:\.\[([^]]+)\]|(iared2[^'\"`, ]*))")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 fix_links = runpy.run_path(str(ROOT / "docs" / "fix_links.py"))
 settings = runpy.run_path(str(ROOT / "docs" / "settings.py"))
@@ -78,6 +79,34 @@ def test_the_method_is_linked_to_the_code():
 
 def test_settings_page_is_up_to_date():
     assert settings["render"]() == settings["PAGE"].read_text(encoding="utf-8"), "run: python docs/settings.py"
+
+
+def test_the_gallery_is_up_to_date(tmp_path):
+    assert settings["gallery"]() == settings["GALLERY"].read_text(encoding="utf-8"), "run: python docs/settings.py"
+    (tmp_path / "new.toml").write_text("# New.")
+    with pytest.raises(ValueError, match=r"ORDER: .*\bnew\b"):
+        settings["gallery"](tmp_path)
+
+
+def extras_of(project: str) -> set[str]:
+    """The optional dependencies of a pyproject.toml."""
+    part = project.split("[project.optional-dependencies]")[1].split("\n[")[0]
+    return set(re.findall(r"^(\w+) = \[", part, re.MULTILINE))
+
+
+def test_the_readme_names_every_extra():
+    """And nothing says that a registry has the package."""
+    extras = extras_of((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert {"train", "export", "docs"} <= extras, "the search itself has gone blind"
+    table = (ROOT / "README.md").read_text(encoding="utf-8").split("| extra | for |")[1].split("\n\n")[0]
+    assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == extras
+    sources = [*PAGES, *(ROOT / "src").rglob("*.py"), *ROOT.glob("examples/*.ipynb")]
+    named = [(file.name, text) for file in sources for text in re.findall(INSTALL, file.read_text(encoding="utf-8"))]
+    assert {extra for _, (extra, _) in named if extra} <= extras | {"{extra}"}
+    assert [file for file, (_, wrong) in named if wrong] == []
+    assert re.findall(INSTALL, "pip install 'iared2[video]' or uv pip install iared2, pip install -q '.[demo]'") == [
+        ("", "iared2[video]"), ("", "iared2"), ("demo", ""),
+    ]  # fmt: skip
 
 
 def test_every_logged_metric_is_explained():

@@ -224,15 +224,55 @@ def test_choices_from_command_to_table(data: Path, tmp_path: Path, monkeypatch: 
     command = ["choices.py", "--data", str(data), "--sharp", str(data / "validation.parquet")]
     command += ["--backbone", str(tmp_path / "backbone.safetensors"), "--model", "deit_tiny_patch16_224"]
     command += ["--size", "64", "--groups", "3", "--macs", "0.7", "--trials", "2", "--search-photos", "8"]
-    command += ["--photos", "20", "--sharp-photos", "10", "-o", str(tmp_path / "out"), "--only", "spread", "shift"]
+    command += [
+        "--photos",
+        "20",
+        "--sharp-photos",
+        "10",
+        "-o",
+        str(tmp_path / "out"),
+        "--only",
+        "spread",
+        "shift, merged",
+    ]
     for more in ([], ["learned: seed0", "--policy", str(tmp_path / "seed0" / "policy.safetensors")]):
         monkeypatch.setattr(sys, "argv", [*command, *more])
         choices.main()
     table = json.loads((tmp_path / "out" / "choices.json").read_text())
-    assert [row[0] for row in table["rows"]] == ["spread", "shift", "learned: seed0"]
-    assert table["columns"][2:] == ["photos, 70 %", "sharp, 70 %"]
+    assert [row[0] for row in table["rows"]] == ["spread", "shift, merged", "learned: seed0"]
+    assert table["columns"][1:] == ["shares at 70 %", "photos, 70 %", "sharp, 70 %"]
     rows = json.loads((tmp_path / "out" / "rows.json").read_text())
-    for row in rows.values():
+    for row in (row["measured"] for row in rows.values()):
         assert row["0.7 photos"]["macs"] == pytest.approx(0.7, abs=0.05)
         assert (len(row["0.7 photos"]["kept"]), len(row["0.7 sharp"]["kept"])) == (20, 10)
     assert "on spread" in table["rows"][2][2] or "on shift" in table["rows"][2][2]
+
+
+def test_grids_ask_for_each_quarter_in_turn(experiments: Any, data: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """The photo of the class that is asked for lies in the box, and its neighbours are of other classes."""
+    import grids
+
+    from iared2.data.images import DataConfig, open_samples
+    from iared2.data.regions import open_regions
+
+    samples = open_samples(DataConfig(path=str(data)), "eval")
+    model = iared2.from_timm("deit_tiny_patch16_224", num_classes=len(samples.class_names), **SMALL)
+    model.class_names = samples.class_names
+    model.save(tmp_path / "model.safetensors")
+    photos = [(samples[i][0].resize((32, 32)), int(samples.labels[i])) for i in range(20)]
+    monkeypatch.setattr(grids, "known", lambda model, samples, side: iter(photos))
+    output = tmp_path / "grids.parquet"
+    command = ["grids.py", str(tmp_path / "model.safetensors"), "--data", str(data), "-o", str(output)]
+    monkeypatch.setattr(sys, "argv", [*command, "--grids", "5"])
+    assert grids.main() == 0
+    regions = open_regions(output)
+    assert regions.labels is not None
+    by_label = {label: np.asarray(photo) for photo, label in photos}
+    for i, (left, top) in enumerate([(0, 0), (32, 0), (0, 32), (32, 32), (0, 0)]):
+        grid, mask = regions[i]
+        assert mask[top : top + 32, left : left + 32].all()
+        assert mask.sum() == 32 * 32
+        part = np.asarray(grid.crop((left, top, left + 32, top + 32)))
+        assert np.array_equal(part, by_label[int(regions.labels[i])])
+    monkeypatch.setattr(sys, "argv", [*command, "--grids", "6"])
+    assert grids.main() == 1

@@ -178,10 +178,8 @@ def test_command(tmp_path, capsys):
     model = make()
     model.class_names = tuple("abcde")
     model.save(tmp_path / "m.safetensors")
-    assert (
-        main(["export", str(tmp_path / "m.safetensors"), str(tmp_path / "m.onnx"), "--num-keep", *map(str, COUNTS)])
-        == 0
-    )
+    arguments = ["-c", str(tmp_path / "m.safetensors"), str(tmp_path / "m.onnx"), "--num-keep", *map(str, COUNTS)]
+    assert main(["export", *arguments]) == 0
     with torch.no_grad():
         check(*run_onnx(tmp_path / "m.onnx", images(2)), model.trace(images(2), by_count), 2)
     onnx = pytest.importorskip("onnx")
@@ -204,7 +202,7 @@ def test_command(tmp_path, capsys):
 def test_bad_arguments_are_one_line(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     make().save("m.safetensors")
-    assert main(["export", "m.safetensors", *arguments]) == 1
+    assert main(["export", "-c", "m.safetensors", *arguments]) == 1
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error

@@ -26,6 +26,17 @@ class InputError(Exception):
         return printable(super().__str__())
 
 
+def missing(what: str, package: str | None, extra: str) -> InputError:
+    """The error where an optional package is not installed. No registry has iared2 yet: it is installed from a clone.
+
+    Args:
+        what: needs the package.
+        package: its name.
+        extra: of pyproject.toml, which has it.
+    """
+    return InputError(f"{what} needs the package {package}: run pip install '.[{extra}]' in your clone of iared2")
+
+
 class NoSplit(InputError):
     """The data set exists, but has no such split."""
 

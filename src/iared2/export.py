@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .atomic import whole
-from .errors import InputError
+from .errors import InputError, missing
 from .model import backbone as vit
 from .model.block import attentions, run_module
 from .model.decide import EPS
@@ -192,7 +192,7 @@ def export(form: FixedCount | Adaptive, path: Path | str, batch_size: int | None
         raise InputError(f"batch_size={batch_size}: give 1 or more, or None for any")
     onnx = path.suffix == ".onnx"
     if onnx and importlib.util.find_spec("onnxscript") is None:
-        raise InputError("ONNX needs the package onnxscript: pip install 'iared2[export]'")
+        raise missing("ONNX", "onnxscript", "export")
     images = torch.zeros(batch_size or 2, *form.input_size)
     shapes = None if batch_size else {"images": {0: torch.export.Dim.DYNAMIC}}
     program = torch.export.export(form, (images,), dynamic_shapes=shapes)
@@ -206,16 +206,6 @@ def export(form: FixedCount | Adaptive, path: Path | str, batch_size: int | None
             onnx_program.save(file)  # above 1.5 GB with a second file for the weights beside it
         else:
             torch.export.save(program, file, extra_files={"iared2": about})
-
-
-def add_arguments(command: argparse.ArgumentParser) -> None:
-    """The arguments of ``iared2 export``."""
-    command.add_argument("checkpoint", help="file of model.save(), folder of a run, or 'box' for the model in the box")
-    command.add_argument("output", help="FILE.onnx or FILE.pt2")
-    kind = command.add_mutually_exclusive_group(required=True)
-    kind.add_argument("--num-keep", type=int, nargs="+", help="patches kept in each group, of every image")
-    kind.add_argument("--adaptive", action="store_true", help="what the thresholds keep; one image at a time")
-    command.add_argument("--batch-size", type=int, help="of the exported model (default: any; 1 with --adaptive)")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -75,7 +75,7 @@ class Place:
         self.out.mkdir(exist_ok=True)
         model = self.bases.video_model if video else self.bases.model
         rest = ("--workers", "0", "--batch-size", "4", "--json", str(self.out / "figures.json"), *options)
-        return Case(self.root, ("evaluate", str(model), str(data), *rest), promised=("figures.json",))
+        return Case(self.root, ("evaluate", "-c", str(model), str(data), *rest), promised=("figures.json",))
 
     def train(self, recipe: Path | str, *options: str, data: Path | str | None = None) -> Case:
         """``iared2 train``, which the worker ends after the first step."""

@@ -14,7 +14,7 @@ from .worker import GB, Report
 MAX_GROWTH = 1.5 * GB  # of a photo of 81 megapixels
 MAX_MESSAGE = 1000
 BEFORE = re.compile(
-    r"\s*$|warning: |.*Warning: |  |skipped |budgets |note: |\w+( \d+)? +\d+/\d+ "
+    r"\s*$|warning: |.*Warning: |  |skipped |budgets |note: |\w+( \d+)?(: starts)?, epoch "
     r"|\S+\.tiff?: |LZWDecode: |More samples per pixel "
 )
 """What may stand on stderr before the last line: warnings (two blanks begin the source line of one of Python's), and of

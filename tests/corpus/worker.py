@@ -106,7 +106,7 @@ def _serve(home: Path, warm: list[str]) -> None:
     import iared2.cli
     import iared2.train.curriculum
 
-    for path, _ in iared2.cli.COMMANDS.values():
+    for path, *_ in iared2.cli.COMMANDS.values():
         importlib.import_module(f"iared2.{path}")
     torch.set_num_threads(1)
     Image.init()

@@ -316,7 +316,7 @@ def test_without_pyav(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", refuse)
-    with pytest.raises(InputError, match=r"pip install 'iared2\[video\]'"):
+    with pytest.raises(InputError, match=r"pip install '.\[video\]'"):
         open_video(path)
 
 

@@ -48,9 +48,9 @@ def run(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def evaluated(capsys: pytest.CaptureFixture, *arguments: object) -> tuple[int, str]:
     """The number of images, and what was said about them."""
-    assert main(["evaluate", *map(str, arguments), "--workers", "0"]) == 0
+    assert main(["evaluate", "-c", *map(str, arguments), "--workers", "0", "--json"]) == 0
     captured = capsys.readouterr()
-    return json.loads(captured.out.strip().splitlines()[-1])["images"], captured.err
+    return json.loads(captured.out)["images"], captured.err
 
 
 def test_the_part_that_was_put_aside(run: Path, folder: Path, capsys: pytest.CaptureFixture) -> None:
@@ -112,7 +112,7 @@ def test_a_share_that_makes_no_sense(
     tensors, config = file.read(run / "model.safetensors")
     config["pretrained_cfg"]["holdout"] = share
     file.write(tmp_path / "odd.safetensors", tensors, config)
-    assert main(["evaluate", str(tmp_path / "odd.safetensors"), str(folder)]) == 1
+    assert main(["evaluate", "-c", str(tmp_path / "odd.safetensors"), str(folder)]) == 1
     error = capsys.readouterr().err
     assert "holdout" in error
     assert error.count("\n") == 1

@@ -307,7 +307,7 @@ def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
     file = write_parquet(tmp_path / "train.parquet", LABELS)
     monkeypatch.setattr(builtins, "__import__", no_datasets)
-    refused(file, "pip install 'iared2[train]'")
+    refused(file, "pip install '.[train]'")
     open_split(write_folder(tmp_path / "folder"))  # needs none
 
 

@@ -295,15 +295,15 @@ def test_views_count_as_one_video() -> None:
 def test_the_command_evaluate(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     size = {"img_size": (4, 16, 16), "patch_size": (1, 8, 8), "embed_dim": 48, "depth": 3, "num_heads": 3}
     iared2.from_timm("timesformer_joint_small_patch16_224", num_classes=2, **size).save(tmp_path / "m.safetensors")
-    arguments = [str(tmp_path / "m.safetensors"), str(made), "--workers", "0", "--budget", "0.5"]
+    arguments = ["-c", str(tmp_path / "m.safetensors"), str(made), "--workers", "0", "--budget", "0.5", "--json"]
     assert main(["evaluate", *arguments]) == 0
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    found = json.loads(capsys.readouterr().out)
     assert found["images"] == 6
     assert found["skipped"] == []
     assert found["variants"][0]["gmacs"] > 0
     assert found["variants"][1]["name"] == "dense backbone"
     assert main(["evaluate", *arguments, "--clips", "2", "--crops", "3", "--span", "0.3"]) == 0
-    views = json.loads(capsys.readouterr().out.splitlines()[-1])
+    views = json.loads(capsys.readouterr().out)
     assert views["images"] == 6
     assert views["variants"][1]["gmacs"] == pytest.approx(6 * found["variants"][1]["gmacs"])
     assert all(0 < share <= 1 for variant in views["variants"] for share in variant["keep_ratio"])
@@ -313,5 +313,5 @@ def test_the_command_evaluate(made: Path, tmp_path: Path, capsys: pytest.Capture
 
 
 def test_views_are_refused_for_photos(tmp_path: Path, like_the_box: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["evaluate", str(like_the_box), str(tmp_path), "--clips", "2"]) == 1
+    assert main(["evaluate", "-c", str(like_the_box), str(tmp_path), "--clips", "2"]) == 1
     assert "are of videos" in capsys.readouterr().err

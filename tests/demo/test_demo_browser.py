@@ -29,7 +29,7 @@ from serving import Server, served
 import iared2
 from iared2.explain.figures import result_figure
 
-pytest.importorskip("gradio", reason="the page: pip install 'iared2[demo]'")
+pytest.importorskip("gradio", reason="the page: pip install '.[demo]'")
 playwright = pytest.importorskip("playwright.sync_api", reason="the browser: pip install playwright")
 expect = playwright.expect
 

@@ -24,7 +24,7 @@ import iared2
 from iared2 import InputError, Predictor
 from iared2.cli import main
 
-gr = pytest.importorskip("gradio", reason="the page: pip install 'iared2[demo]'")
+gr = pytest.importorskip("gradio", reason="the page: pip install '.[demo]'")
 from serving import Server, served  # noqa: E402
 
 from iared2.demo import page as demo  # noqa: E402
@@ -340,7 +340,9 @@ def test_without_gradio(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.delitem(sys.modules, "iared2.demo.page")
     assert main(["demo"]) == 1
-    assert capsys.readouterr().err == "error: the page needs the package gradio: pip install 'iared2[demo]'\n"
+    assert capsys.readouterr().err == (
+        "error: the page needs the package gradio: run pip install '.[demo]' in your clone of iared2\n"
+    )
 
 
 def test_the_space_builds() -> None:

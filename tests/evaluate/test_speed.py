@@ -28,14 +28,16 @@ def checkpoint(tmp_path_factory):
     return path
 
 
-def last_line(capsys):
-    out = capsys.readouterr().out
-    return out, json.loads(out.strip().splitlines()[-1])
+def printed(capsys):
+    """The tables, and what `--json` without a file printed."""
+    captured = capsys.readouterr()
+    return captured.err, json.loads(captured.out)
 
 
 def test_inference(checkpoint, tmp_path, capsys):
     args = [
         "bench",
+        "-c",
         str(checkpoint),
         "--batch-size",
         "1",
@@ -47,8 +49,7 @@ def test_inference(checkpoint, tmp_path, capsys):
         "0.8,0.6,0.3",
     ]
     assert main([*args, "--json", str(tmp_path / "b.json")]) == 0
-    out, result = last_line(capsys)
-    assert result == json.loads((tmp_path / "b.json").read_text())
+    out, result = capsys.readouterr().out, json.loads((tmp_path / "b.json").read_text())
     assert "not a trained policy's" in result["title"]
     assert "efficiency" in out
     assert [s["rows"][0]["batch_size"] for s in result["speed"]] == [1, 4]
@@ -69,9 +70,9 @@ def test_inference(checkpoint, tmp_path, capsys):
 
 def test_clips(capsys):
     args = ["bench", "timesformer_joint_small_patch16_224", "--frames", "2", "--img-size", "32", "48"]
-    more = ["--batch-size", "2", "--seconds", "0", "--no-compile", "--keep", "0.6,0.4,0.2", "--spread", "0"]
+    more = ["--batch-size", "2", "--seconds", "0", "--no-compile", "--keep", "0.6,0.4,0.2", "--json"]
     assert main([*args, *more]) == 0
-    _, result = last_line(capsys)
+    _, result = printed(capsys)
     rows = {row["name"]: row for row in result["speed"][0]["rows"]}
     patches, width = 2 * 2 * 3, 384
     dense = patches * 768 * width + 12 * ((patches + 1) * 12 * width**2 + 2 * (patches + 1) ** 2 * width) + 400 * width
@@ -84,6 +85,7 @@ def test_clips_that_do_not_go_together(checkpoint, capsys):
         ("deit_tiny_patch16_224", ["--frames", "8"], "--frames goes with one of timesformer_joint_small"),
         ("timesformer_joint_small_patch16_224", ["--img-size", "32", "32"], "three numbers"),
         (str(checkpoint), ["--frames", "8"], "a checkpoint has its own size"),
+        ("deit_tiny_patch16_224", ["-c", "box"], "give one of the two"),
         ("timesformer_joint_small_patch16_224", ["--frames", "2", "--data", "x"], "leave --data out"),
         ("timesformer_joint_small_patch16_224", ["--frames", "-2"], "--frames must be 1 or more"),
     ):
@@ -110,18 +112,18 @@ def test_real_images_and_the_own_policy(checkpoint, tmp_path, capsys):
         for i in range(3):
             pixels = np.random.default_rng(i).integers(0, 255, (40, 40, 3), np.uint8)
             Image.fromarray(pixels).save(tmp_path / "data" / name / f"{i}.png")
-    args = ["bench", str(checkpoint), "--data", str(tmp_path / "data"), "--seconds", "0", "--no-compile"]
-    assert main([*args, "--batch-size", "4"]) == 0
-    _, result = last_line(capsys)
+    args = ["bench", "-c", str(checkpoint), "--data", str(tmp_path / "data"), "--seconds", "0", "--no-compile"]
+    assert main([*args, "--batch-size", "4", "--json"]) == 0
+    _, result = printed(capsys)
     assert "drawn" not in result["title"]
     assert main([*args, "--batch-size", "40"]) == 1
     assert "fewer than 40 images" in capsys.readouterr().err
 
 
 def test_training(checkpoint, capsys):
-    args = ["bench", str(checkpoint), "--train", "--batch-size", "4", "--seconds", "0", "--keep", "0.5,0.5,0.5"]
-    assert main(args) == 0
-    _, result = last_line(capsys)
+    args = ["bench", "-c", str(checkpoint), "--train", "--batch-size", "4", "--seconds", "0", "--json"]
+    assert main([*args, "--keep", "0.5", "0.5", "0.5"]) == 0
+    _, result = printed(capsys)
     (row,) = result["training"]
     assert row["policy_over_forward"] == pytest.approx(row["policy_step_ms"] / row["dense_forward_ms"])
     assert 0.5 < row["macs_ratio"] < 0.6
@@ -146,20 +148,20 @@ def test_the_timed_stages_keep_the_stated_share(checkpoint):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--keep", "0.5,0.6,0.4"], "give 3 shares"),
+        (["--keep", "0.5", "0.6", "0.4"], "give 3 shares"),
         (["--batch-size", "0"], "must be 1 or more"),
         (["--threads", "-1"], "must be 1 or more"),
-        (["--spread", "nan"], "--spread is a number"),
+        (["--keep-std", "nan"], "--keep-std is a number"),
         (["--train", "--keep", "5"], "group 1 keeps"),
         (["--train", "--data", "x"], "leave --data out"),
         (["--device", "cuda:9"], "device cuda:9"),
         (["--img-size", "64", "64"], "a checkpoint has its own size"),
-        (["--json", "/no/such/folder/x.json"], "cannot write"),
+        (["--json", "/no/such/folder/x.json"], "in a folder that is there"),
         (["--data", "/no/such/folder"], "/no/such/folder"),
     ],
 )
 def test_bad_arguments_are_one_line(checkpoint, capsys, more, message):
-    assert main(["bench", str(checkpoint), "--batch-size", "1", "--seconds", "0", "--no-compile", *more]) == 1
+    assert main(["bench", "-c", str(checkpoint), "--batch-size", "1", "--seconds", "0", "--no-compile", *more]) == 1
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
@@ -171,11 +173,11 @@ def test_an_unknown_model_is_one_line(capsys):
 
 
 def test_merging_costs_its_cosines_and_is_not_compared_with_who_does_not_merge(checkpoint, capsys):
-    args = ["bench", str(checkpoint), "--batch-size", "2", "--seconds", "0", "--no-compile", "--keep", "0.5,0.5,0.5"]
+    args = ["bench", "-c", str(checkpoint), "--batch-size", "2", "--seconds", "0", "--no-compile", "--json"]
     gmacs = []
     for more in ([], ["--merge"]):
-        assert main([*args, "--spread", "0", *more]) == 0
-        _, result = last_line(capsys)
+        assert main([*args, "--keep", "0.5,0.5,0.5", "--keep-std", "0", *more]) == 0
+        _, result = printed(capsys)
         rows = {row["name"]: row for row in result["speed"][0]["rows"]}
         gmacs.append(rows[speed.OURS]["gmacs"])
         assert (speed.MASKED in rows) == (speed.PADDED in rows) == (not more)

@@ -141,7 +141,7 @@ def test_threads_do_not_see_each_others_hooks():
 
 def test_a_missing_package_is_one_line_that_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib, "import_module", _raise)
-    with pytest.raises(InputError, match=r"needs the package captum.*pip install 'iared2\[explain\]'"):
+    with pytest.raises(InputError, match=r"needs the package captum.*pip install '.\[explain\]'"):
         optional("captum.attr", "explain", "captum")
 
 

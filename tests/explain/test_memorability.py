@@ -17,7 +17,7 @@ from iared2.explain.memorability import _resmem, memorability
 
 SMALL = "deit_tiny_patch16_224", {"img_size": (96, 64), "patch_size": 16, "depth": 2, "embed_dim": 48, "num_heads": 3}
 needs_resmem = pytest.mark.skipif(
-    importlib.util.find_spec("resmem") is None, reason="memorability: pip install 'iared2[memorability]' (489 MB)"
+    importlib.util.find_spec("resmem") is None, reason="memorability: pip install '.[memorability]' (489 MB)"
 )
 
 
@@ -56,5 +56,5 @@ def test_without_the_package_it_is_one_line(monkeypatch):
 
     _resmem.cache_clear()
     monkeypatch.setattr(importlib, "import_module", import_module)
-    with pytest.raises(InputError, match=r"^this needs the package resmem \(resmem\): pip install 'iared2\[memorab"):
+    with pytest.raises(InputError, match=r"^this needs the package resmem \(resmem\): run pip install '.\[memorab"):
         memorability(torch.rand(1, 3, 8, 8))

@@ -158,8 +158,8 @@ def test_datasets_map(tmp_path: Path, model):
 @pytest.mark.filterwarnings("ignore")
 def test_ray_data_with_two_actors(tmp_path: Path, model, monkeypatch):
     """The same rows as without Ray, from `read_images` and from `read_binary_files`."""
-    ray = pytest.importorskip("ray", reason="needs the package ray: pip install 'iared2[ray]'")
-    pytest.importorskip("ray.data", reason="needs the packages of ray.data: pip install 'iared2[ray]'")
+    ray = pytest.importorskip("ray", reason="needs the package ray: pip install '.[ray]'")
+    pytest.importorskip("ray.data", reason="needs the packages of ray.data: pip install '.[ray]'")
     checkpoint = tmp_path / "model.safetensors"
     model.save(checkpoint)
     cells = {f"{number:03d}.jpg": jpeg(number, 40) for number in range(200)}

@@ -241,5 +241,5 @@ class TestHeic:
 
     def test_says_what_is_missing_where_it_is_not(self, predictor, monkeypatch):
         monkeypatch.setattr(Image, "OPEN", {k: v for k, v in Image.OPEN.items() if k != "HEIF"})
-        with pytest.raises(InputError, match="pip install pillow-heif"):
+        with pytest.raises(InputError, match=r"pip install '.\[heic\]'"):
             predictor(b"\0\0\0\x18ftypheic" + bytes(100))

@@ -77,7 +77,8 @@ def test_memorability_is_left_out_and_said_so_where_it_is_not_installed(main, ph
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert main(["figure", "maps", str(photos), "-o", str(tmp_path / "maps.png")]) == 0
     out, err = capsys.readouterr()
-    assert err == "memorability is left out: pip install 'iared2[memorability]' (489 MB)\n"
+    assert err.startswith("left out: memorability needs the package resmem: run pip install '.[memorability]'")
+    assert err.endswith("(489 MB)\n")
     assert out.endswith("2 photos, photo, raw attention, ours\n")
 
 

@@ -344,7 +344,7 @@ def test_box_is_the_model_in_the_box_and_no_file(model, tmp_path, monkeypatch, c
     boxed = iared2.load("box")
     assert boxed.class_names == iared2.load().class_names
     assert iared2.load("./box").class_names == tuple("abcde")
-    assert main(["export", "box", "m.pt2", "--num-keep", *["9"] * (boxed.num_groups + 1)]) == 1
+    assert main(["export", "m.pt2", "--num-keep", *["9"] * (boxed.num_groups + 1)]) == 1
     assert f"give {boxed.num_groups} numbers" in capsys.readouterr().err, "as many as the one in the box has groups"
 
 

@@ -517,3 +517,16 @@ def test_a_frozen_backbone_stays_bit_identical_and_labels_are_not_read(tmp_path,
     assert {r["stage"] for r in log if "stage" in r} == {"policy_gradient"}
     (evaluation,) = [r for r in log if "top1" in r and r["kind"] != "step"]
     assert evaluation["keep_ratio"] == pytest.approx([0.75, 0.5], abs=0.1)  # calibrated before it is evaluated
+
+
+def test_baselines_of_all_groups_are_fine_tuned_in_one_stage(tmp_path, folder, capsys):
+    """As the joint policy is, which they are compared with."""
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(RECIPE + "[policy]\njoint = true\nkeep = [0.75, 0.5]\ndecisions = 'spread'\n")
+    assert main(["train", str(recipe), "--data", str(folder), "-o", str(tmp_path / "run")]) == 0
+    log = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert list(dict.fromkeys(r["stage"] for r in log if r["kind"] == "step")) == ["backbone", "finetune"]
+    assert log[-1]["keep_ratio"] == [0.75, 0.5]
+    arguments = ["--set", "policy.decisions='gumbel'", "-o", str(tmp_path / "other")]
+    assert main(["train", str(recipe), "--data", str(folder), *arguments]) == 1
+    assert "policy.joint does not go with" in capsys.readouterr().err

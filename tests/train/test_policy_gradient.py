@@ -532,7 +532,7 @@ def test_without_classes_the_reward_is_the_cosine_with_the_dense_embedding():
     images, keys = torch.randn(6, 3, 16, 16), keyed.sample_keys(0, 0, torch.arange(6))
     policy = PolicyConfig(keep=(0.5, 0.5, 0.25), joint=True, samples=2, rloo=True)
     config = RewardConfig(label="dense", divergence=0.5)
-    with pytest.raises(InputError, match="without classes"):
+    with pytest.raises(InputError, match=r"reward\.label"):
         PolicyGradientStage(model, [0, 2], config, policy)
     stage = PolicyGradientStage(model, [0, 2], config, policy, model.backbone)
     labels = torch.zeros(6, dtype=torch.int64)

@@ -95,6 +95,18 @@ PLACES = [
 ]  # fmt: skip
 
 
+def test_the_lines_of_a_stage_have_its_epoch_and_share(train, capsys):
+    """In a log file, where there is no progress bar until the end."""
+    assert train("run", "finetune.epochs=0", "policy_gradient.epochs=1.5") == 0
+    lines = [line.split(": top1")[0] for line in capsys.readouterr().err.splitlines() if " % of the stage" in line]
+    stages = [("backbone", 2, (1, 2)), ("policy_gradient 1", 1.5, (1, 1.5)), ("policy_gradient 2", 1.5, (1, 1.5))]
+    expected = []
+    for stage, epochs, evaluated in stages:
+        expected.append(f"{stage}: starts, epoch 0 of {epochs}, 0 % of the stage")
+        expected += [f"{stage}, epoch {n} of {epochs}, {100 * n / epochs:.0f} % of the stage" for n in evaluated]
+    assert [line for line in lines if "\u2501" not in line and "/" not in line] == expected
+
+
 @pytest.mark.slow
 def test_a_signal_anywhere_leaves_a_checkpoint_from_which_the_run_goes_on_exactly(tmp_path, train, capsys, monkeypatch):
     assert train("whole") == 0

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..errors import InputError
+from ..errors import InputError, missing
 from .photo import TOO_LARGE, check_file, find_files, is_too_large, to_rgb
 
 SUFFIXES = {
@@ -47,7 +47,7 @@ def pyav() -> Any:
     try:
         import av
     except ModuleNotFoundError:
-        raise InputError("videos need the package av: pip install 'iared2[video]'") from None
+        raise missing("a video", "av", "video") from None
     return av
 
 

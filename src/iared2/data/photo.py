@@ -22,7 +22,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from ..errors import InputError
+from ..errors import InputError, missing
 
 HEIC = b"ftypheic", b"ftypheix", b"ftypmif1", b"ftypmsf1", b"ftyphevc"
 """How a photo of an iPhone begins, after 4 bytes."""
@@ -106,7 +106,7 @@ def _load(file: BinaryIO) -> Image.Image:
         register_plugins()
         start, readable = file.read(12), [name for name in FORMATS if name in Image.OPEN]
         if start[4:] in HEIC and "HEIF" not in readable:
-            raise InputError("a HEIC photo needs a plug-in: pip install pillow-heif")
+            raise missing("a HEIC photo", "pillow-heif", "heic")
         file.seek(0)
         image = Image.open(file, formats=readable)
         for _ in range(2):  # what lies in an icon may be larger than the icon's header says

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, missing
 from .images import Samples, Transform
 from .photo import files_in, find_photos, load_image, read_photo, reason, to_rgb
 from .sources import ALL, EVAL_NAMES, Table, column_names, find_splits
@@ -230,7 +230,7 @@ def _open_mat(file: Path) -> Regions:
     try:
         import h5py
     except ImportError:
-        raise InputError(f"{file}: needs the package h5py; pip install 'iared2[explain]'") from None
+        raise missing(str(file), "h5py", "explain") from None
     try:
         mat = h5py.File(file, "r")
         photos, masks = mat["value/img"], mat["value/gt"]

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from ..errors import InputError
+from ..errors import InputError, missing
 from .photo import files_in, photo_suffixes, readable, walk
 from .shards import read_shards
 
@@ -197,7 +197,7 @@ def _datasets() -> Any:
     try:
         import datasets
     except ImportError:
-        raise InputError("this data set needs the package datasets; pip install 'iared2[train]'") from None
+        raise missing("this data set", "datasets", "train") from None
     datasets.disable_progress_bars()
     return datasets
 

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, overload
 
 import numpy as np
 
-from ..errors import InputError
+from ..errors import InputError, missing
 from .photo import files_in, photo_suffixes, readable, reason, walk
 from .shards import read_shards
 from .sources import Files, Table, hub_datasets
@@ -252,7 +252,7 @@ def _check_parquet(file: Path, column: str) -> tuple[Any, str]:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError:
-        raise InputError("parquet files need the package pyarrow; pip install 'iared2[predict]'") from None
+        raise missing("a parquet file", "pyarrow", "predict") from None
     try:
         with pq.ParquetFile(file) as table:
             metadata, schema = table.metadata, table.schema_arrow

@@ -7,21 +7,9 @@ import os
 import sys
 from pathlib import Path
 
-from ..errors import InputError
+from ..errors import missing
 from ..predict.photo import Predictor
 from ..pretrained.checkpoint import load
-
-
-def add_arguments(command: argparse.ArgumentParser) -> None:
-    """The arguments of ``iared2 demo``."""
-    command.add_argument("-c", "--checkpoint", help="your own model (default: the model in the box)")
-    command.add_argument("--host", default="127.0.0.1", help="0.0.0.0 allows other machines (default: %(default)s)")
-    command.add_argument("--port", type=int, default=7860, help="(default: %(default)s)")
-    command.add_argument("--root-path", help="path of the page behind a reverse proxy, e.g. /iared2")
-    command.add_argument(
-        "--max-file-size", type=int, default=20, metavar="MB", help="maximum size of an upload (default: %(default)s)"
-    )
-    command.add_argument("--device", default="cpu")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -29,7 +17,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         from .page import build, serve
     except ModuleNotFoundError as error:
-        raise InputError(f"the page needs the package {error.name}: pip install 'iared2[demo]'") from None
+        raise missing("the page", error.name, "demo") from None
     checkpoint = arguments.checkpoint
     # visitors need not know where the server keeps its files
     predictor = Predictor(load(checkpoint), arguments.device, checkpoint and Path(checkpoint).name)

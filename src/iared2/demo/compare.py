@@ -5,7 +5,6 @@ The content of the page, without the page. It changes no shared state: threshold
 
 from __future__ import annotations
 
-import copy
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,14 +15,12 @@ from typing import Literal
 import numpy as np
 import torch
 from PIL import Image
-from torch.nn import functional as F
 
 from ..atomic import to_json, whole
 from ..data.photo import read_photo
 from ..errors import InputError, printable
 from ..explain import figures
 from ..explain.heatmap import overlay
-from ..explain.methods import heatmap
 from ..model.calibrate import thresholds_for
 from ..predict.output import folder_names
 from ..predict.photo import Interpretation, Predictor
@@ -39,7 +36,7 @@ class Choice:
     """The settings of a visitor.
 
     Attributes:
-        method: one of `explain.methods.METHODS`.
+        method: one of `explain.names.METHODS`.
         group: the group whose scores make the map of the method `interpreter`, from 0, or "all"; None: see
             `explain.heatmap.default_group`.
         rule: how patches are dropped: by `threshold`, by a budget of MACs (`macs`) or of `patches`; `own`: by the
@@ -140,12 +137,7 @@ def _compare(
     if choice.method == "interpreter" and choice.group != "all":
         heat = after.heatmap(choice.group)
     else:
-        model = copy.copy(predictor.model)  # shares the weights, but has its own thresholds
-        if thresholds is not None:
-            model.threshold = thresholds
-        maps = heatmap(model, predictor.prepare(photo), choice.method, group=choice.group)
-        size = photo.height, photo.width
-        heat = F.interpolate(maps[None], size, mode="bicubic", antialias=True).clamp(0, 1)[0, 0].cpu().numpy()
+        heat = predictor.heatmap(photo, choice.method, thresholds, choice.group)
     return Comparison(name, before, after, heat, choice.method)
 
 

@@ -26,7 +26,7 @@ from gradio_client.utils import is_http_url_like, traverse
 
 from ..errors import InputError
 from ..explain.heatmap import default_group
-from ..explain.methods import METHODS
+from ..explain.names import METHODS
 from ..predict.photo import Predictor
 from .compare import Choice, Comparison, compare, write_archive
 from .words import CSS, FATE, HELP, INTRO, LABELS, caption, classes, facts

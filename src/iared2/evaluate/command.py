@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from ..atomic import to_json, whole, write
+from ..atomic import whole
 from ..data.batches import clip_length, eval_batches, model_transform
 from ..data.images import DataConfig, Samples
 from ..data.unlabelled import open_photos
@@ -23,44 +23,13 @@ from ..errors import InputError, NoSplit
 from ..keyed import permutation
 from ..model.calibrate import thresholds_for
 from ..model.reduced import ReducedVisionTransformer
+from ..predict.output import check_file, console, write_json
 from ..pretrained.checkpoint import load
 from .accuracy import evaluate
 from .embeddings import evaluate_embeddings
 
 CALIBRATION_IMAGES = 512
 MAX_WORKERS, MAX_BATCH = 256, 1 << 16
-
-
-def add_arguments(command: argparse.ArgumentParser) -> None:
-    """The arguments of ``iared2 evaluate``."""
-    command.add_argument("checkpoint", help="file of model.save(), folder of a run, or 'box' for the model in the box")
-    command.add_argument(
-        "data",
-        help="folder of class folders, of parquet files, hf:NAME; also a CSV of videos; any photos for embeddings",
-    )
-    command.add_argument("--split", default="validation", help="split to evaluate on (default: validation, or test)")
-    command.add_argument("--classes", nargs="+", default=[], help="use only these classes, in the model's order")
-    command.add_argument("--threshold", type=float, nargs="+", help="one number, or one per group")
-    command.add_argument("--spread", type=float, help="spread the kept patches: 0 as published, 1 as if sampled")
-    command.add_argument(
-        "--budget",
-        type=float,
-        nargs="+",
-        metavar="SHARE",
-        help="also evaluate at these shares of the dense MACs, e.g. 0.4 0.5 0.6, calibrated on training images",
-    )
-    command.add_argument("--clips", type=int, default=1, help="videos: clips per video, spread over it (default: 1)")
-    command.add_argument("--span", type=float, default=0.0, help="videos: seconds per clip (default: the whole video)")
-    command.add_argument("--crops", type=int, default=1, help="videos: crops per clip, from end to end (default: 1)")
-    command.add_argument(
-        "--all", action="store_true", help="for a folder without splits: include the images used for training"
-    )
-    command.add_argument("--plot", help="plot accuracy against MACs to this .png, .pdf or .svg")
-    command.add_argument("--batch-size", type=int, default=64)
-    command.add_argument("--workers", type=int, default=2)
-    command.add_argument("--device", default="cpu")
-    command.add_argument("--limit", type=int, help="maximum number of images")
-    command.add_argument("--json", help="also write the results to this file")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -92,15 +61,12 @@ def run(arguments: argparse.Namespace) -> int:
         sample = replace(train_samples, rows=train_samples.rows[chosen], labels=train_samples.labels[chosen])
         images = next(iter(eval_batches(sample, transform, batch_size=len(sample), workers=0))).images.to(device)
         budgets = _thresholds(model, images, arguments.budget)
-    steps, console = -(-len(samples) // arguments.batch_size), Console(stderr=True)
-    progress = track(batches, "evaluating", steps, console=console, transient=True)
+    steps, screen = -(-len(samples) // arguments.batch_size), Console(stderr=True)
+    progress = track(batches, "evaluating", steps, console=screen, transient=True)
     compare = evaluate if model.num_classes else evaluate_embeddings
     result = compare(model, progress, device, budgets=budgets)
-    Console().print(result.table())
-    text = to_json(result.to_dict())
-    print(text)
-    if arguments.json:
-        write(arguments.json, text + "\n")
+    console(arguments.json).print(result.table())
+    write_json(arguments.json, result.to_dict())
     if arguments.plot:
         with whole(arguments.plot, errors=ValueError) as file:  # of matplotlib, for a suffix that it does not know
             result.figure().savefig(file, dpi=200)
@@ -108,6 +74,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace, frames: int) -> None:
+    check_file("--json", arguments.json)
+    check_file("--plot", arguments.plot)
     if not all(0 < share <= 1 for share in arguments.budget or ()):
         raise InputError("--budget: give shares of the dense MACs, above 0 and up to 1")
     if min(arguments.batch_size, arguments.limit or 1, arguments.crops) < 1:

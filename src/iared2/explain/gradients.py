@@ -13,15 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError
+from ..errors import missing
 from ..model import backbone as vit
 from ..model.block import NOTHING, parts
 from ..model.decide import Decide
 from ..model.reduced import ReducedVisionTransformer
 from .forward import backbone_of, private_twin, tokens_by_block
+from .names import KIN
 
-KIN = {"gradcam": "GradCAM", "gradcam++": "GradCAMPlusPlus", "hirescam": "HiResCAM", "layercam": "LayerCAM"}
-"""Methods and their classes in the package: those that are finite for activations of both signs."""
 STEPS = 32
 """Steps of the integral: the sum of attributions is then within a few percent of the difference it explains."""
 BATCH = 16
@@ -37,7 +36,7 @@ def optional(module: str, extra: str, package: str) -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise InputError(f"this needs the package {package} ({error.name}): pip install 'iared2[{extra}]'") from None
+        raise missing("this", f"{package} ({error.name})", extra) from None
 
 
 def grad_cam(model: Any, images: Tensor, target: Tensor | None, method: str = "gradcam", block: int = -1) -> Tensor:

@@ -19,20 +19,10 @@ from ..errors import InputError
 from ..model.reduced import ReducedVisionTransformer
 from .attention_maps import raw_attention, rollout
 from .forward import backbone_of, private_twin
-from .gradients import KIN, grad_cam, integrated_gradients
+from .gradients import grad_cam, integrated_gradients
 from .heatmap import default_group, grid_of, lowest_kept, score_map, upsample
 from .memorability import memorability
-
-METHODS = (
-    "interpreter",
-    "attention",
-    "rollout",
-    "gradcam",
-    "integrated-gradients",
-    "memorability",
-    "random",
-    "center",
-)
+from .names import EVERY, KIN
 
 SITE_RANDOM_MAP = 0  # its keys are of images' contents, and no other draw has such keys
 Group = int | Literal["all"] | None
@@ -48,7 +38,7 @@ def heatmap(
     block: int | None = None,
     seed: int = 0,
 ) -> Tensor:
-    """A heat map of what the model looks at, with one of ``METHODS``.
+    """A heat map of what the model looks at, with one of the methods of names.py.
 
     - ``interpreter``: ours, see ``interpreter_map``. The forward pass ends at the group whose scores are used.
     - ``attention``: of the class token, see ``attention_maps.raw_attention``.
@@ -194,9 +184,8 @@ def _index(what: str, value: Any, count: int, default: int) -> int:
 
 def _check(model: Any, images: Tensor, method: str, target: Tensor | None) -> Any:
     """The backbone, if the arguments are consistent."""
-    known = dict.fromkeys((*METHODS, *KIN))
-    if method not in known:
-        raise InputError(f"there is no method {method!r}: take one of {', '.join(known)}")
+    if method not in EVERY:
+        raise InputError(f"there is no method {method!r}: take one of {', '.join(EVERY)}")
     backbone = backbone_of(model)
     embed = backbone.patch_embed
     if len(embed.patch_size) > 2:

@@ -135,7 +135,12 @@ def _examples(model: ReducedVisionTransformer, repo_id: str) -> str:
     lines += ["", "import timm", "", f'model = timm.create_model("hf-hub:{repo_id}", pretrained=True)']
     if not model.is_video and model.num_classes:
         call = f'pipeline("image-classification", "{repo_id}", trust_remote_code=True)("photo.jpg")'
-        lines += ["", "from transformers import pipeline  # pip install 'iared2[transformers]'", "", call]
+        lines += [
+            "",
+            "from transformers import pipeline  # pip install '.[transformers]' in a clone of iared2",
+            "",
+            call,
+        ]
     return "\n".join(["```python", *lines, "```"])
 
 

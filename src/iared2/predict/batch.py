@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..data.batches import model_transform
 from ..data.photo_batches import read_images
-from ..errors import InputError
+from ..errors import InputError, missing
 from ..model import backbone as vit
 from ..model import onednn
 from ..model.reduced import ReducedVisionTransformer
@@ -41,7 +41,8 @@ class BatchPredictor:
     Args:
         model: a model, or a checkpoint for `iared2.load`; None: the model in the box.
         device: anything that `torch.device` takes; None: cuda if available, else cpu.
-        embedding, scores: add these columns.
+        embedding: add this column.
+        scores: add this column.
         threshold: one number or one per group; the model's own decision if None.
         image_column: the column of photos in a batch; None: the first of ``IMAGE_COLUMNS`` that there is.
 
@@ -170,7 +171,5 @@ def _arrow() -> Any:
     try:
         import pyarrow
     except ImportError:
-        raise InputError(
-            "predictions for many photos need the package pyarrow; pip install 'iared2[predict]'"
-        ) from None
+        raise missing("the table", "pyarrow", "predict") from None
     return pyarrow

@@ -1,6 +1,6 @@
 """`iared2 interpret`, the paper's tool: photos or videos -> pictures and a JSON file each.
 
-A thin client of the predictors: owns the options of the command, its output, and the paths of the files. The model
+A thin client of the predictors: owns the output of the command, and the paths of the files. The model
 determines whether the input is photos or videos. Groups are counted from 1 here, as in the paper.
 """
 
@@ -9,82 +9,49 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 
+from ..atomic import to_json, write
 from ..data.clips import find_videos
-from ..data.photo import find_photos
+from ..data.photo import find_photos, read_photo
 from ..device import usable_device
 from ..errors import InputError, printable
 from ..explain.heatmap import colors
+from ..model.calibrate import thresholds_for
 from ..pretrained.checkpoint import load
-from .output import check_not_read, check_writable, folder_names
+from .output import STDOUT, check_file, check_not_read, check_writable, folder_names
 from .photo import Interpretation, Predictor
 from .result import Result
 from .video import ClipInterpretation, VideoPredictor
 
-_Number = TypeVar("_Number", int, float)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command."""
-    parser.add_argument(
-        "-p",
-        "--photo",
-        nargs="+",
-        action="extend",
-        required=True,
-        help="images, or videos for a video model; folders or quoted globs of them",
-    )
-    parser.add_argument("-r", "--recursive", action="store_true", help="also the subfolders of folders")
-    parser.add_argument(
-        "-o", "--output", required=True, help="folder for the results; several files get one subfolder each"
-    )
-    parser.add_argument(
-        "-c", "--checkpoint", help="your own model, or the authors' ckpt.pth (default: the one in the box, for photos)"
-    )
-    parser.add_argument(
-        "-t", "--threshold", nargs="+", metavar="T", help="keep patches that score above T: one number or one per group"
-    )
-    parser.add_argument("--spread", help="spread the kept patches: 0 as published, 1 as if sampled")
-    parser.add_argument(
-        "-g", "--group", help="group whose scores make the heat map, from 1 (default: the last; of 3, the second)"
-    )
-    parser.add_argument("--colormap", default="jet", help="a colormap of matplotlib (default: %(default)s)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda if there is one)")
+CALIBRATION_PHOTOS = 512
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command. Returns the exit status."""
-    return interpret(
-        args.photo,
-        args.output,
-        checkpoint=args.checkpoint,
-        threshold=None if args.threshold is None else [_number(text, float, "threshold") for text in args.threshold],
-        spread=None if args.spread is None else _number(args.spread, float, "spread"),
-        group=None if args.group is None else _number(args.group, int, "group"),
-        colormap=args.colormap,
-        device=args.device,
-        recursive=args.recursive,
-    )
+    names = "checkpoint threshold budget spread method group colormap json device recursive"
+    return interpret(args.photo, args.output, **{name: getattr(args, name) for name in names.split()})
 
 
 def interpret(
     patterns: Sequence[str | Path],
-    output: str | Path,
+    output: str | Path | None,
     *,
     checkpoint: str | Path | None = None,
     threshold: float | Sequence[float] | None = None,
+    budget: float | None = None,
     spread: float | None = None,
+    method: str = "interpreter",
     group: int | None = None,
     colormap: str = "jet",
+    json: str | None = None,
     device: str | None = None,
     recursive: bool = False,
 ) -> int:
@@ -93,12 +60,17 @@ def interpret(
     Args:
         patterns: files, folders, globs. The results of a single file are written to `output` itself, otherwise to one
             subfolder per file, named after the file.
-        output: created if missing. Other files in it are kept.
+        output: created if missing. Other files in it are kept. None: no files, which needs ``json``.
         checkpoint: for `iared2.load`.
         threshold: one number or one per group; the model's own if None.
+        budget: share of the dense MACs, in (0, 1], met on average over the first ``CALIBRATION_PHOTOS`` photos by the
+            thresholds.
         spread: see `model.decide.Decision`; the model's own if None.
+        method: of the heat map, see `explain.methods.heatmap`.
         group: the group whose scores make the heat map, from 1; if None, see `explain.heatmap.default_group`.
         colormap: a colormap of matplotlib.
+        json: a file that receives the contents of every `result.json`, one line per photo; "-": stdout, and then the
+            summaries go to stderr.
         device: for torch; if None, `cuda` if available, else `cpu`.
         recursive: also the files in subfolders of folders.
 
@@ -109,28 +81,40 @@ def interpret(
         InputError: an argument is wrong, or a result would replace an input file (checked before any work). Or the
             only file cannot be read.
     """
-    output = Path(output)
-    check_writable(output)
+    if output is None and json is None:
+        raise InputError("nothing to write: give -o FOLDER for pictures and numbers, --json for numbers, or both")
+    if output is not None:
+        check_writable(Path(output))
+    check_file("--json", json)
     colors(colormap)
+    if budget is not None and (threshold is not None or not 0 < budget <= 1):
+        raise InputError(f"--budget {budget:g}: give a share above 0 and up to 1 of the dense MACs, and no --threshold")
     torch_device = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = load(checkpoint)
     if spread is not None:
         model.spread = spread
     if group is not None and not 1 <= group <= model.num_groups:
         raise InputError(f"there is no group {group}; the model has groups 1 to {model.num_groups}")
+    if model.is_video and (budget is not None or method != "interpreter"):
+        raise InputError("--budget and --method take photos, and this is a model of videos: leave them out")
     predictor = (VideoPredictor if model.is_video else Predictor)(model, torch_device, checkpoint)
     thresholds = predictor.thresholds(threshold)
     files = (find_videos if model.is_video else find_photos)(patterns, recursive)
     is_one = files == list(map(Path, patterns)) and len(files) == 1  # a file, not a folder or glob of one
-    folders = [output] if is_one else [output / name for name in folder_names(files)]
+    folders: list[Path | None] = [None] * len(files)
+    if output is not None:
+        folders = [Path(output)] if is_one else [Path(output, name) for name in folder_names(files)]
     kind = ClipInterpretation if model.is_video else Interpretation
-    check_not_read((path for folder in folders for path in kind.files(folder)), [*files, checkpoint])
+    written = [path for folder in folders if folder for path in kind.files(folder)]
+    check_not_read([*written, *([json] if json and json != STDOUT else [])], [*files, checkpoint])
+    if budget is not None and isinstance(predictor, Predictor):
+        thresholds = _thresholds(predictor, files, budget)
 
-    console = Console(stderr=True)
+    screen, lines = Console(stderr=True), []
     # Lines for stdout go through the bar only where both are the same screen, and there is no bar in a log file.
-    bar = Progress(console=console, disable=not console.is_terminal, redirect_stdout=sys.stdout.isatty())
+    bar = Progress(console=screen, disable=not screen.is_terminal, redirect_stdout=sys.stdout.isatty())
 
-    def process(file: Path, folder: Path) -> None:
+    def process(file: Path, folder: Path | None) -> None:
         if isinstance(predictor, VideoPredictor):
             frames = bar.add_task(escape(printable(file.name)), total=predictor.num_frames)
             result: Result = predictor(file, thresholds, lambda n: bar.advance(frames, n))
@@ -139,12 +123,21 @@ def interpret(
             result = predictor(file, thresholds)
             dense = result if result.kept.all() else predictor(result.photo, 0.0)
             result = replace(result, dense_top5=dense.top5)
-        result.save(folder, None if group is None else group - 1, colormap)
-        print(summary(result, folder))
+            if method != "interpreter":
+                heat = predictor.heatmap(result.photo, method, thresholds)
+                result = replace(result, method=method, heat=heat)
+        if folder is not None:
+            result.save(folder, None if group is None else group - 1, colormap)
+        print(summary(result, folder), file=sys.stderr if json == STDOUT else sys.stdout)
+        if json == STDOUT:
+            print(to_json(result.to_dict()))
+        elif json is not None:
+            lines.append(to_json(result.to_dict()) + "\n")
 
     if is_one:
         with bar if model.is_video else nullcontext():
-            process(files[0], output)
+            process(files[0], folders[0])
+        _write(json, lines)
         return 0
     failed, what = 0, predictor.TAKES
     with bar:
@@ -154,29 +147,38 @@ def interpret(
             except InputError as error:
                 failed += 1
                 print(f"error: {error}", file=sys.stderr)
+    _write(json, lines)
     if failed:
         print(f"error: {failed} of {len(files)} {what} failed", file=sys.stderr)
     return int(failed > 0)
 
 
-def summary(result: Result, folder: Path) -> str:
-    """A summary in five lines."""
+def _write(json: str | None, lines: list[str]) -> None:
+    if json not in (None, STDOUT):
+        write(str(json), "".join(lines))
+
+
+def _thresholds(predictor: Predictor, files: Sequence[Path], budget: float) -> list[float] | None:
+    """Those that meet a share of the dense MACs on the photos; None if none of them can be read."""
+    images = []
+    for file in files[:CALIBRATION_PHOTOS]:
+        with suppress(InputError):  # it is named when its turn comes
+            images.append(predictor.prepare(read_photo(file)))
+    gmacs = budget * predictor.model.dense_macs / 1e9
+    return thresholds_for(predictor.model, torch.cat(images), gmacs=gmacs) if images else None
+
+
+def summary(result: Result, folder: Path | None) -> str:
+    """A summary in five lines; in four without a folder."""
     best = ", ".join(f"{name} {100 * p:.1f} %" for name, p in result.top5[:1]) or "no classes"
     best += "".join(f" (with every patch: {name} {100 * p:.1f} %)" for name, p in (result.dense_top5 or ())[:1])
     kept = " > ".join(f"{ratio:.2f}" for ratio in (1, *result.keep_ratio))
     change = 100 * (result.macs / result.dense_macs - 1)
-    lines = (
+    lines = [
         f"{result.file}: {best}",
         f"  patches       {kept} of {result.kept.shape[1]}",
         f"  MACs          {result.cost} ({change:+.1f} %)",
         f"  forward pass  {result.milliseconds:.1f} ms",
-        f"  results       {', '.join(map(str, result.files(folder)))}",
-    )
+        *([f"  results       {', '.join(map(str, result.files(folder)))}"] if folder else []),
+    ]
     return "\n".join(map(printable, lines))
-
-
-def _number(text: str, kind: type[_Number], option: str) -> _Number:
-    try:
-        return kind(text)
-    except ValueError:
-        raise InputError(f"--{option} {text}: not a number") from None

@@ -1,6 +1,6 @@
 """`iared2 figure maps` and `iared2 figure hierarchy`: the figures of the paper, for any photos, for print.
 
-Owns the options of the command, its output, and the path of the file.
+Owns the output of the command, and the path of the file.
 """
 
 from __future__ import annotations
@@ -20,42 +20,20 @@ from torch.nn.functional import interpolate
 from ..atomic import write
 from ..data.photo import find_photos, read_photo
 from ..device import usable_device
-from ..errors import InputError, printable
+from ..errors import InputError, missing, printable
 from ..explain.figures import blank, ratio
-from ..explain.gradients import KIN
 from ..explain.heatmap import colors, overlay
-from ..explain.methods import METHODS, heatmap
+from ..explain.methods import heatmap
+from ..explain.names import PAPER
 from ..explain.plates import Panel, fit, plate
 from ..pretrained.checkpoint import load
 from .output import check_not_read, check_writable
 from .photo import Predictor
 
 KINDS = ".png", ".pdf"
-PAPER = "memorability", "attention", "interpreter"
-"""The methods in the figure of the paper, in order."""
 TITLES = {"interpreter": "ours", "attention": "raw attention", "rollout": "attention rollout", "gradcam": "Grad-CAM"}
 MAX_HEIGHT = 60_000  # pixels; matplotlib draws nothing higher than 2¹⁶
 Row = Callable[[Image.Image], list[Panel]]
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command."""
-    parser.add_argument(
-        "figure", choices=["maps", "hierarchy"], help="heat maps side by side, or what each group keeps"
-    )
-    parser.add_argument("photo", nargs="+", help="images, folders of images, or quoted globs; one row each")
-    parser.add_argument("-o", "--output", required=True, help="file to write: .pdf (pages) or .png (one picture)")
-    parser.add_argument("-c", "--checkpoint", help="your own model (default: the model in the box)")
-    parser.add_argument("-t", "--threshold", nargs="+", type=float, metavar="T", help="one number, or one per group")
-    parser.add_argument(
-        "-m",
-        "--methods",
-        nargs="+",
-        metavar="METHOD",
-        help=f"columns of `maps`, of {', '.join((*METHODS, *list(KIN)[1:]))} (default: {' '.join(PAPER)})",
-    )
-    parser.add_argument("--colormap", default="jet", help="a colormap of matplotlib (default: %(default)s)")
-    parser.add_argument("--device", default="cpu")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -100,7 +78,7 @@ def _maps(predictor: Predictor, args: argparse.Namespace) -> tuple[list[str], Ro
     methods = args.methods or [*PAPER]
     if not args.methods and not importlib.util.find_spec("resmem"):
         methods.remove("memorability")
-        print("memorability is left out: pip install 'iared2[memorability]' (489 MB)", file=sys.stderr)
+        print(f"left out: {missing('memorability', 'resmem', 'memorability')} (489 MB)", file=sys.stderr)
 
     def row(photo: Image.Image) -> list[Panel]:
         images = predictor.prepare(photo)

@@ -36,24 +36,6 @@ RUN = "_predict.json"
 MAX_WORKERS, MAX_BATCH, MAX_SHARD = 256, 1 << 16, 1 << 20
 
 
-def add_arguments(command: argparse.ArgumentParser) -> None:
-    """The arguments of ``iared2 predict``."""
-    command.add_argument(
-        "photos", nargs="+", help="photos, folders of them at any depth, tar shards, parquet files, hf:NAME"
-    )
-    command.add_argument("-o", "--output", required=True, help="folder for the Parquet files")
-    command.add_argument("-c", "--checkpoint", help="your own model (default: the one in the box)")
-    command.add_argument("-t", "--threshold", type=float, nargs="+", help="one number, or one per group")
-    command.add_argument("--embedding", action="store_true", help="add the pooled features before the classifier")
-    command.add_argument("--scores", action="store_true", help="add the scores of all patches, as float16")
-    command.add_argument("--image-column", default="image", help="of parquet files and hf:NAME (default: image)")
-    command.add_argument("--split", help="of hf:NAME (default: all)")
-    command.add_argument("--batch-size", type=int, default=64, help="photos per forward pass (default: 64)")
-    command.add_argument("--shard-size", type=int, default=4096, help="photos per Parquet file (default: 4096)")
-    command.add_argument("--workers", type=int, default=2, help="processes that read photos (default: 2)")
-    command.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda if there is one)")
-
-
 def run(arguments: argparse.Namespace) -> int:
     """Run ``iared2 predict``. A photo that cannot be read is a row with its error, and no failure of the command."""
     _check(arguments)

@@ -1,15 +1,23 @@
-"""Output folders: their names, whether they are writable, and protection of the input files."""
+"""Output folders: their names, whether they are writable, and protection of the input files; results as JSON."""
 
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+from rich.console import Console
+
+from ..atomic import to_json, write
 from ..errors import InputError
+
+STDOUT = "-"
+"""What the option ``--json`` is without a file."""
 
 
 def folder_names(files: Sequence[Path]) -> list[str]:
@@ -54,6 +62,34 @@ def check_not_read(outputs: Iterable[str | Path], inputs: Iterable[str | Path | 
     for path in inputs if there else ():
         if path and (output := there.get(_identity(path))):
             raise InputError(f"{output}: is read, and a result would replace it; choose another output")
+
+
+def check_file(option: str, file: str | None) -> None:
+    """Check before the work that an option names a file, in a folder that exists; None and ``STDOUT`` pass.
+
+    Raises:
+        InputError: it does not.
+    """
+    if file and file != STDOUT and (Path(file).is_dir() or not Path(file).absolute().parent.is_dir()):
+        raise InputError(f"{option} {file}: give the name of a file, in a folder that is there")
+
+
+def console(json: str | None) -> Console:
+    """Where a command prints for people: stdout, or stderr if the option ``--json`` needs stdout for itself."""
+    stream = sys.stderr if json == STDOUT else sys.stdout
+    return Console(file=stream, width=None if stream.isatty() else 140)
+
+
+def write_json(file: str | None, results: Any) -> None:
+    """Do what the option ``--json`` says: write the results in one line to a file or to stdout, or nothing.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    if file == STDOUT:
+        print(to_json(results))
+    elif file is not None:
+        write(file, to_json(results) + "\n")
 
 
 def _identity(path: str | Path) -> tuple[int, int] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import http.client
 import io
 import os
@@ -13,17 +14,18 @@ from dataclasses import dataclass
 from functools import cache
 from html import escape
 from pathlib import Path
-from typing import Any, BinaryIO, overload
+from typing import Any, BinaryIO, Literal, overload
 
 import numpy as np
 import torch
 from PIL import Image
 from timm.data import ImageNetInfo, infer_imagenet_subset
+from torch.nn import functional as F
 
 from ..data.clips import is_video
 from ..data.photo import fault, find_photos, load_image, read_photo, reason, to_rgb, upright
 from ..errors import InputError, printable
-from ..explain import figures
+from ..explain import figures, methods
 from ..explain.heatmap import default_group, overlay
 from ..model.reduced import ReducedVisionTransformer
 from .result import BasePredictor, Result, png
@@ -33,21 +35,25 @@ MAX_BYTES, TIMEOUT = 1 << 28, 30
 """Of a photo from a file object or an address: its size, and the seconds without an answer."""
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Interpretation(Result):
     """The result for one photo; see ``Result`` for the other attributes.
 
     Attributes:
         photo: upright, 8-bit RGB, in its original size W × H.
+        method: of the heat map, see `explain.methods.heatmap`.
+        heat: ``(H, W)`` float32 in [0, 1], of a method other than "interpreter"; None for our own.
     """
 
     PICTURES = "interpret-result.png", "hierarchy.png"
 
     photo: Image.Image
+    method: str = "interpreter"
+    heat: np.ndarray | None = None
 
     def heatmap(self, group: int | None = None) -> np.ndarray:
-        """``(H, W)`` float32 in [0, 1]: the scores of a group, see ``Result.map``."""
-        return self.map(group, self.photo)
+        """``(H, W)`` float32 in [0, 1]: the scores of a group, see ``Result.map``; or ``heat`` if it is set."""
+        return self.map(group, self.photo) if self.heat is None else self.heat
 
     def overlay(self, group: int | None = None, colormap: str = "jet") -> Image.Image:
         """The photo blended with the heat map, W × H."""
@@ -58,7 +64,12 @@ class Interpretation(Result):
         photo = figures.enlarged(self.photo)
         number = default_group(len(self.scores)) if group is None else group
         what = f"colour: the scores by which group {number + 1} of {len(self.scores)} keeps patches"
-        return figures.result_figure(photo, self.map(group, photo), colormap, [*self._words()[-1:], what])
+        if self.heat is None:
+            heat = self.map(group, photo)
+        else:
+            what = f"colour: {self.method}"
+            heat = np.asarray(Image.fromarray(self.heat).resize(photo.size, Image.Resampling.BICUBIC)).clip(0, 1)
+        return figures.result_figure(photo, heat, colormap, [*self._words()[-1:], what])
 
     def hierarchy(self) -> Image.Image:
         """The photo, then the patches kept by each group, with their share, the class, and a legend."""
@@ -94,7 +105,8 @@ class Interpretation(Result):
     def to_dict(self) -> dict[str, Any]:
         """Everything except the pictures, as JSON types. Patches are listed row by row."""
         photo = {"file": self.file, "width": self.photo.width, "height": self.photo.height}
-        return {"photo": photo, **super().to_dict()}
+        method = {} if self.heat is None else {"method": self.method}
+        return {"photo": photo, **method, **super().to_dict()}
 
 
 class Predictor(BasePredictor):
@@ -181,6 +193,34 @@ class Predictor(BasePredictor):
     def prepare(self, photo: Image.Image) -> torch.Tensor:
         """An RGB photo as the model's input ``(1, 3, height, width)``: resized whole, normalised, on the device."""
         return self.on_device(self._transform(photo))
+
+    def heatmap(
+        self,
+        photo: Image.Image,
+        method: str,
+        threshold: float | Sequence[float] | None = None,
+        group: int | Literal["all"] | None = None,
+    ) -> np.ndarray:
+        """What another method of explanation shows of a photo, for the reduced model: `explain.methods.heatmap`.
+
+        Args:
+            photo: RGB, W × H.
+            method: one of `explain.names.EVERY`.
+            threshold: as for a call.
+            group: of the method "interpreter", from 0, or "all".
+
+        Returns:
+            ``(H, W)`` float32 in [0, 1].
+
+        Raises:
+            InputError: an unknown method, or one whose package is missing; or the thresholds are wrong.
+        """
+        model = copy.copy(self.model)  # shares the weights, but has its own thresholds
+        if (thresholds := self.thresholds(threshold)) is not None:
+            model.threshold = thresholds
+        maps = methods.heatmap(model, self.prepare(photo), method, group=group)
+        size = photo.height, photo.width
+        return F.interpolate(maps[None], size, mode="bicubic", antialias=True).clamp(0, 1)[0, 0].cpu().numpy()
 
     def class_name(self, index: int) -> str:
         """The model's own name, that of ImageNet for a model with as many classes, or else the number."""

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..atomic import to_json, whole
 from ..data.batches import model_transform
 from ..device import timed, usable_device
-from ..errors import InputError
+from ..errors import InputError, printable
 from ..explain.heatmap import default_group, grid_of, lowest_kept, score_map
 from ..model.decide import Decide
 from ..model.reduced import Output, ReducedVisionTransformer
@@ -32,7 +32,7 @@ from .output import check_not_read
 RESULT = "result.json"
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Result:
     """The result of a predictor. Groups are counted from 0 here, as in the arrays.
 
@@ -64,6 +64,13 @@ class Result:
     model: dict[str, Any]
     file: str | None = None
     dense_top5: list[tuple[str, float]] | None = None
+
+    def __repr__(self) -> str:
+        """In one line: the file, the best class, and what was kept at which cost."""
+        best = ", ".join(f"{name} {100 * p:.1f} %" for name, p in self.top5[:1]) or "no classes"
+        kept = " > ".join(f"{ratio:.2f}" for ratio in self.keep_ratio)
+        what = f"{self.file or 'no file'}: {best}, patches {kept}, MACs {self.cost}"
+        return f"<{type(self).__name__} {printable(what)}>"
 
     @property
     def grid_size(self) -> tuple[int, ...]:

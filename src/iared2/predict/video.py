@@ -17,7 +17,7 @@ from . import video_figures as figures
 from .result import BasePredictor, Result, png
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class ClipInterpretation(Result):
     """The result for one clip; see ``Result`` for the other attributes.
 

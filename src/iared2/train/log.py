@@ -55,15 +55,25 @@ class RunLog:
         self.progress.start()
         self.task: TaskID | None = None
 
-    def start_stage(self, name: str, steps: int, done: int) -> None:
-        """Start a progress bar of ``steps``, of which ``done`` are done."""
+    def start_stage(self, name: str, steps: int, done: int, epoch_steps: int) -> None:
+        """Start a stage of ``steps``, of which ``done`` are done: a progress bar, and a line where there is none."""
+        self.steps, self.done, self.epoch_steps = steps, done, epoch_steps
         if self.main:
             if self.task is not None:
                 self.progress.remove_task(self.task)
-            self.task = self.progress.add_task(name, total=steps, completed=done, shown="")
+            self.task = self.progress.add_task(f"{name}, {self.place}", total=steps, completed=done, shown="")
+            if not self.console.is_terminal:
+                self.say(f"{name}: starts, {self.place}")
+
+    @property
+    def place(self) -> str:
+        """Where the stage is: ``epoch 1.5 of 20, 8 % of the stage``."""
+        epoch, epochs = (round(number / self.epoch_steps, 2) for number in (self.done, self.steps))
+        return f"epoch {epoch:g} of {epochs:g}, {100 * self.done / self.steps:.0f} % of the stage"
 
     def step(self, stage: str, epoch: int, step: int, total_steps: int, metrics: dict[str, float]) -> None:
         """Record one optimiser step. Metrics are explained in docs/metrics.md."""
+        self.done = step
         if not self.main:
             return
         self._write(
@@ -73,7 +83,7 @@ class RunLog:
             self.tensorboard.add_scalar(f"{stage.split()[0]}/{name}", value, total_steps)
         shown = " ".join(f"{name} {metrics[name]:.3f}" for name in SHOWN if name in metrics)
         if self.task is not None:
-            self.progress.update(self.task, completed=step, shown=shown)
+            self.progress.update(self.task, description=f"{stage}, {self.place}", completed=step, shown=shown)
 
     def evaluation(self, stage: str, total_steps: int, metrics: dict[str, Any]) -> None:
         """Record one evaluation on held-out images, and print it."""
@@ -84,9 +94,8 @@ class RunLog:
             for i, number in enumerate(value if isinstance(value, list) else [value], start=1):
                 tag = f"{name}_{i}" if isinstance(value, list) else name
                 self.tensorboard.add_scalar(f"evaluation/{tag}", number, total_steps)
-        self.say(
-            f"{stage}: " + "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items())
-        )
+        shown = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in metrics.items())
+        self.say(f"{stage}, {self.place}: {shown}")
 
     def say(self, line: str) -> None:
         """Print one line above the progress bar."""

@@ -253,7 +253,7 @@ def check(recipe: Recipe) -> None:
             f"policy.keep = {list(policy.keep)} should be {shares} in (0, 1] that do not rise",
         ),
         (policy.joint and not policy.keep, f"policy.joint needs policy.keep, {shares}"),
-        (policy.joint and not learned, 'policy.joint goes with policy.decisions = "learned"'),
+        (policy.joint and policy.decisions == "gumbel", 'policy.joint does not go with policy.decisions = "gumbel"'),
         (policy.equal_counts and not policy.keep, f"policy.equal_counts needs policy.keep, {shares}"),
         (not learned and not policy.keep, f"policy.decisions = {policy.decisions!r} needs policy.keep, {shares}"),
         (

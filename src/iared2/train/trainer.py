@@ -146,7 +146,7 @@ class Trainer:
         if stage.budget and not self.position.step:
             self.calibrate(stage.budget)
         self.learning = learning = self.prepare(stage, parts)
-        self.log.start_stage(stage.name, learning.total, self.position.step)
+        self.log.start_stage(stage.name, learning.total, self.position.step, learning.epoch_steps)
         self.evaluate_if_due(stage, learning)  # the run may have been stopped just there
         learning.wrapped.train()
         saved = clock = time.monotonic()

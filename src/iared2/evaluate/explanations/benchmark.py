@@ -27,9 +27,9 @@ from ...data.batches import model_transform
 from ...data.regions import NO_REGION, Regions, region_batches
 from ...device import timed
 from ...errors import InputError
-from ...explain.gradients import KIN
 from ...explain.heatmap import grid_of
-from ...explain.methods import METHODS, heatmap
+from ...explain.methods import heatmap
+from ...explain.names import EVERY, KIN
 from ...model.reduced import ReducedVisionTransformer
 from . import faithfulness, measures
 from .results import COUNTS, Benchmark, MethodResult, estimate
@@ -154,8 +154,8 @@ def read_method(text: str, model: ReducedVisionTransformer) -> dict[str, Any]:
         InputError: there is no such method, group or block.
     """
     method, _, which = text.partition(":")
-    if method not in (known := dict.fromkeys((*METHODS, *KIN))):
-        raise InputError(f"there is no method {method!r}; take some of {', '.join(known)}")
+    if method not in EVERY:
+        raise InputError(f"there is no method {method!r}; take some of {', '.join(EVERY)}")
     if not which:
         return {"method": method}
     if (method, which) == ("interpreter", "all"):

@@ -1,6 +1,6 @@
 """`iared2 explain-bench`: methods of explanation × measures on photos with boxes or masks, as a table and a plot.
 
-A thin client of benchmark.py: owns the options of the command, its output, and the paths of the files.
+A thin client of benchmark.py: owns the output of the command, and the paths of the files.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import io
 import os
 from itertools import chain
 from pathlib import Path
-from typing import get_args
 
 from matplotlib.figure import Figure
 from rich.box import SIMPLE
@@ -18,52 +17,17 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from ...atomic import to_json, write
+from ...atomic import write
 from ...data.regions import open_regions
 from ...device import usable_device
 from ...errors import InputError
-from ...explain.gradients import KIN
-from ...explain.methods import METHODS
-from ...predict.output import check_not_read
+from ...predict.output import check_file, check_not_read, console, write_json
 from ...pretrained.checkpoint import load
 from .benchmark import benchmark
-from .faithfulness import Fill
 from .results import LEVEL, Benchmark, Measure, MethodResult
 
-DEFAULT = ("interpreter", "interpreter:all", *(m for m in METHODS if m not in ("interpreter", "memorability")))
 ARROWS = {1: " ↑", -1: " ↓", 0: ""}
 PLOTS = ".png", ".pdf", ".svg"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command."""
-    parser.add_argument("checkpoint", help="file of model.save(), folder of a run, or 'box' for the model in the box")
-    parser.add_argument(
-        "data",
-        help="parquet with bbox or mask, a folder of it, a folder with images/ and masks/, or gtsegs_ijcv.mat",
-    )
-    parser.add_argument(
-        "--methods",
-        nargs="+",
-        default=DEFAULT,
-        metavar="METHOD",
-        help=f"of {', '.join(METHODS)}, {', '.join(KIN)}; interpreter:G for group G or `all`, attention:B for block B,"
-        " counted from 1 (default: all except memorability, whose weights are large)",
-    )
-    parser.add_argument("--limit", type=int, default=1000, help="photos to draw at random (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=16, help="steps of insertion and deletion (default: %(default)s)")
-    parser.add_argument(
-        "--fill", default="blur", choices=get_args(Fill), help="fill of the blanked patches (default: %(default)s)"
-    )
-    parser.add_argument("--split", default="validation", help="split of parquet files (default: %(default)s)")
-    parser.add_argument("--region", help="column of the regions (default: mask, else bbox)")
-    parser.add_argument("--label", help="column of the labels (default: label, else class_id)")
-    parser.add_argument("--only", default="", metavar="COLUMN", help="use only the rows where this column is true")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", help="also write the results to this file")
-    parser.add_argument("--plot", help="plot the results to this file: .png, .pdf or .svg")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -72,9 +36,8 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         InputError: an argument is wrong (checked before any work); or see ``benchmark``.
     """
-    for option, file in (("--json", args.json), ("--plot", args.plot)):
-        if file and (Path(file).is_dir() or not Path(file).absolute().parent.is_dir()):
-            raise InputError(f"{option} {file}: give the name of a file, in a folder that is there")
+    check_file("--json", args.json)
+    check_file("--plot", args.plot)
     if args.json and args.json == args.plot:
         raise InputError(f"--json and --plot are both {args.json}; give two names")
     if args.plot and Path(args.plot).suffix.lower() not in PLOTS:
@@ -102,15 +65,11 @@ def run(args: argparse.Namespace) -> int:
             seed=args.seed,
             advance=lambda images: progress.advance(task, images),
         )
-    text = to_json(result.to_dict())
-    if args.json:
-        write(args.json, text + "\n")
+    write_json(args.json, result.to_dict())
     if args.plot:
         write(args.plot, picture(result, Path(args.plot).suffix[1:].lower()))
-    console = Console()
     for table in tables(result):
-        console.print(table)
-    print(text)
+        console(args.json).print(table)
     return 0
 
 

@@ -1,9 +1,8 @@
-"""``iared2 bench``: prints a table, and JSON as the last line."""
+"""``iared2 bench``: the speed of a model against dense, masked, padded and random baselines, as a table."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import re
 import sys
@@ -17,47 +16,32 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from ...atomic import write
 from ...data.batches import eval_batches, model_transform
 from ...data.images import DataConfig, open_samples
 from ...device import usable_device
-from ...errors import InputError
+from ...errors import InputError, missing
 from ...keyed import permutation
 from ...model.reduced import ReducedVisionTransformer
 from ...model.video_transformer import default_cfgs as video
+from ...predict.output import check_file, console, write_json
 from ...pretrained.build import from_timm
 from ...pretrained.checkpoint import BOX, load
 from . import inference as speed
 from .workload import Workload, by_the_policy, drawn
 
+MODEL = "deit_small_patch16_224"
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def add_arguments(command: argparse.ArgumentParser) -> None:
-    """The arguments of ``iared2 bench``."""
-    command.add_argument("model", nargs="?", default="deit_small_patch16_224", help="timm name, checkpoint, or 'box'")
-    command.add_argument("--data", help="real images, on which the checkpoint's own decision is used")
-    command.add_argument(
-        "--keep", type=_numbers, default=[0.85, 0.6, 0.35], help="without --data: mean keep ratio of each group"
-    )
-    command.add_argument("--spread", type=float, default=0.12, help="standard deviation of that share between images")
-    command.add_argument("--merge", action="store_true", help="merge dropped patches into kept ones")
-    command.add_argument("--img-size", type=int, nargs=2, metavar=("H", "W"), help="pixels, for a timm name")
-    command.add_argument("--frames", type=int, help="for a name such as timesformer_joint_base_patch16_224")
-    command.add_argument("--batch-size", type=int, nargs="+", default=[1, 8, 32])
-    command.add_argument("--device", default="cpu")
-    command.add_argument("--precision", choices=PRECISIONS, default="fp32")
-    command.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
-    command.add_argument("--seconds", type=float, default=60, help="measuring time per batch size (default: 60)")
-    command.add_argument("--no-compile", action="store_true", help="do not measure torch.compile")
-    command.add_argument(
-        "--train", action="store_true", help="measure a step of each training stage, at --keep of group 1"
-    )
-    command.add_argument("--json", help="also write the results to this file")
-
-
 def run(arguments: argparse.Namespace, more: Callable[[ReducedVisionTransformer, Workload], Any] | None = None) -> int:
-    """Run the benchmark; see `add_arguments`. ``more`` adds baselines (`speed.measure`) per workload."""
+    """Run the benchmark; see `arguments.bench`. ``more`` adds baselines (`speed.measure`) per workload."""
+    if arguments.model and arguments.checkpoint:
+        raise InputError(f"{arguments.model} and --checkpoint {arguments.checkpoint}: give one of the two")
+    if arguments.model and (arguments.model == BOX or Path(arguments.model).exists()):
+        arguments.model, arguments.checkpoint = None, arguments.model
+        print("note: iared2 bench CHECKPOINT is now iared2 bench -c CHECKPOINT", file=sys.stderr)
+    elif not arguments.checkpoint:
+        arguments.model = arguments.model or MODEL
     _check(arguments)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -65,27 +49,28 @@ def run(arguments: argparse.Namespace, more: Callable[[ReducedVisionTransformer,
     model = _model(arguments).to(device, PRECISIONS[arguments.precision])
     if arguments.merge:
         model.dropped = "merged"
-    console = Console(stderr=True)
-    title = f"{arguments.model}, {device}, {arguments.precision}, {torch.get_num_threads()} threads"
+    screen, tables = Console(stderr=True), console(arguments.json)
+    name = arguments.checkpoint or arguments.model
+    title = f"{name}, {device}, {arguments.precision}, {torch.get_num_threads()} threads"
     if model.dropped == "merged":
         title += ", dropped patches merge"
     if arguments.train:
         title += f"; group 1 keeps {arguments.keep[0]:g}"
     elif not arguments.data:
         shares = " ".join(f"{share:g}" for share in arguments.keep)
-        title += f"; scores drawn, not a trained policy's: keep {shares} ± {arguments.spread:g}"
+        title += f"; scores drawn, not a trained policy's: keep {shares} ± {arguments.keep_std:g}"
     given = {name: value for name, value in vars(arguments).items() if name != "run"}
     result: dict[str, Any] = {"title": title, "arguments": given, "machine": machine(device)}
     if arguments.train:
         result["training"] = [_train(model, size, arguments).to_dict() for size in arguments.batch_size]
         for row in result["training"]:
-            console.print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()})
+            tables.print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()})
     else:
         model.pack_weights()
         speeds = []
         for size in arguments.batch_size:
             workload = _workload(model, size, arguments)
-            with console.status(f"batches of {size}"):
+            with screen.status(f"batches of {size}"):
                 measured = speed.measure(
                     model,
                     workload,
@@ -94,17 +79,15 @@ def run(arguments: argparse.Namespace, more: Callable[[ReducedVisionTransformer,
                     more=more(model, workload) if more else None,
                 )
             speeds.append(measured)
-        Console(width=None if sys.stdout.isatty() else 140).print(speed.table(speeds, title))
+        tables.print(speed.table(speeds, title))
         for size, measured in zip(arguments.batch_size, speeds, strict=True):
-            print(
+            tables.print(
                 f"batch {size}: against our own engine when nothing is dropped, efficiency"
-                f" {measured.efficiency_within:.2f}; interpreters {100 * measured.interpreters:.2f} % of the time"
+                f" {measured.efficiency_within:.2f}; interpreters {100 * measured.interpreters:.2f} % of the time",
+                highlight=False,
             )
         result["speed"] = [measured.to_dict() for measured in speeds]
-    text = json.dumps(result)
-    print(text)
-    if arguments.json:
-        write(arguments.json, text + "\n")
+    write_json(arguments.json, result)
     return 0
 
 
@@ -131,12 +114,13 @@ def _version(package: str) -> str | None:
 
 
 def _check(arguments: argparse.Namespace) -> None:
+    check_file("--json", arguments.json)
     if not all(1 <= size <= 1 << 16 for size in arguments.batch_size):
         raise InputError("--batch-size must be 1 or more, and not more than 65536")
     if arguments.threads is not None and arguments.threads < 1:
         raise InputError("--threads must be 1 or more")
-    if not 0 <= arguments.spread <= 1 or not 0 <= arguments.seconds < 1e6:
-        raise InputError("--spread is a number from 0 to 1, and --seconds 0 or more")
+    if not 0 <= arguments.keep_std <= 1 or not 0 <= arguments.seconds < 1e6:
+        raise InputError("--keep-std is a number from 0 to 1, and --seconds 0 or more")
     if arguments.frames is not None and arguments.frames < 1:
         raise InputError("--frames must be 1 or more")
     if arguments.train and arguments.data:
@@ -145,16 +129,12 @@ def _check(arguments: argparse.Namespace) -> None:
         raise InputError("--keep: group 1 keeps a share above 0, up to 1")
 
 
-def _numbers(text: str) -> list[float]:
-    return [float(part) for part in text.split(",")]
-
-
 def _model(arguments: argparse.Namespace) -> ReducedVisionTransformer:
     name, size, frames = arguments.model, arguments.img_size, arguments.frames
-    if name == BOX or Path(name).exists():
+    if arguments.checkpoint:
         if size or frames:
             raise InputError("--img-size and --frames go with a timm name; a checkpoint has its own size")
-        return load(name)
+        return load(arguments.checkpoint)
     if frames:
         if name.split(".")[0] not in video:
             raise InputError(f"--frames goes with one of {', '.join(video)}; not with {name}")
@@ -168,7 +148,7 @@ def _workload(model: ReducedVisionTransformer, size: int, arguments: argparse.Na
     if not arguments.data:
         generator = torch.Generator().manual_seed(0)
         images = torch.randn(size, *model.pretrained_cfg["input_size"], generator=generator).to(parameter)
-        return drawn(model, images, arguments.keep, arguments.spread)
+        return drawn(model, images, arguments.keep, arguments.keep_std)
     return by_the_policy(model, _read(model, arguments.data, size).to(parameter))
 
 
@@ -188,6 +168,6 @@ def _train(model: ReducedVisionTransformer, size: int, arguments: argparse.Names
     try:
         from . import training as train
     except ModuleNotFoundError as error:
-        raise InputError(f"training needs the package {error.name}: pip install 'iared2[train]'") from None
+        raise missing("training", error.name, "train") from None
     images = torch.randn(size, *model.pretrained_cfg["input_size"]).to(next(model.parameters()))
     return train.measure(model, images, arguments.keep[0], seconds=arguments.seconds)

@@ -32,11 +32,11 @@ class Workload:
 
 
 def drawn(
-    model: ReducedVisionTransformer, images: Tensor, keep: Sequence[float], spread: float, seed: int = 0
+    model: ReducedVisionTransformer, images: Tensor, keep: Sequence[float], std: float, seed: int = 0
 ) -> Workload:
     """A workload whose keep counts follow a stated distribution, for a model without a trained policy.
 
-    Image b keeps a share ``keep[g] + spread · z_b`` of its patches in group g. The z_b are the B quantiles of a normal
+    Image b keeps a share ``keep[g] + std · z_b`` of its patches in group g. The z_b are the B quantiles of a normal
     distribution, in random order and the same in all groups: an image with a large object keeps more in each group.
     Which patches stay is drawn, too. The interpreters still run, so their cost is included.
 
@@ -53,7 +53,7 @@ def drawn(
         raise InputError(f"--keep: give {model.num_groups} shares from 0 to 1 that do not rise, one per group")
     order = keyed.permutation(seed, SITE_COUNTS, len(images))
     z = torch.special.ndtri((order + 0.5) / len(images))
-    num_keep = ((shares[:, None] + spread * z) * num_patches).round().clamp(1, num_patches).long()
+    num_keep = ((shares[:, None] + std * z) * num_patches).round().clamp(1, num_patches).long()
     num_keep = num_keep.cummin(0).values
 
     draws = keyed.uniform(
