@@ -124,6 +124,10 @@ def test_where_dropping_does_not_pay_it_says_so(photos, model, monkeypatch, caps
     found = iared2.accelerate(model.backbone, photos, macs=0.7)
     assert found.threshold == 0
     assert "dropping does not pay here" in " ".join(capsys.readouterr().out.split())
+    images, _ = read(photos, model, 1000)
+    with torch.inference_mode():
+        cost = found.trace(images[60:], found.report.decision).macs.double().mean().item()
+    assert cost / found.dense_macs == pytest.approx(found.report.macs)
 
 
 def test_sixteen_patches_do_not_pay(photos, monkeypatch, capsys):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from statistics import median
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from ..errors import printable
 from ..evaluate.agreement import NEIGHBOURS, Agreement, agreement
 from ..evaluate.speed.inference import take_turns, undropped
 from ..model.calibrate import BATCH_SIZE
+from ..model.decide import Decision
 from ..model.reduced import ReducedVisionTransformer
 from ..model.schedule import Schedule
 from .decision import Choice, Half, Target
@@ -41,7 +41,9 @@ class Report:
         dense_gmacs: 10⁹ MACs per image of the dense model.
         keep_ratio: share of the patches alive after each group.
         device, batch_size: of the timing.
-        images_per_second: of timm's model, of our engine without dropping, and with it; medians, taking turns.
+        images_per_second: of timm's model, of our engine without dropping, and with it, taking turns; the fastest round
+            of each, which other load on the machine affects least.
+        decision: what was found, also if it does not pay.
         pays: dropping makes the model faster, and keeps what was asked for. If not, the model drops nothing.
         notes: what else has to be said.
     """
@@ -59,6 +61,7 @@ class Report:
     device: str
     batch_size: int
     images_per_second: tuple[float, float, float] | None
+    decision: Decision | None
     pays: bool
     notes: tuple[str, ...]
 
@@ -144,6 +147,7 @@ def reported(
             f" below max_drop={target.max_drop:g}. Give a larger max_drop, or more photos, whose bound is closer"
         )
         about |= {"found": None, "reported": None, "images_per_second": None, "macs": 1.0, "pays": False}
+        about["decision"] = None
         return Report(**about, keep_ratio=(1.0,) * model.num_groups, notes=tuple(notes))
     model.decision = found.decision
     costs, ratios = [], []
@@ -161,7 +165,8 @@ def reported(
     if not pays:
         notes.append(
             f"dropping does not pay here: {macs:.0%} of the MACs, {speeds[2] / max(speeds[:2]):.2f} times as fast as"
-            " without dropping. Nothing is dropped. Models with more patches, or larger batches, gain more"
+            " without dropping. Nothing is dropped (model.decision = model.report.decision would). Models with more"
+            " patches, or larger batches, gain more"
         )
     return Report(
         **about,
@@ -170,6 +175,7 @@ def reported(
         macs=macs,
         keep_ratio=tuple(torch.cat(ratios, 1).mean(1).tolist()),
         images_per_second=speeds,
+        decision=found.decision,
         pays=pays,
         notes=tuple(notes),
     )
@@ -183,7 +189,7 @@ def _speeds(model: ReducedVisionTransformer, batch: Tensor) -> tuple[float, floa
         "whole": partial(undropped, model, batch),
         "ours": partial(model, batch),
     }
-    timm, whole, ours = (len(batch) / median(seconds) for seconds in take_turns(ways, batch.device, SECONDS).values())
+    timm, whole, ours = (len(batch) / min(seconds) for seconds in take_turns(ways, batch.device, SECONDS).values())
     return timm, whole, ours
 
 
