@@ -2,7 +2,7 @@
 
 `FixedCount` keeps the same number of patches of every image, the best-scored ones: top-k and gathers, shapes that are
 known beforehand, any batch size. `Adaptive` keeps what the threshold keeps; then the number of tokens depends on the
-image, so it takes one image at a time.
+image, so it takes one image at a time. For adaptive batches without torch, stages.py writes one graph per part.
 
 Both run timm's own blocks on dense tensors: with equal lengths, or a single image, nothing is ragged.
 """
@@ -29,6 +29,7 @@ from .model.block import attentions, run_module
 from .model.decide import EPS
 from .model.reduced import ReducedVisionTransformer
 from .pretrained.checkpoint import load
+from .stages import export_stages
 
 
 class _Dense(nn.Module):
@@ -211,17 +212,24 @@ def export(form: FixedCount | Adaptive, path: Path | str, batch_size: int | None
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """The arguments of ``iared2 export``."""
     command.add_argument("checkpoint", help="file of model.save(), folder of a run, or 'box' for the model in the box")
-    command.add_argument("output", help="FILE.onnx or FILE.pt2")
+    command.add_argument("output", help="FILE.onnx or FILE.pt2; with --adaptive-batch FILE.zip")
     kind = command.add_mutually_exclusive_group(required=True)
     kind.add_argument("--num-keep", type=int, nargs="+", help="patches kept in each group, of every image")
     kind.add_argument("--adaptive", action="store_true", help="what the thresholds keep; one image at a time")
+    kind.add_argument(
+        "--adaptive-batch", action="store_true", help="the same for batches of any size, for iared2.runtime.Engine"
+    )
     command.add_argument("--batch-size", type=int, help="of the exported model (default: any; 1 with --adaptive)")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run ``iared2 export``."""
     model, batch_size = load(arguments.checkpoint), arguments.batch_size
-    if arguments.adaptive:
+    if arguments.adaptive_batch:
+        if batch_size is not None:
+            raise InputError("--adaptive-batch takes batches of any size: leave --batch-size out")
+        export_stages(model, arguments.output)
+    elif arguments.adaptive:
         export(Adaptive(model), arguments.output, 1 if batch_size is None else batch_size)
     else:
         num_keep = arguments.num_keep * (model.num_groups if len(arguments.num_keep) == 1 else 1)

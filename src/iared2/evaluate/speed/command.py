@@ -27,6 +27,7 @@ from ...model.reduced import ReducedVisionTransformer
 from ...model.video_transformer import default_cfgs as video
 from ...pretrained.build import from_timm
 from ...pretrained.checkpoint import BOX, load
+from ...runtime import BACKENDS
 from . import inference as speed
 from .workload import Workload, by_the_policy, drawn
 
@@ -50,6 +51,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
     command.add_argument("--seconds", type=float, default=60, help="measuring time per batch size (default: 60)")
     command.add_argument("--no-compile", action="store_true", help="do not measure torch.compile")
+    command.add_argument(
+        "--rivals", nargs="+", choices=BACKENDS, default=[], help="also timm's model and ours in these runtimes, on a CPU"
+    )
     command.add_argument(
         "--train", action="store_true", help="measure a step of each training stage, at --keep of group 1"
     )
@@ -86,12 +90,15 @@ def run(arguments: argparse.Namespace, more: Callable[[ReducedVisionTransformer,
         for size in arguments.batch_size:
             workload = _workload(model, size, arguments)
             with console.status(f"batches of {size}"):
+                others = dict(more(model, workload)) if more else {}
+                if arguments.rivals:
+                    from .runtimes import ways
+
+                    others |= ways(
+                        model, workload, arguments.rivals, arguments.precision, torch.get_num_threads()
+                    )
                 measured = speed.measure(
-                    model,
-                    workload,
-                    seconds=arguments.seconds,
-                    compiled=not arguments.no_compile,
-                    more=more(model, workload) if more else None,
+                    model, workload, seconds=arguments.seconds, compiled=not arguments.no_compile, more=others
                 )
             speeds.append(measured)
         Console(width=None if sys.stdout.isatty() else 140).print(speed.table(speeds, title))
@@ -141,6 +148,8 @@ def _check(arguments: argparse.Namespace) -> None:
         raise InputError("--frames must be 1 or more")
     if arguments.train and arguments.data:
         raise InputError("--train runs on drawn images: leave --data out")
+    if arguments.rivals and (arguments.device != "cpu" or arguments.precision == "fp16" or arguments.merge):
+        raise InputError("--rivals run on a CPU, in fp32 or bf16, without --merge")
     if arguments.train and not 0 < arguments.keep[0] <= 1:
         raise InputError("--keep: group 1 keeps a share above 0, up to 1")
 
