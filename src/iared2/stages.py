@@ -1,10 +1,10 @@
 """The network in D + 2 parts for `iared2.runtime`: embed, one per group, head, each an ONNX graph of any batch.
 
-Between the parts, `runtime.Engine` decides which patches stay. Here is all that needs torch: the graphs and their file.
+Between the parts, `runtime.Engine` decides which patches stay. Here is what needs torch: the graphs and their file.
 
-Shapes: b images of one call, L their tokens in the longest one, T rows. A group takes the rows of its images end to end,
-as model/tokens.py has them, so its linear layers see no padding. Only attention and the interpreter of the next group
-read them as a padded ``(b, L)``, by one gather, and with a bias that hides the padding.
+Shapes: b images of one call, L tokens of the longest, T rows. A group takes the rows of its images end to end, as
+model/tokens.py has them, so its linear layers see no padding. Only attention and the interpreter of the next group read
+them as a padded ``(b, L)``, by a gather, and with a bias that hides the padding.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers import Attention
 from torch import Tensor, nn
 
 from .atomic import whole
@@ -29,7 +30,7 @@ from .model.block import after_attention, attentions, before_attention, head_dim
 from .model.dither import pattern
 from .model.macs import linear_macs
 from .model.reduced import ReducedVisionTransformer
-from .runtime import EXTERNAL, FORMAT, MANIFEST
+from .runtime.archive import EXTERNAL, FORMAT, MANIFEST
 
 ANY = torch.export.Dim.DYNAMIC
 
@@ -105,7 +106,9 @@ class Group(nn.Module):
             scale = head_dim(attentions(block)[0]) ** -0.5
             logits = (q * scale).transpose(1, 2) @ k.permute(0, 2, 3, 1) + bias[:, None, None]  # (b, H, L, L)
             y_attn = (logits.softmax(-1) @ v.transpose(1, 2)).transpose(1, 2)  # (b, L, H, head_dim)
-            x = after_attention(block, x, rest, y_attn.flatten(0, 1).flatten(1).index_select(0, back).unflatten(1, y_attn.shape[2:]))
+            x = after_attention(
+                block, x, rest, y_attn.flatten(0, 1).flatten(1).index_select(0, back).unflatten(1, y_attn.shape[2:])
+            )
         if self.scorer is None:
             return (x,)
         padded = x.index_select(0, rows.flatten()).unflatten(0, rows.shape)
@@ -143,16 +146,32 @@ def export_stages(model: ReducedVisionTransformer, path: Path | str) -> None:
     if importlib.util.find_spec("onnxscript") is None:
         raise InputError("ONNX needs the package onnxscript: pip install 'iared2[export]'")
     if model.dropped == "merged":
-        raise InputError("the adaptive batch does not merge patches: export --num-keep or --adaptive, or set model.dropped")
+        raise InputError(
+            "the adaptive batch does not merge patches: export --num-keep or --adaptive, or set model.dropped"
+        )
     if any(map(is_touched, model.modules())):
         raise InputError("the model has hooks or replaced methods, which a graph would lose; remove them first")
     model = copy.deepcopy(model).eval().requires_grad_(False).float().cpu()
-    graphs = {f"{name}.onnx": _graph(*parts) for name, parts in _stages(model)}
     about = json.dumps(_manifest(model))
+    for block in model.backbone.blocks:
+        for attn in attentions(block):
+            _separate(attn)
+    graphs = {f"{name}.onnx": _graph(*parts) for name, parts in _stages(model)}
     with whole(path, errors=RuntimeError) as file, zipfile.ZipFile(file, "w") as folder:  # stored, not compressed
         folder.writestr(MANIFEST, about)
         for name, graph in graphs.items():
             folder.writestr(name, graph)
+
+
+def _separate(attn: Any) -> None:
+    """Queries, keys and values from a layer each: no copy of a third of the columns, which takes 1 % of the time."""
+    if type(attn) is Attention and type(attn.qkv) is nn.Linear:
+        weights = attn.qkv.weight.chunk(3)
+        biases = (None,) * 3 if attn.qkv.bias is None else attn.qkv.bias.chunk(3)
+        for name, weight, bias in zip(("q_proj", "k_proj", "v_proj"), weights, biases, strict=True):
+            layer = nn.Linear(weight.shape[1], len(weight), bias is not None)
+            layer.load_state_dict({"weight": weight} if bias is None else {"weight": weight, "bias": bias})
+            setattr(attn, name, layer)  # which block.py prefers
 
 
 def _stages(model: ReducedVisionTransformer) -> list[tuple[str, tuple[nn.Module, dict[str, Any], list[str]]]]:
@@ -162,7 +181,12 @@ def _stages(model: ReducedVisionTransformer) -> list[tuple[str, tuple[nn.Module,
         x, rotary = vit.embed(model.backbone, images)
     rows = torch.arange(14).view(2, 7) + model.backbone.num_prefix_tokens
     number = int(rows.max()) + 5
-    inputs = {"x": x.new_zeros(number, x.shape[2]), "rows": rows.int(), "back": torch.zeros(number).int(), "bias": x.new_zeros(2, 7)}
+    inputs = {
+        "x": x.new_zeros(number, x.shape[2]),
+        "rows": rows.int(),
+        "back": torch.zeros(number).int(),
+        "bias": x.new_zeros(2, 7),
+    }
     if rotary is not None:
         inputs["positions"] = torch.zeros(number).int()
     found: list[tuple[str, tuple[nn.Module, dict[str, Any], list[str]]]] = [

@@ -52,7 +52,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--seconds", type=float, default=60, help="measuring time per batch size (default: 60)")
     command.add_argument("--no-compile", action="store_true", help="do not measure torch.compile")
     command.add_argument(
-        "--rivals", nargs="+", choices=BACKENDS, default=[], help="also timm's model and ours in these runtimes, on a CPU"
+        "--rivals",
+        nargs="+",
+        choices=BACKENDS,
+        default=[],
+        help="also timm's model and ours in these runtimes, on a CPU",
     )
     command.add_argument(
         "--train", action="store_true", help="measure a step of each training stage, at --keep of group 1"
@@ -94,9 +98,7 @@ def run(arguments: argparse.Namespace, more: Callable[[ReducedVisionTransformer,
                 if arguments.rivals:
                     from .runtimes import ways
 
-                    others |= ways(
-                        model, workload, arguments.rivals, arguments.precision, torch.get_num_threads()
-                    )
+                    others |= ways(model, workload, arguments.rivals, arguments.precision, torch.get_num_threads())
                 measured = speed.measure(
                     model, workload, seconds=arguments.seconds, compiled=not arguments.no_compile, more=others
                 )

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ... import runtime
 from ...model.reduced import ReducedVisionTransformer
+from ...runtime import BACKENDS, Decide, Engine
+from ...runtime.backends import loader
 from ...stages import export_stages
 from .workload import Workload
 
@@ -33,19 +34,19 @@ def ways(
     images = workload.images.float().cpu().numpy()
     decide = as_arrays(workload)
     found: dict[str, tuple[Callable[[Tensor], Any], float]] = {}
-    usable = [backend for backend in backends if precision in runtime.BACKENDS[backend]]
+    usable = [backend for backend in backends if precision in BACKENDS[backend]]
     if not usable:
         return found
     graph = dense_graph(model, len(images))
     for backend in usable:
-        run = runtime.loader(backend, threads, precision)(graph)
+        run = loader(backend, threads, precision)(graph)
         engine = exported(model, backend, threads, precision)
         found[f"dense, {NAMES[backend]}"] = (lambda _, run=run: run({"images": images})), model.dense_macs / 1e9
         found[f"ours, {NAMES[backend]}"] = (lambda _, engine=engine: engine(images, decide)), workload.gmacs
     return found
 
 
-def as_arrays(workload: Workload) -> runtime.Decide:
+def as_arrays(workload: Workload) -> Decide:
     """The decision of a workload, for an engine."""
 
     def decide(scores: np.ndarray, alive: np.ndarray, group: int) -> np.ndarray:
@@ -54,12 +55,12 @@ def as_arrays(workload: Workload) -> runtime.Decide:
     return decide
 
 
-def exported(model: ReducedVisionTransformer, backend: str, threads: int, precision: str) -> runtime.Engine:
+def exported(model: ReducedVisionTransformer, backend: str, threads: int, precision: str) -> Engine:
     """The engine of a model, by way of a temporary file."""
     with TemporaryDirectory() as folder:
         path = Path(folder, "model.zip")
         export_stages(model, path)
-        return runtime.Engine(path, backend, threads=threads, precision=precision)
+        return Engine(path, backend, threads=threads, precision=precision)
 
 
 def dense_graph(model: ReducedVisionTransformer, batch_size: int) -> bytes:
