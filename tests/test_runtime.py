@@ -16,6 +16,8 @@ from tiny import sharp_images, sharp_model
 
 from iared2.cli import main
 from iared2.errors import InputError
+from iared2.evaluate.speed.runtimes import ways
+from iared2.evaluate.speed.workload import drawn
 from iared2.runtime import Engine
 from iared2.runtime.layout import MAX_PADDING, MAX_ROWS, rounded, split, top_k
 from iared2.stages import export_stages
@@ -34,7 +36,7 @@ KINDS = {  # one of each way in which a stage can differ
     "rotary, average pooling": ("eva02_tiny_patch14_224", {}),
     "angles per block": ("vit_base_patch16_rope_mixed_224", {}),
 }
-MARGIN = 1e-4
+MARGIN = 5e-6
 
 
 @pytest.fixture(params=["openvino", "onnxruntime"])
@@ -49,6 +51,7 @@ def exported(request, tmp_path_factory):
     name, kwargs = KINDS[request.param]
     model, images = sharp_model((name, {**SIZE, **kwargs})), sharp_images(9)
     model.calibrate(images, keep=(0.8, 0.5, 0.2))
+    model.threshold = [t + 1e-5 for t in model.thresholds]  # not a score itself, lest rounding decides
     path = tmp_path_factory.mktemp("engine") / "m.zip"
     export_stages(model, path)
     with torch.no_grad():
@@ -222,6 +225,38 @@ def test_command(small, tmp_path, capsys):
     assert engine.input_size == (3, 48, 32)
     assert engine.mean == tuple(model.pretrained_cfg["mean"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.safetensors", "m.zip"]
+
+
+def test_bench_against_the_runtimes(small, tmp_path, capsys):
+    for package in ("openvino", "onnxruntime"):
+        pytest.importorskip(package, reason=f"{package} is missing: pip install 'iared2[test]'")
+    model, _ = small
+    model.save(tmp_path / "m.safetensors")
+    command = ["bench", str(tmp_path / "m.safetensors"), "--seconds", "0", "--no-compile", "--batch-size", "4"]
+    assert main([*command, "--rivals", "openvino", "onnxruntime"]) == 0
+    (speed,) = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["speed"]
+    rows = {row["name"]: row for row in speed["rows"]}
+    dense = [row for name, row in rows.items() if name.startswith("dense")]
+    assert {row["name"] for row in dense} == {"dense, timm", "dense, OpenVINO", "dense, ONNX Runtime"}
+    assert len({row["gmacs"] for row in dense}) == 1
+    assert max(row["speed_up"] for row in dense) == 1, "the fastest dense model is what all are compared with"
+    for name in ("ours, OpenVINO", "ours, ONNX Runtime"):
+        assert rows[name]["gmacs"] == rows["ours"]["gmacs"] < dense[0]["gmacs"]
+    assert main([*command, "--rivals", "openvino", "--merge"]) == 1
+    assert "without --merge" in capsys.readouterr().err
+
+
+def test_the_rivals_compute_the_model(small, backend):
+    model, _ = small
+    images = sharp_images(4)
+    workload = drawn(model, images, (0.8, 0.5, 0.2), 0.1)
+    found = ways(model, workload, [backend], "fp32", 1)
+    (dense, dense_gmacs), (ours, gmacs) = found.values()
+    assert (dense_gmacs, gmacs) == (model.dense_macs / 1e9, workload.gmacs)
+    with torch.no_grad():
+        np.testing.assert_allclose(dense(images)[0], model.backbone(images).numpy(), atol=1e-4)
+        check(ours(images), model.trace(images, workload.decide))
+    assert ways(model, workload, ["onnxruntime"], "bf16", 1) == {}, "ONNX Runtime has no bf16 on a CPU"
 
 
 @pytest.mark.parametrize(

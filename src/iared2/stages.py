@@ -32,6 +32,7 @@ from .model.macs import linear_macs
 from .model.reduced import ReducedVisionTransformer
 from .runtime.archive import EXTERNAL, FORMAT, MANIFEST
 
+MAX_WEIGHTS = (1 << 31) - (1 << 24)
 ANY = torch.export.Dim.DYNAMIC
 
 
@@ -135,8 +136,8 @@ def export_stages(model: ReducedVisionTransformer, path: Path | str) -> None:
         path: ends in ``.zip``.
 
     Raises:
-        InputError: the model merges patches or has hooks, another suffix, a package is missing, or the file cannot be
-            written.
+        InputError: the model merges patches, has hooks or a part that torch cannot export, another suffix, a package is
+            missing, or the file cannot be written.
     """
     path = Path(path)
     if path.suffix != ".zip":
@@ -172,6 +173,7 @@ def _separate(attn: Any) -> None:
             layer = nn.Linear(weight.shape[1], len(weight), bias is not None)
             layer.load_state_dict({"weight": weight} if bias is None else {"weight": weight, "bias": bias})
             setattr(attn, name, layer)  # which block.py prefers
+        del attn.qkv
 
 
 def _stages(model: ReducedVisionTransformer) -> list[tuple[str, tuple[nn.Module, dict[str, Any], list[str]]]]:
@@ -206,10 +208,19 @@ def _graph(stage: nn.Module, inputs: dict[str, Tensor], outputs: Sequence[str]) 
         sizes["x"] = {0: ANY, 1: ANY}
     if isinstance(stage, Head) and not vit.pools_patches(stage.backbone):
         inputs = {"x": inputs["x"][:, : stage.backbone.num_prefix_tokens]}
-    program = torch.export.export(stage, tuple(inputs.values()), dynamic_shapes=tuple(sizes.values()))
-    onnx: Any = torch.onnx.export(
-        program, dynamo=True, verbose=False, input_names=list(inputs), output_names=list(outputs)
-    )
+    if sum(weight.nbytes for weight in stage.parameters()) > MAX_WEIGHTS and isinstance(stage, Group):
+        raise InputError(
+            "a group has more than 2 GB of weights, the most that ONNX holds: build the model of more groups"
+        )
+    names: dict[str, Any] = {"input_names": list(inputs), "output_names": list(outputs)}
+    try:
+        program = torch.export.export(stage, tuple(inputs.values()), dynamic_shapes=tuple(sizes.values()))
+        onnx: Any = torch.onnx.export(program, dynamo=True, verbose=False, **names)
+    except RuntimeError as error:  # of torch.export and of torch.onnx
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"torch cannot export the {type(stage).__name__.lower()} of this model: {reason:.300}"
+        ) from error
     content = onnx.model_proto.SerializeToString()
     if EXTERNAL in content:
         raise InputError("the graph names a file, which the engine would refuse; rename the layers of the model")
