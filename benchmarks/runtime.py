@@ -15,6 +15,8 @@ import random
 import statistics
 import sys
 import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from rich.progress import track
@@ -22,20 +24,21 @@ from rich.progress import track
 from iared2.atomic import to_json, write
 from iared2.errors import InputError
 from iared2.evaluate.speed.command import machine
-from iared2.evaluate.speed.runtimes import NAMES, as_arrays, dense_graph, exported
+from iared2.evaluate.speed.runtimes import NAMES, as_arrays, dense_graph
 from iared2.evaluate.speed.workload import drawn
 from iared2.pretrained.build import from_timm
-from iared2.runtime import BACKENDS
+from iared2.runtime import BACKENDS, Engine
 from iared2.runtime.backends import loader
+from iared2.stages import export_stages
 
 TARGETS = {"fp32": {1: 0.95, 8: 1.0, 32: 1.05}, "bf16": {1: 0.85, 8: 0.95, 32: 1.0}}
 
 
-def measure(model, precision, batch_size, arguments):
+def measure(model, path, graph, precision, batch_size, arguments):
     """Rows of the table for one precision and batch size."""
     images = torch.randn(batch_size, *model.pretrained_cfg["input_size"], generator=torch.Generator().manual_seed(0))
     workload, arrays = drawn(model, images, arguments.keep, arguments.spread), images.numpy()
-    graph, runs, engines = dense_graph(model, batch_size), {}, {}
+    runs, engines = {}, {}
 
     def new_counts(seed):
         return as_arrays(drawn(model, images, arguments.keep, arguments.spread, seed))
@@ -44,7 +47,7 @@ def measure(model, precision, batch_size, arguments):
         if precision not in BACKENDS[backend]:
             continue
         name, dense = NAMES[backend], loader(backend, arguments.threads, precision)(graph)
-        engine = engines[name] = exported(model, backend, arguments.threads, precision)
+        engine = engines[name] = Engine(path, backend, arguments.threads, precision)
         others = iter([*map(new_counts, range(1, arguments.rounds + 3))])
         runs[f"dense, {name}"] = lambda dense=dense: dense({"images": arrays})
         runs[f"ours, {name}"] = lambda engine=engine: engine(arrays, as_arrays(workload))
@@ -102,9 +105,12 @@ def main() -> None:
     with torch.no_grad():
         for parameter in model.backbone.parameters():  # at birth, norms and biases do nothing, and would be left out
             parameter += 0.01 * torch.randn_like(parameter) * (parameter.ndim == 1)
-    for precision in arguments.precisions:
-        for batch_size in arguments.batch_size:
-            found = measure(model, precision, batch_size, arguments)
+    folder = TemporaryDirectory()
+    export_stages(model, path := Path(folder.name, "model.zip"))
+    for batch_size in arguments.batch_size:
+        graph = dense_graph(model, batch_size)
+        for precision in arguments.precisions:
+            found = measure(model, path, graph, precision, batch_size, arguments)
             rows += found
             for row in found:
                 target = TARGETS[precision].get(batch_size, 0) if row["name"] == "ours, OpenVINO" else 0

@@ -19,7 +19,7 @@ from iared2.errors import InputError
 from iared2.evaluate.speed.runtimes import ways
 from iared2.evaluate.speed.workload import drawn
 from iared2.runtime import Engine
-from iared2.runtime.layout import MAX_PADDING, MAX_ROWS, rounded, split, top_k
+from iared2.runtime.layout import MAX_PADDING, MAX_ROWS, padded, rounded, split, top_k
 from iared2.stages import export_stages
 
 # torch 2.10, of itself
@@ -195,7 +195,9 @@ def test_padding_is_bounded_and_calls_are_few():
             for start, end in pairwise(bounds):
                 own = lengths[start:end]
                 work = row_cost * sum(own) + sum(n**2 for n in own)
-                done = row_cost * rounded(sum(own)) + len(own) * rounded(own[-1]) ** 2
+                longest, done = padded(sum(own), sum(n**2 for n in own), len(own), own[-1], row_cost)
+                assert longest >= own[-1]
+                assert done == row_cost * rounded(sum(own)) + len(own) * longest**2
                 assert start < end
                 assert work >= (1 - MAX_PADDING) * done
                 assert sum(own) <= MAX_ROWS

@@ -172,8 +172,7 @@ class Engine:
                     patch = position >= prefix
                     found[image[patch], position[patch] - prefix] = y[1][place.image[patch], place.rank[patch] - prefix]
                 first += rows
-                work += self.row_cost * rows + (lengths[number] ** 2).sum()
-                done += self.row_cost * place.rows + (end - start) * place.longest**2
+                work, done = work + place.work, done + place.done
             x, calls = left, calls + len(buckets) - 1
         return Output(self._head(x, tokens, row_of), np.stack(scores), np.stack(kept), 1 - work / done, calls)
 
@@ -190,7 +189,7 @@ class Engine:
         self, group: int, x: np.ndarray, tokens: np.ndarray, row_of: np.ndarray
     ) -> tuple[list[np.ndarray], Place]:
         """The outputs of one call on b images, ``tokens`` and ``row_of (b, S)``, and where their rows are."""
-        place = Place(tokens, self.num_prefix_tokens)
+        place = Place(tokens, self.num_prefix_tokens, self.row_cost)
         used, shape = len(place.image), (len(tokens), place.longest)
         entering = np.empty((place.rows, x.shape[1]), np.float32)
         np.take(x, row_of[place.image, place.position], 0, out=entering[:used], mode="clip")  # "raise" would buffer

@@ -20,21 +20,38 @@ class Place:
     Attributes:
         image, position: ``(T,)`` of each row, the place in the whole image.
         rank: ``(T,)`` the place among the remaining tokens of the image.
-        rows, longest: T and the longest length, rounded.
+        rows, longest: T and the longest length, with padding; work and done: see `padded`.
     """
 
-    def __init__(self, tokens: np.ndarray, prefix: int) -> None:
+    def __init__(self, tokens: np.ndarray, prefix: int, row_cost: float) -> None:
         self.image, self.position = np.nonzero(tokens)
         lengths = tokens.sum(1)
         self.rank = np.arange(len(self.image)) - np.repeat(lengths.cumsum() - lengths, lengths)
+        rows, pairs, longest = len(self.image), int((lengths**2).sum()), int(lengths.max())
         # one patch at least, padding if need be: the graphs have not been tried with none
-        self.rows, self.longest = rounded(len(self.image)), max(rounded(int(lengths.max())), prefix + 1)
+        longest = max(longest, prefix + 1)
+        self.work = row_cost * rows + pairs
+        self.rows, (self.longest, self.done) = rounded(rows), padded(rows, pairs, len(tokens), longest, row_cost)
 
 
 def rounded(number: int) -> int:
     """Not below ``number``, and by at most 1/64 above: a runtime prepares kernels for each new size."""
     step = 1 << max(0, number.bit_length() - 7)
     return -(-number // step) * step
+
+
+def padded(rows: int, pairs: int, number: int, longest: int, row_cost: float) -> tuple[int, float]:
+    """The length to which ``number`` images are padded in attention, and the work with padding, in pairs of tokens.
+
+    A multiple of 16 is faster than a length that is 5 % shorter (docs/LOG.md). Where it would be too much padding, as
+    with few channels, the length is `rounded`.
+    """
+    long, done = 0, 0.0
+    for long in (-(-longest // 16) * 16, rounded(longest)):
+        done = row_cost * rounded(rows) + number * long**2
+        if row_cost * rows + pairs >= (1 - MAX_PADDING) * done:
+            break
+    return long, done
 
 
 def split(lengths: Sequence[int], row_cost: float) -> list[int]:
@@ -46,13 +63,13 @@ def split(lengths: Sequence[int], row_cost: float) -> list[int]:
     """
     best, start_of = [0.0], [0]
     for end in range(1, len(lengths) + 1):
-        longest, rows, pairs, options = rounded(lengths[end - 1]), 0, 0, []
+        rows, pairs, options = 0, 0, []
         for start in range(end - 1, -1, -1):
             rows, pairs = rows + lengths[start], pairs + lengths[start] ** 2
             several = start < end - 1
             if several and rows > MAX_ROWS:
                 break
-            done = row_cost * rounded(rows) + (end - start) * longest**2
+            _, done = padded(rows, pairs, end - start, lengths[end - 1], row_cost)
             if not several or row_cost * rows + pairs >= (1 - MAX_PADDING) * done:
                 options.append((best[start] + done + CALL_COST * row_cost, start))
         cost, start = min(options)
