@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import json
 import subprocess
 import sys
@@ -125,13 +126,14 @@ def test_bf16_is_close(small):
     ],
     ids=str,
 )
-def test_every_decision_is_that_of_the_model(parts, tmp_path, backend):
-    model, images = sharp_model(("deit_tiny_patch16_224", SIZE)), sharp_images(5)
+def test_every_decision_is_that_of_the_model(parts, small, backend):
+    model, images = copy.deepcopy(small[0]), sharp_images(5)
     model.decision = type(model.decision)(**parts)
-    export_stages(model, tmp_path / "m.zip")
+    engine = Engine(small[1], backend, threads=1)
+    for name in ("thresholds", "num_keep", "max_tokens", "spread"):
+        setattr(engine, name, getattr(model, name))
     with torch.no_grad():
-        output = model.trace(images)
-    check(Engine(tmp_path / "m.zip", backend, threads=1)(images.numpy()), output)
+        check(engine(images.numpy()), model.trace(images))
 
 
 def test_a_head_that_pools_keeps_a_patch(tmp_path, backend):
@@ -218,13 +220,16 @@ def test_ties_fall_to_the_lower_position():
 
 
 def test_command(small, tmp_path, capsys):
-    model, _ = small
+    model = copy.deepcopy(small[0])
+    model.spread, model.max_tokens = 0.5, 9
     model.save(tmp_path / "m.safetensors")
     assert main(["export", str(tmp_path / "m.safetensors"), str(tmp_path / "m.zip"), "--adaptive-batch"]) == 0
     pytest.importorskip("openvino", reason="openvino is missing: pip install 'iared2[test]'")
     engine = Engine(tmp_path / "m.zip")
     assert engine.class_names == tuple("abcdefg")
     assert engine.input_size == (3, 48, 32)
+    for name in ("thresholds", "num_keep", "max_tokens", "spread"):
+        assert getattr(engine, name) == getattr(model, name)
     assert engine.mean == tuple(model.pretrained_cfg["mean"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.safetensors", "m.zip"]
 
