@@ -51,7 +51,7 @@ from iared2.errors import InputError
 from iared2.evaluate.speed import inference as speed
 from iared2.evaluate.speed.command import machine
 from iared2.evaluate.speed.inference import Ways
-from iared2.export import FixedCount
+from iared2.export.static import FixedCount
 
 ROOT = Path(__file__).resolve().parents[1]
 DEIT, VIT_14 = "deit_small_patch16_224", "vit_small_patch14_dinov2"

@@ -10,7 +10,7 @@ from tiny import sharp_images, sharp_model
 import iared2
 from iared2.cli import main
 from iared2.errors import InputError
-from iared2.export import Adaptive, FixedCount, export
+from iared2.export.static import Adaptive, FixedCount, export
 from iared2.model.decide import top_k
 from iared2.model.dither import pattern
 

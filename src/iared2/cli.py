@@ -1,4 +1,4 @@
-"""The command line: finds the module of a command and runs it. The arguments of all commands are in arguments.py."""
+"""The command line: finds the module of a command and runs it. Its arguments are in arguments/."""
 
 from __future__ import annotations
 
@@ -12,41 +12,41 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import NoReturn
 
-from . import arguments
+from .arguments import commands, shared
 from .errors import InputError, printable
 
 COMMANDS: dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None]]] = {
     # name: a module with run(), the help text, and what adds the arguments
-    "interpret": ("predict.command", "show which patches of a photo the model keeps", arguments.interpret),
+    "interpret": ("predict.command", "show which patches of a photo the model keeps", commands.interpret),
     "predict": (
         "predict.many",
         "predict any number of photos: Parquet files, resumable, several processes",
-        arguments.predict,
+        commands.predict,
     ),
-    "figure": ("predict.figure", "draw the figures of the paper for your photos, for print", arguments.figure),
-    "train": ("train.command", "train a model with Algorithm 1, or resume a killed run", arguments.train),
+    "figure": ("predict.figure", "draw the figures of the paper for your photos, for print", commands.figure),
+    "train": ("train.command", "train a model with Algorithm 1, or resume a killed run", commands.train),
     "accelerate": (
         "adapt.command",
         "make your own model faster on photos without labels, and say what that costs",
-        arguments.accelerate,
+        commands.accelerate,
     ),
     "evaluate": (
         "evaluate.command",
         "measure top-1, patches kept, MACs and speed on labelled images or videos",
-        arguments.evaluate,
+        commands.evaluate,
     ),
     "bench": (
         "evaluate.speed.command",
         "compare the speed with dense, masked, padded and random baselines",
-        arguments.bench,
+        commands.bench,
     ),
-    "export": ("export", "write a static model: ONNX or torch.export", arguments.export),
+    "export": ("export.static", "write a static model: ONNX or torch.export", commands.export),
     "explain-bench": (
         "evaluate.explanations.command",
         "measure methods of explanation on boxes or masks",
-        arguments.explain_bench,
+        commands.explain_bench,
     ),
-    "demo": ("demo.command", "serve a demo page for the browser", arguments.demo),
+    "demo": ("demo.command", "serve a demo page for the browser", commands.demo),
 }
 
 
@@ -103,7 +103,7 @@ def parse(command: str, argv: Sequence[str]) -> argparse.Namespace:
     # options may stand between positional arguments; but behind "--", that parser would look for options again
     read = parser.parse_known_args if "--" in argv else parser.parse_known_intermixed_args
     given, rest = read(argv)
-    if rest and not arguments.old_form(command, given, rest):
+    if rest and not shared.old_form(command, given, rest):
         parser.error(f"unknown {' '.join(map(printable, rest))}")
     return given
 
@@ -111,9 +111,9 @@ def parse(command: str, argv: Sequence[str]) -> argparse.Namespace:
 def _main_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="iared2", description="Vision transformers that drop uninformative patches, and show which.")
     parser.add_argument("--version", action="version", version=version("iared2"))
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=argparse.ArgumentParser)
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=argparse.ArgumentParser)
     for name, (_, text, _) in COMMANDS.items():
-        commands.add_parser(name, help=text)
+        subparsers.add_parser(name, help=text)
     parser.epilog = "iared2 COMMAND --help lists the arguments of a command."
     return parser
 

@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from iared2.export import FixedCount
+from iared2.export.static import FixedCount
 from iared2.model.decide import Decision
 from iared2.train.finetune import FinetuneStage
 

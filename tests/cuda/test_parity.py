@@ -10,7 +10,7 @@ from oracle import masked_forward
 from tiny import sharp_model
 
 import iared2
-from iared2.export import FixedCount
+from iared2.export.static import FixedCount
 from iared2.model.attention import attend, attention_weights
 from iared2.model.tokens import PackedTokens
 

@@ -7,7 +7,7 @@ from oracle import masked_forward, plain_scores
 
 import iared2
 from iared2.errors import InputError
-from iared2.export import FixedCount
+from iared2.export.static import FixedCount
 from iared2.model.decide import by_share
 from iared2.model.interpreter import MultiHeadInterpreter
 from iared2.model.tokens import PackedTokens

@@ -71,12 +71,13 @@ def run(arguments: argparse.Namespace, more: Callable[[ReducedVisionTransformer,
         for size in arguments.batch_size:
             workload = _workload(model, size, arguments)
             with screen.status(f"batches of {size}"):
+                others = dict(more(model, workload)) if more else {}
+                if arguments.rivals:
+                    from .runtimes import ways
+
+                    others |= ways(model, workload, arguments.rivals, arguments.precision, torch.get_num_threads())
                 measured = speed.measure(
-                    model,
-                    workload,
-                    seconds=arguments.seconds,
-                    compiled=not arguments.no_compile,
-                    more=more(model, workload) if more else None,
+                    model, workload, seconds=arguments.seconds, compiled=not arguments.no_compile, more=others
                 )
             speeds.append(measured)
         tables.print(speed.table(speeds, title))
@@ -125,6 +126,8 @@ def _check(arguments: argparse.Namespace) -> None:
         raise InputError("--frames must be 1 or more")
     if arguments.train and arguments.data:
         raise InputError("--train runs on drawn images: leave --data out")
+    if arguments.rivals and (arguments.device != "cpu" or arguments.precision == "fp16" or arguments.merge):
+        raise InputError("--rivals run on a CPU, in fp32 or bf16, without --merge")
     if arguments.train and not 0 < arguments.keep[0] <= 1:
         raise InputError("--keep: group 1 keeps a share above 0, up to 1")
 

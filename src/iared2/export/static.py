@@ -2,7 +2,7 @@
 
 `FixedCount` keeps the same number of patches of every image, the best-scored ones: top-k and gathers, shapes that are
 known beforehand, any batch size. `Adaptive` keeps what the threshold keeps; then the number of tokens depends on the
-image, so it takes one image at a time.
+image, so it takes one image at a time. For adaptive batches without torch, stages.py writes one graph per part.
 
 Both run timm's own blocks on dense tensors: with equal lengths, or a single image, nothing is ragged.
 """
@@ -22,13 +22,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .atomic import whole
-from .errors import InputError, missing
-from .model import backbone as vit
-from .model.block import attentions, run_module
-from .model.decide import EPS
-from .model.reduced import ReducedVisionTransformer
-from .pretrained.checkpoint import load
+from ..atomic import whole
+from ..errors import InputError, missing
+from ..model import backbone as vit
+from ..model.block import attentions, run_module
+from ..model.decide import EPS
+from ..model.reduced import ReducedVisionTransformer
+from ..pretrained.checkpoint import load
+from .stages import export_stages
 
 
 class _Dense(nn.Module):
@@ -211,7 +212,11 @@ def export(form: FixedCount | Adaptive, path: Path | str, batch_size: int | None
 def run(arguments: argparse.Namespace) -> int:
     """Run ``iared2 export``."""
     model, batch_size = load(arguments.checkpoint), arguments.batch_size
-    if arguments.adaptive:
+    if arguments.adaptive_batch:
+        if batch_size is not None:
+            raise InputError("--adaptive-batch takes batches of any size: leave --batch-size out")
+        export_stages(model, arguments.output)
+    elif arguments.adaptive:
         export(Adaptive(model), arguments.output, 1 if batch_size is None else batch_size)
     else:
         num_keep = arguments.num_keep * (model.num_groups if len(arguments.num_keep) == 1 else 1)

@@ -1,0 +1,78 @@
+"""OpenVINO and ONNX Runtime, for the benchmark: timm's dense model, and ours as `iared2.runtime.Engine` serves it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...export.stages import export_stages
+from ...model.reduced import ReducedVisionTransformer
+from ...runtime import BACKENDS, Decide, Engine
+from ...runtime.backends import loader
+from .workload import Workload
+
+NAMES = {"openvino": "OpenVINO", "onnxruntime": "ONNX Runtime"}
+
+
+def ways(
+    model: ReducedVisionTransformer, workload: Workload, backends: Sequence[str], precision: str, threads: int
+) -> dict[str, tuple[Callable[[Tensor], Any], float]]:
+    """``"dense, NAME"`` and ``"ours, NAME"`` for each backend that has the precision, as `inference.Ways`.
+
+    They run the batch of the workload, whatever they are given: a runtime takes float32 arrays.
+
+    Raises:
+        InputError: a package is missing, or the model cannot be exported (`stages.export_stages`).
+    """
+    images = workload.images.float().cpu().numpy()
+    decide = as_arrays(workload)
+    found: dict[str, tuple[Callable[[Tensor], Any], float]] = {}
+    usable = [backend for backend in backends if precision in BACKENDS[backend]]
+    if not usable:
+        return found
+    graph = dense_graph(model, len(images))
+    for backend in usable:
+        run = loader(backend, threads, precision)(graph)
+        engine = exported(model, backend, threads, precision)
+        found[f"dense, {NAMES[backend]}"] = partial(_called, run, {"images": images}), model.dense_macs / 1e9
+        found[f"ours, {NAMES[backend]}"] = partial(_called, engine, images, decide), workload.gmacs
+    return found
+
+
+def _called(run: Callable[..., Any], *arguments: Any) -> Any:
+    """Call it on arrays that are ready; the last argument, a tensor of images, is not used."""
+    return run(*arguments[:-1])
+
+
+def as_arrays(workload: Workload) -> Decide:
+    """The decision of a workload, for an engine."""
+
+    def decide(scores: np.ndarray, alive: np.ndarray, group: int) -> np.ndarray:
+        return workload.decide(torch.from_numpy(scores), torch.from_numpy(alive), group).numpy()
+
+    return decide
+
+
+def exported(model: ReducedVisionTransformer, backend: str, threads: int, precision: str) -> Engine:
+    """The engine of a model, by way of a temporary file."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "model.zip")
+        export_stages(model, path)
+        return Engine(path, backend, threads=threads, precision=precision)
+
+
+def dense_graph(model: ReducedVisionTransformer, batch_size: int) -> bytes:
+    """timm's own model as ONNX, for batches of one size: fixed sizes are the fastest for a runtime."""
+    backbone = copy.deepcopy(model.backbone).float().cpu()
+    images = torch.zeros(batch_size, *model.pretrained_cfg["input_size"])
+    names: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"]}
+    program: Any = torch.onnx.export(backbone, (images,), dynamo=True, verbose=False, **names)
+    return program.model_proto.SerializeToString()

@@ -1,0 +1,245 @@
+"""The engine: graphs of the network's parts, and between them what decides and lays out tokens.
+
+The graphs (stages.py) embed a batch, run the blocks of one group, and classify. In between, `Engine` decides which
+patches stay, sorts the images by length, and lays the remaining tokens end to end. Images of different lengths share a
+call: linear layers see no padding, only attention does. Images go to several calls where padding would cost more.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import InputError
+from .archive import Manifest, read
+from .backends import Stage, loader
+from .layout import Place, split, top_k
+
+HIDDEN = -1e9
+"""The bias of padding in attention; its softmax is 0."""
+EPS = 1e-6  # scores that have rounded to 0 or 1 have no logit
+Decide = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
+"""``(scores (B, N), alive (B, N) bool, group) -> keep (B, N)`` bool."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """The result for one batch.
+
+    Attributes:
+        logits: ``(B, K)`` float32.
+        scores: ``(D, B, N)`` float32 informativeness in (0, 1); 0 where the patch was already dropped.
+        kept: ``(D, B, N)`` bool, the patches on which the blocks of each group ran.
+        padding: share of the work in the blocks that is padding, in 0…0.05 (`layout.MAX_PADDING`).
+        calls: of the graphs of the groups.
+    """
+
+    logits: np.ndarray
+    scores: np.ndarray
+    kept: np.ndarray
+    padding: float
+    calls: int
+
+
+class Engine:
+    """An exported model that takes batches of images of any number and keeps another number of patches of each.
+
+    Its decision is that of the model when it was exported, and may be replaced: ``thresholds`` (D numbers) or
+    ``num_keep``, ``max_tokens`` and ``spread``, as in `model.decide.Decision`.
+
+    Args:
+        path: file of ``iared2 export --adaptive-batch``.
+        backend: "openvino" or "onnxruntime".
+        threads: of the CPU; None: the runtime's choice.
+        precision: "fp32", or with OpenVINO "bf16".
+        threshold: one number or one per group, in place of the model's own decision.
+
+    Raises:
+        InputError: the file is not such a file, the package of the backend is missing, the precision is not available
+            on this processor, or an argument is unknown.
+    """
+
+    def __init__(
+        self,
+        path: Path | str,
+        backend: str = "openvino",
+        threads: int | None = None,
+        precision: str = "fp32",
+        threshold: float | Sequence[float] | None = None,
+    ) -> None:
+        load = loader(backend, threads, precision)
+        manifest, graphs = read(Path(path))
+        about = Manifest(manifest, str(path))
+        self.num_groups, self.num_patches = about.whole("num_groups", 1, 4096), about.whole("num_patches", 1, 1 << 20)
+        self.num_prefix_tokens, self.embed_dim = (
+            about.whole("num_prefix_tokens", 0, 4096),
+            about.whole("embed_dim", 1, 1 << 16),
+        )
+        self.input_size = tuple(about.numbers("input_size", int, None, 1, 1 << 16))
+        self.mean, self.std = about.numbers("mean", float, None), about.numbers("std", float, None)
+        self.interpolation, self.class_names = about.get("interpolation"), about.names("class_names")
+        self.pools, self.rotates = bool(about.get("pools")), bool(about.get("rotates"))
+        self.row_cost = about.numbers("row_cost", float, 1, 1e-3, 1e9)[0]
+        groups = self.num_groups
+        self.thresholds = about.numbers("thresholds", float, groups) if about.get("thresholds") is not None else None
+        self.num_keep = about.numbers("num_keep", int, groups, 0) if about.get("num_keep") is not None else None
+        self.max_tokens = about.whole("max_tokens", 0, 1 << 31) if about.get("max_tokens") is not None else None
+        self.spread = about.numbers("spread", float, 1, 0)[0]
+        self.pattern = np.array(about.numbers("pattern", float, self.num_patches), np.float32)
+        if threshold is not None:
+            values = np.asarray(threshold, np.float64).ravel().tolist()
+            if len(values) not in (1, groups) or not all(map(math.isfinite, values)):
+                raise InputError(f"threshold={threshold}: give one number, or {groups}, one per group")
+            self.thresholds, self.num_keep = tuple(values * (groups // len(values))), None
+        if (self.thresholds is None) == (self.num_keep is None):
+            raise InputError(f"{path} has no decision, or two: its manifest is damaged; export the model again")
+        missing = [name for name in self._stage_names() if name not in graphs]
+        if missing:
+            raise InputError(f"{path} has no {missing[0]}; export the model again")
+        self._stages = [_loaded(load, graphs[name], f"{name} in {path}") for name in self._stage_names()]
+        self._lock = threading.Lock()
+
+    def _stage_names(self) -> list[str]:
+        return ["embed.onnx", *(f"group{group + 1}.onnx" for group in range(self.num_groups)), "head.onnx"]
+
+    def __call__(self, images: np.ndarray, decide: Decide | None = None) -> Output:
+        """Classify a batch.
+
+        Args:
+            images: ``(B, in_chans, height, width)``, or clips, normalised with ``mean`` and ``std``; B ≥ 1.
+            decide: the decision, in place of the engine's own. A dropped patch does not come back.
+
+        Raises:
+            InputError: images of another shape, or graphs that return other shapes than the manifest says.
+        """
+        images = np.ascontiguousarray(images, np.float32)
+        if images.shape[1:] != self.input_size or not len(images):
+            raise InputError(f"the model takes images (B, {', '.join(map(str, self.input_size))}), not {images.shape}")
+        with self._lock:  # a stage has one set of buffers
+            return self._run(images, decide or self.decide)
+
+    def decide(self, scores: np.ndarray, alive: np.ndarray, group: int) -> np.ndarray:
+        """The deployed decision; see `Decide` and, for what it computes, `model.decide.Decision`."""
+        standing = scores
+        if self.spread:
+            clipped = scores.clip(EPS, 1 - EPS)
+            standing = np.log(clipped / (1 - clipped)) - np.float32(self.spread) * self.pattern
+        if self.num_keep is not None:
+            keep = top_k(standing, alive, self.num_keep[group])
+        else:
+            assert self.thresholds is not None
+            threshold = self.thresholds[group]
+            if threshold <= 0:
+                keep = alive
+            elif threshold >= 1:
+                keep = np.zeros_like(alive)
+            else:
+                keep = alive & (standing > (math.log(threshold / (1 - threshold)) if self.spread else threshold))
+        return keep if self.max_tokens is None else top_k(standing, keep, self.max_tokens)
+
+    def _run(self, images: np.ndarray, decide: Decide) -> Output:
+        batch, prefix, patches = len(images), self.num_prefix_tokens, self.num_patches
+        x, found = _shaped(
+            self._stages[0]({"images": images}), (batch, prefix + patches, self.embed_dim), (batch, patches)
+        )
+        x, alive = x.reshape(-1, self.embed_dim), np.ones((batch, patches), bool)
+        row_of = np.arange(len(x)).reshape(batch, -1)  # (B, S): where in x a token is
+        scores, kept, work, done, calls = [], [], 0.0, 0.0, 0
+        for group in range(self.num_groups):
+            scores.append(found)
+            kept.append(self._keep(found, alive, group, decide))
+            alive = kept[-1]
+            tokens = np.concatenate([np.ones((batch, prefix), bool), alive], 1)  # (B, S)
+            lengths = tokens.sum(1)
+            order = lengths.argsort(kind="stable")
+            buckets = split(lengths[order].tolist(), self.row_cost)
+            left, found, first = np.empty((lengths.sum(), self.embed_dim), np.float32), np.zeros_like(found), 0
+            for start, end in pairwise(buckets):
+                number = order[start:end]
+                y, place = self._run_group(group, x, tokens[number], row_of[number])
+                rows, image, position = len(place.image), number[place.image], place.position
+                left[first : first + rows] = y[0][:rows]
+                row_of[image, position] = np.arange(first, first + rows)
+                if len(y) > 1:
+                    patch = position >= prefix
+                    found[image[patch], position[patch] - prefix] = y[1][place.image[patch], place.rank[patch] - prefix]
+                first += rows
+                work, done = work + place.work, done + place.done
+            x, calls = left, calls + len(buckets) - 1
+        return Output(self._head(x, tokens, row_of), np.stack(scores), np.stack(kept), 1 - work / done, calls)
+
+    def _keep(self, scores: np.ndarray, alive: np.ndarray, group: int, decide: Decide) -> np.ndarray:
+        """As `ReducedVisionTransformer.decide`: an image whose head pools patches keeps at least one."""
+        keep = decide(scores, alive, group) & alive
+        if self.pools:
+            best = np.where(alive, scores, -1).argmax(1)
+            empty = ~keep.any(1)
+            keep[empty, best[empty]] = True
+        return keep
+
+    def _run_group(
+        self, group: int, x: np.ndarray, tokens: np.ndarray, row_of: np.ndarray
+    ) -> tuple[list[np.ndarray], Place]:
+        """The outputs of one call on b images, ``tokens`` and ``row_of (b, S)``, and where their rows are."""
+        place = Place(tokens, self.num_prefix_tokens, self.row_cost)
+        used, shape = len(place.image), (len(tokens), place.longest)
+        entering = np.empty((place.rows, x.shape[1]), np.float32)
+        np.take(x, row_of[place.image, place.position], 0, out=entering[:used], mode="clip")  # "raise" would buffer
+        entering[used:] = 0
+        rows, bias = np.zeros(shape, np.int32), np.full(shape, HIDDEN, np.float32)
+        rows[place.image, place.rank] = np.arange(used)
+        bias[place.image, place.rank] = 0
+        back = np.zeros(place.rows, np.int32)
+        back[:used] = place.image * place.longest + place.rank
+        inputs = {"x": entering, "rows": rows, "back": back, "bias": bias}
+        if self.rotates:
+            inputs["positions"] = np.zeros(place.rows, np.int32)
+            inputs["positions"][:used] = place.position
+        last = group + 1 == self.num_groups
+        shapes = [entering.shape, (shape[0], shape[1] - self.num_prefix_tokens)][: 1 if last else 2]
+        return _shaped(self._stages[1 + group](inputs), *shapes), place
+
+    def _head(self, x: np.ndarray, tokens: np.ndarray, row_of: np.ndarray) -> np.ndarray:
+        head = self._stages[-1]
+        if not self.pools:  # then only the prefix tokens are read
+            return _classified(head, x[row_of[:, : self.num_prefix_tokens]])
+        lengths = tokens.sum(1)
+        found: dict[int, np.ndarray] = {}
+        for length in set(lengths.tolist()):  # a head that pools has no mask
+            number = np.flatnonzero(lengths == length)
+            rows = row_of[number][tokens[number]].reshape(len(number), length)
+            found |= dict(zip(number.tolist(), _classified(head, x[rows]), strict=True))
+        return np.stack([found[image] for image in range(len(tokens))])
+
+
+def _loaded(load: Callable[[bytes], Stage], graph: bytes, name: str) -> Stage:
+    def usable(run: Callable[[Any], Any], argument: Any) -> Any:
+        try:
+            return run(argument)
+        except Exception as error:  # the runtimes raise their own kinds
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise InputError(f"{name} cannot be used: {reason:.200}; export the model again") from error
+
+    return partial(usable, usable(load, graph))
+
+
+def _shaped(outputs: list[np.ndarray], *shapes: tuple[int, ...]) -> list[np.ndarray]:
+    if [output.shape for output in outputs] != list(shapes):
+        raise InputError(
+            f"a graph returned {', '.join(str(o.shape) for o in outputs)}, not {', '.join(map(str, shapes))};"
+            " export the model again"
+        )
+    return outputs
+
+
+def _classified(head: Stage, x: np.ndarray) -> np.ndarray:
+    (logits,) = head({"x": x})
+    return np.array(logits)  # a copy: the next call writes there
