@@ -64,33 +64,40 @@ def old_form(command: str, arguments: argparse.Namespace, rest: Sequence[str]) -
 
 
 def checkpoint(command: argparse.ArgumentParser, text: str = f"{CHECKPOINT} (default: the model in the box)") -> None:
+    """Add ``-c``."""
     command.add_argument("-c", "--checkpoint", help=text)
 
 
 def device(command: argparse.ArgumentParser, default: str | None = "cpu") -> None:
+    """Add ``--device``; None: cuda if there is one."""
     command.add_argument("--device", default=default, help=f"cpu, cuda, cuda:1, … (default: {default or CUDA})")
 
 
 def threshold(command: argparse.ArgumentParser) -> None:
+    """Add ``-t``."""
     text = "keep patches that score above T: one number, or one per group (default: the model's own)"
     command.add_argument("-t", "--threshold", action=List, metavar="T", help=text)
 
 
 def spread(command: argparse.ArgumentParser) -> None:
+    """Add ``--spread``."""
     text = "spread the kept patches: 0 as published, 1 as if sampled (default: the model's own)"
     command.add_argument("--spread", type=float, metavar="S", help=text)
 
 
 def json(command: argparse.ArgumentParser) -> None:
+    """Add ``--json``."""
     text = "write the results to FILE as JSON; without FILE, to stdout, and all else to stderr (default: no JSON)"
     command.add_argument("--json", nargs="?", const="-", metavar="FILE", help=text)
 
 
 def colormap(command: argparse.ArgumentParser) -> None:
+    """Add ``--colormap``."""
     command.add_argument("--colormap", default="jet", help="a colormap of matplotlib (default: %(default)s)")
 
 
 def batches(command: argparse.ArgumentParser, workers: bool = True) -> None:
+    """Add ``--batch-size`` and, with ``workers``, ``--workers``."""
     command.add_argument("--batch-size", type=int, default=64, metavar="B", help="per forward pass (default: 64)")
     if workers:
         command.add_argument("--workers", type=int, default=2, metavar="N", help="reading processes (default: 2)")
