@@ -17,7 +17,8 @@ from iared2 import InputError, Predictor, heatmap
 from iared2.explain.figures import blank, title_height
 from iared2.explain.gradients import KIN
 from iared2.explain.heatmap import upsample
-from iared2.explain.methods import METHODS, interpreter_map
+from iared2.explain.methods import interpreter_map
+from iared2.explain.names import METHODS
 from iared2.model import backbone as vit
 from iared2.model.block import attentions
 
