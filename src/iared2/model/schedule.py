@@ -101,24 +101,22 @@ def search(
             dense = dense_output(model, sample)
         num_patches = sample[0].num_patches
 
-        def attempt(weights: Tensor) -> Schedule | None:
-            shares = _shares(model, weights.tolist(), macs * model.dense_macs / 1e9, num_patches)
-            return None if shares is None else tried(model, sample, dense, shares, equal_counts)
+        def shares_of(weights: Tensor) -> list[float] | None:
+            return _shares(model, weights.tolist(), macs * model.dense_macs / 1e9, num_patches)
 
-        best, parent, step = None, None, STEP
-        starts = _starts(model.num_groups)[:trials]
-        for trial in range(trials):
+        best, parent, step = None, torch.empty(0), STEP
+        starts = [weights for weights in _starts(model.num_groups) if shares_of(weights)][:trials]
+        for trial in range(trials if starts else 0):
             if trial < len(starts):
                 weights = starts[trial]
-            elif parent is None:
-                break
             else:
                 change = torch.randn(len(parent), generator=generator, dtype=torch.float64)
                 weights = (parent + 0.02 / len(parent)) * (step * change).exp()
                 # less a little, so that a group may drop nothing
                 weights = (weights / weights.sum() - 0.01 / len(parent)).clamp_min(0)
                 weights = weights / weights.sum()
-            found = attempt(weights)
+            shares = shares_of(weights)
+            found = tried(model, sample, dense, shares, equal_counts) if shares else None
             better = found is not None and (best is None or found.divergence < best.divergence)
             if trial >= len(starts):
                 step *= 1.5 if better else 0.9
