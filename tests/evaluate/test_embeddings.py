@@ -76,11 +76,11 @@ def test_command(model, tmp_path, capsys):
         for number in range(6):
             (tmp_path / "data" / name / f"{number}.jpg").write_bytes(jpeg(10 * shade + number, 16))
     (tmp_path / "data" / "cat" / "broken.jpg").write_bytes(b"no image")
-    run = ["evaluate", str(tmp_path / "m.safetensors"), "--workers", "0"]
+    run = ["evaluate", "-c", str(tmp_path / "m.safetensors"), "--workers", "0"]
 
     def result(*more):
-        assert main([*run, *more]) == 0
-        return json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+        assert main([*run, *more, "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
 
     labelled = result(str(tmp_path / "data"), "--budget", "0.6", "--plot", str(tmp_path / "plot.png"))
     assert (labelled["images"], len(labelled["skipped"])) == (12, 1)

@@ -82,7 +82,8 @@ class IARED2ForImageClassification(PreTrainedModel):
         tensors, _ = restore.checked(path, *file.read(path))
         arguments = file.check(dict(config.iared2 or {}))
         restore.check_fit(restore.on_meta(ReducedVisionTransformer, arguments), tensors, path)
-        state = {f"iared2.{name}": tensor for name, tensor in tensors.items()}
+        # copies: products with weights that lie in a file, at any address, are rounded in another way
+        state = {f"iared2.{name}": tensor.clone() for name, tensor in tensors.items()}
         found = super().from_pretrained(None, *args, config=config, state_dict=state, **kwargs)
         loaded = found[0] if isinstance(found, tuple) else found  # with output_loading_info
         buffers = dict(loaded.iared2.named_buffers())
