@@ -152,6 +152,8 @@ def test_the_timed_stages_keep_the_stated_share(checkpoint):
         (["--batch-size", "0"], "must be 1 or more"),
         (["--threads", "-1"], "must be 1 or more"),
         (["--keep-std", "nan"], "--keep-std is a number"),
+        (["--rivals", "openvino", "tensorrt"], "--rivals tensorrt: give openvino or onnxruntime"),
+        (["--rivals", "openvino", "--train"], "leave --train or --rivals out"),
         (["--train", "--keep", "5"], "group 1 keeps"),
         (["--train", "--data", "x"], "leave --data out"),
         (["--device", "cuda:9"], "device cuda:9"),

@@ -26,6 +26,7 @@ from ...model.video_transformer import default_cfgs as video
 from ...predict.output import check_file, console, write_json
 from ...pretrained.build import from_timm
 from ...pretrained.checkpoint import BOX, load
+from ...runtime import BACKENDS
 from . import inference as speed
 from .workload import Workload, by_the_policy, drawn
 
@@ -126,6 +127,10 @@ def _check(arguments: argparse.Namespace) -> None:
         raise InputError("--frames must be 1 or more")
     if arguments.train and arguments.data:
         raise InputError("--train runs on drawn images: leave --data out")
+    if unknown := [name for name in arguments.rivals if name not in BACKENDS]:
+        raise InputError(f"--rivals {' '.join(unknown)}: give {' or '.join(BACKENDS)}")
+    if arguments.train and arguments.rivals:
+        raise InputError("--rivals run no training steps: leave --train or --rivals out")
     if arguments.rivals and (arguments.device != "cpu" or arguments.precision == "fp16" or arguments.merge):
         raise InputError("--rivals run on a CPU, in fp32 or bf16, without --merge")
     if arguments.train and not 0 < arguments.keep[0] <= 1:
