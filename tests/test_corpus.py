@@ -137,7 +137,7 @@ BAD = {
 
 
 def case_of(source: str, root: Path, valid: bases.Bases) -> Case:
-    return replace(Place(root, "made up", valid).python(source), seconds=2)
+    return replace(Place(root, "made up", valid).python(source), seconds=8)
 
 
 @pytest.mark.parametrize("source", GOOD.values(), ids=GOOD)
