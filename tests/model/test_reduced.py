@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import timm
@@ -10,6 +11,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import Block, VisionTransformer
 
 import iared2
+from iared2.errors import InputError
 from iared2.model.backbone import run_block
 from iared2.model.decide import Decision, keep_all
 
@@ -118,6 +120,30 @@ def test_images_of_another_size_than_the_models(name, kwargs):
     # the cost is that of these images, not that of the model's own size
     same_size = make((name, {"img_size": (48, 32), "patch_size": 8, "embed_dim": 48, "num_heads": 3, "depth": 3}))
     assert torch.equal(out.macs, same_size.count_macs(kept.sum(-1)))
+
+
+def test_another_input_size(family, tmp_path):
+    model, x = make(family), torch.randn(2, 3, 64, 48, generator=torch.Generator().manual_seed(2))
+    model.spread, patch = 1.0, model.backbone.patch_embed.patch_size[0]
+    model.set_input_size([64, 48])
+    assert model.grid_size == (64 // patch, 48 // patch)
+    assert model.num_patches == math.prod(model.grid_size)
+    assert model.pretrained_cfg["input_size"] == (3, 64, 48)
+    with torch.no_grad():
+        model.threshold = 0
+        torch.testing.assert_close(model(x), model.backbone(x), rtol=0, atol=1e-4)
+        model.threshold = 0.5
+        model.save(tmp_path / "model.safetensors")
+        assert torch.equal(iared2.load(tmp_path / "model.safetensors")(x), model(x))
+    assert model.dense_macs == make((family[0], {**family[1], "img_size": (64, 48)})).dense_macs
+
+
+@pytest.mark.parametrize("size", [0, -16, 50, (48, 33), (48, 48, 48), (), 1 << 20])
+def test_a_size_that_no_model_has(size):
+    model = make(("deit_tiny_patch16_224", {"img_size": 32, "embed_dim": 48, "num_heads": 3, "depth": 3}))
+    with pytest.raises(InputError, match="give one side, or height and width, in multiples of the patch, 16x16"):
+        model.set_input_size(size)
+    assert model.grid_size == (2, 2)
 
 
 def test_the_largest_is_described():

@@ -155,8 +155,10 @@ def test_a_budget_is_met(model, budget, spread):
 
 def test_a_decision_needs_the_places_of_the_patches(model):
     decision = Decision(0.5, spread=1)
+    scores = torch.rand(5, 24)
     with pytest.raises(InputError, match="spread=1 is laid over a grid of None, not over 24 patches"):
-        model.trace(sharp_images(), decision)
+        decision(scores, scores > 0, 0)
+    assert model.trace(sharp_images(), decision).kept.any(), "a model knows the places"
     assert decision == decision.for_model((6, 4), 1), "the grid is no part of the value"
     assert hash(decision) == hash(decision.for_model((6, 4), 1))
     assert repr(decision) == "Decision(thresholds=(0.5,), num_keep=None, max_tokens=None, spread=1.0)"
@@ -167,8 +169,15 @@ def test_images_of_another_size_and_padded_ones():
     model = sharp_model(("deit_tiny_patch16_224", {**TINY, "dynamic_img_size": True, "dynamic_img_pad": True}))
     assert model.grid_size == (6, 4)
     model.spread = 1.0
-    with pytest.raises(InputError, match="images of the model's own size"):
-        model(torch.zeros(1, 3, 64, 64))
+    images = sharp_images(4, 64, 80)
+    model.calibrate(images, keep=(0.75, 0.5, 0.25))
+    with torch.no_grad():
+        found = model.trace(images)
+        model.set_input_size((64, 80))
+        expected = model.trace(images)  # on the model's own grid
+    assert found.kept.float().mean((1, 2)).tolist() == pytest.approx([0.75, 0.5, 0.25], abs=0.03)
+    assert torch.equal(found.kept, expected.kept)
+    torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=1e-5)
     model = sharp_model(("deit_tiny_patch16_224", {**TINY, "img_size": (44, 30), "dynamic_img_size": True,
                                                    "dynamic_img_pad": True}))  # fmt: skip
     assert model.grid_size == (6, 4), "rows and columns that are there were not counted"

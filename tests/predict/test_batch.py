@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,15 @@ def test_options(model, photos):
         BatchPredictor(model, "cpu")({"photo": photos})
     with pytest.raises(InputError, match="threshold"):
         BatchPredictor(model, "cpu", threshold=[0.1, 0.2])
+
+
+def test_another_image_size(model, photos):
+    larger = copy.deepcopy(model)
+    rows = BatchPredictor(larger, "cpu", scores=True, image_size=(48, 64))({"image": photos})
+    assert larger.grid_size == (6, 8)
+    expected = Predictor(larger)(photos[0])
+    assert rows.column("kept").to_pylist()[0] == expected.kept.sum(1).tolist()
+    assert len(rows.column("scores").to_pylist()[0][0]) == 48
 
 
 def test_models_without_names_or_without_classes(photos):

@@ -121,6 +121,20 @@ def test_options_reach_the_result(checkpoint: Path) -> None:
     assert [group["kept"] for group in found["groups"]] == expected.kept.tolist()
 
 
+def test_another_image_size(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["interpret", "-p", "photos/cat.png", "-c", str(checkpoint), "--json"]
+    assert main([*command, "-o", "own"]) == 0
+    own = json.loads(capsys.readouterr().out)
+    side = 2 * own["grid_size"][0] * iared2.load(checkpoint).backbone.patch_embed.patch_size[0]
+    assert main([*command, "-o", "large", "--image-size", str(side)]) == 0
+    large = json.loads(capsys.readouterr().out)
+    assert large["grid_size"] == [2 * own["grid_size"][0]] * 2
+    assert large["dense_macs"] > 4 * own["dense_macs"]
+    assert main([*command, "-o", "bad", "--image-size", str(side), "7"]) == 1
+    assert "give one side, or height and width, in multiples of the patch" in capsys.readouterr().err
+    assert not Path("bad").exists()
+
+
 def test_what_stays_is_spread_and_the_map_is_as_it_was(checkpoint: Path) -> None:
     assert main(["interpret", "-p", "photos/cat.png", "-o", "plain", "-c", str(checkpoint), "-g", "1"]) == 0
     assert main(["interpret", "-p", "photos/cat.png", "-o", "s", "-c", str(checkpoint), "-g", "1", "--spread=1"]) == 0

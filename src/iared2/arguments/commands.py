@@ -5,7 +5,19 @@ from __future__ import annotations
 import argparse
 
 from ..explain.names import COMPARED, EVERY, PAPER
-from .shared import CHECKPOINT, List, OldName, batches, checkpoint, colormap, device, json, spread, threshold
+from .shared import (
+    CHECKPOINT,
+    List,
+    OldName,
+    batches,
+    checkpoint,
+    colormap,
+    device,
+    image_size,
+    json,
+    spread,
+    threshold,
+)
 
 
 def interpret(command: argparse.ArgumentParser) -> None:
@@ -26,6 +38,7 @@ def interpret(command: argparse.ArgumentParser) -> None:
         help="folder for the results, with a subfolder for each of several files (default: none, with --json)",
     )
     checkpoint(command, f"{CHECKPOINT}, or the authors' ckpt.pth (default: the model in the box, for photos)")
+    image_size(command)
     threshold(command)
     add(
         "--budget",
@@ -52,6 +65,7 @@ def predict(command: argparse.ArgumentParser) -> None:
     add("photos", nargs="+", help="photos, folders of them at any depth, tar shards, parquet files, hf:NAME")
     add("-o", "--output", required=True, help="folder for the Parquet files")
     checkpoint(command)
+    image_size(command)
     threshold(command)
     add("--embedding", action="store_true", help="add the pooled features before the classifier")
     add("--scores", action="store_true", help="add the scores of all patches, as float16")
@@ -126,6 +140,7 @@ def evaluate(command: argparse.ArgumentParser) -> None:
         help="folder of class folders, of parquet files, hf:NAME; also a CSV of videos; any photos for embeddings",
     )
     checkpoint(command)
+    image_size(command)
     add("--split", default="validation", help="split to evaluate on (default: %(default)s, or test)")
     add("--classes", nargs="+", default=[], help="use only these, in the model's order (default: the model's own)")
     threshold(command)

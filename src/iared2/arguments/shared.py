@@ -85,6 +85,12 @@ def spread(command: argparse.ArgumentParser) -> None:
     command.add_argument("--spread", type=float, metavar="S", help=text)
 
 
+def image_size(command: argparse.ArgumentParser) -> None:
+    """Add ``--image-size``."""
+    text = "resize photos to this side, or height and width, in pixels (default: the model's own)"
+    command.add_argument("--image-size", action=List, kind=int, metavar="PIXELS", help=text)
+
+
 def json(command: argparse.ArgumentParser) -> None:
     """Add ``--json``."""
     text = "write the results to FILE as JSON; without FILE, to stdout, and all else to stderr (default: no JSON)"

@@ -36,6 +36,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Run ``iared2 evaluate``."""
     device = usable_device(arguments.device)
     model = load(arguments.checkpoint).to(device)
+    if arguments.image_size:
+        model.set_input_size(arguments.image_size)
     model.pack_weights()
     if arguments.threshold:
         model.threshold = arguments.threshold

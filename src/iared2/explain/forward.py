@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model import backbone as vit
-from ..model.decide import Decide
+from ..model.decide import Decide, on_grid
 from ..model.reduced import ReducedVisionTransformer
 from ..model.tokens import PackedTokens
 
@@ -47,7 +47,8 @@ def tokens_by_block(model: Any, images: Tensor, decide: Decide | None = None) ->
         if isinstance(model, ReducedVisionTransformer):
             with torch.no_grad():
                 scores = model.score(packed, group)
-                keep = model.decide(scores, packed.alive, group, decide or model.decision)
+                chosen = on_grid(decide or model.decision, packed.grid_size)
+                keep = model.decide(scores, packed.alive, group, chosen)
             packed = model.drop(packed, keep)
         for index in blocks:
             yield packed

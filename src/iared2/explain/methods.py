@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from .. import keyed
 from ..errors import InputError
+from ..model.decide import on_grid
 from ..model.reduced import ReducedVisionTransformer
 from .attention_maps import raw_attention, rollout
 from .forward import backbone_of, private_twin
@@ -142,7 +143,7 @@ def _interpret(model: Any, images: Tensor, group: Group) -> Tensor:
     last = groups - 1 if group == "all" else _index("group", group, groups, default_group(groups))
     packed, scores, kept = model.reduce(model.embed(images), range(last))
     score = model.score(packed, last)  # the blocks behind it are not needed
-    keep = model.decide(score, packed.alive, last, model.decision)
+    keep = model.decide(score, packed.alive, last, on_grid(model.decision, packed.grid_size))
     return interpreter_map(model, [*scores, score], [*kept, keep], (images.shape[-2], images.shape[-1]), group)
 
 

@@ -6,6 +6,7 @@ of. Here, the blocks run on packed rows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from itertools import pairwise, repeat
 from typing import Any
@@ -147,7 +148,14 @@ def rotary_table(rope: Tensor, num_prefix_tokens: int) -> Tensor:
 def embed_packed(backbone: Any, images: Tensor, keys: Tensor | None = None) -> PackedTokens:
     """`embed` as packed rows, none dropped; ``keys (B,)`` see `PackedTokens`."""
     x, rotary = embed(backbone, images)
-    return PackedTokens.from_dense(x, backbone.num_prefix_tokens, keys=keys, rotary=rotary)
+    grid_size = grid_of(backbone, images.shape[2:])
+    return PackedTokens.from_dense(x, backbone.num_prefix_tokens, keys=keys, rotary=rotary, grid_size=grid_size)
+
+
+def grid_of(backbone: Any, size: Sequence[int]) -> tuple[int, ...]:
+    """The grid of patches of images of this size, height and width; of a clip, the model's own."""
+    embed = backbone.patch_embed
+    return tuple(embed.grid_size if isinstance(embed, TubeletEmbed) else embed.dynamic_feat_size(tuple(size)))
 
 
 def run_blocks(

@@ -166,15 +166,16 @@ def at_shares(
     """
     thresholds: list[float] = []
     kept = []
+    decision = model.decision.but(grid_size=sample[0].grid_size)
     for group, share in enumerate(shares):
         scores = [model.score(packed, group) for packed in sample]
-        standing = map(model.decision.standing, scores)
+        standing = map(decision.standing, scores)
         living = torch.cat([s[packed.alive] for s, packed in zip(standing, sample, strict=True)])
         if living.isnan().any():
             raise InputError("the scores of some images are not numbers: look for nan or inf in the images")
         level = _quantile(living, round(share * sum(s.numel() for s in scores)))
-        thresholds.append(model.decision.threshold_at(level))
-        decide = model.decision.at(thresholds[-1])
+        thresholds.append(decision.threshold_at(level))
+        decide = decision.at(thresholds[-1])
         keep = [model.decide(s, p.alive, group, decide) for s, p in zip(scores, sample, strict=True)]
         if to_the_end or group + 1 < len(shares):
             sample = [model.run_blocks(model.drop(p, k), group) for p, k in zip(sample, keep, strict=True)]

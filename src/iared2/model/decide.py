@@ -129,7 +129,7 @@ class Decision:
         if math.prod(self.grid_size or ()) != like.shape[-1]:
             raise InputError(
                 f"spread={self.spread:g} is laid over a grid of {self.grid_size}, not over {like.shape[-1]} patches:"
-                " set it in model.decision, and give images of the model's own size"
+                " give a decision its grid_size, or set it in model.decision"
             )
         return (self.spread * pattern(self.grid_size or ()).logit()).to(like, non_blocking=True)
 
@@ -180,6 +180,11 @@ def _plain(values: Any) -> Any:
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 0
+
+
+def on_grid(decide: Decide, grid_size: tuple[int, ...]) -> Decide:
+    """A decision for images of this grid, which need not be the model's own; a function that decides, as it is."""
+    return decide.but(grid_size=grid_size) if isinstance(decide, Decision) else decide
 
 
 def keep_all(scores: Tensor, alive: Tensor, group: int) -> Tensor:

@@ -16,6 +16,9 @@ from . import macs, onednn
 from .decide import DEFAULT_THRESHOLD, Decision
 from .tokens import PackedTokens
 
+MAX_SIDE = 4096
+"""Pixels, of `Facade.set_input_size`."""
+
 
 class OneOf:
     """An attribute that takes one of some words and refuses all else with an `InputError`."""
@@ -201,9 +204,30 @@ class Facade(nn.Module):
     @property
     def grid_size(self) -> tuple[int, ...]:
         """Rows and columns of patches; of clips, times, rows and columns. Patches are numbered in that order."""
-        embed = self.backbone.patch_embed
-        padded = getattr(embed, "dynamic_img_pad", False)  # timm's grid_size leaves the padding out
-        return tuple(embed.dynamic_feat_size(embed.img_size) if padded else embed.grid_size)
+        return vit.grid_of(self.backbone, self.backbone.patch_embed.img_size)
+
+    def set_input_size(self, img_size: int | Sequence[int]) -> None:
+        """Take images of another height and width from now on, as timm's method of this name; positions are resampled.
+
+        Scores, thresholds and spread hold for any size; ``num_keep`` and ``max_tokens`` remain numbers of patches.
+
+        Args:
+            img_size: pixels of the side, or height and width.
+
+        Raises:
+            InputError: the size does not suit the patches, or the model is one of clips.
+        """
+        if self.is_video:
+            raise InputError("the size of clips is fixed when their model is made")
+        size = [img_size] if isinstance(img_size, int) else list(img_size)
+        size, patch = size * 2 if len(size) == 1 else size, self.backbone.patch_embed.patch_size
+        if len(size) != 2 or any(not 0 < n <= MAX_SIDE or n % p for n, p in zip(size, patch, strict=True)):
+            raise InputError(
+                f"images of {'x'.join(map(str, size))} pixels: give one side, or height and width, in multiples of the"
+                f" patch, {patch[0]}x{patch[1]}, up to {MAX_SIDE}"
+            )
+        self.backbone.set_input_size(img_size=tuple(size))
+        self.decision = self.decision  # on the new grid
 
     @property
     def pretrained_cfg(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from . import backbone as vit
 from . import calibrate, file, macs
 from .block import attentions
-from .decide import Decide, Decision
+from .decide import Decide, Decision, on_grid
 from .facade import Facade
 from .hugging_face import HubModel
 from .interpreter import MultiHeadInterpreter
@@ -135,10 +135,11 @@ class ReducedVisionTransformer(Facade, HubModel):
             The remaining tokens, and for each group its scores ``(B, N)`` and the patches it kept ``(B, N)``.
         """
         scores, kept = [], []
+        decide = on_grid(decide or self.decision, packed.grid_size)
         for group in groups if groups is not None else range(self.num_groups):
             with torch.no_grad():  # a decision is discrete: no gradient passes through it
                 scores.append(self.score(packed, group))
-                kept.append(self.decide(scores[-1], packed.alive, group, decide or self.decision))
+                kept.append(self.decide(scores[-1], packed.alive, group, decide))
             packed = self.drop(packed, kept[-1])
             packed = self.run_blocks(packed, group)
         return packed, scores, kept

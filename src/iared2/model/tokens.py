@@ -13,6 +13,7 @@ pooling and the interpreter work bucket by bucket without padding or gather.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from copy import copy
 from dataclasses import dataclass, replace
@@ -34,7 +35,7 @@ class PackedTokens:
         lengths: tokens of each image in packed order, including prefix tokens; ascending. On the host, for the views.
         num_images: B.
         num_prefix_tokens: P.
-        num_patches: N, of the whole image.
+        grid_size: of the whole image: rows and columns of patches; of a clip, times, rows and columns.
         alive: ``(B, N)`` bool, the patches that are not dropped.
         keys: ``(B,)`` int64 keys of the images' random draws (keyed.py), or None for torch's generator.
         sizes: ``(T,)`` float32, the number of patches of which each row is the mean (merge.py), or None: one.
@@ -47,7 +48,7 @@ class PackedTokens:
     lengths: tuple[int, ...]
     num_images: int
     num_prefix_tokens: int
-    num_patches: int
+    grid_size: tuple[int, ...]
     alive: Tensor
     keys: Tensor | None = None
     sizes: Tensor | None = None
@@ -61,8 +62,12 @@ class PackedTokens:
         alive: Tensor | None = None,
         keys: Tensor | None = None,
         rotary: Tensor | None = None,
+        grid_size: tuple[int, ...] | None = None,
     ) -> PackedTokens:
-        """Pack ``x (B, S, C)``; ``alive (B, N)`` bool leaves out the patches where it is False."""
+        """Pack ``x (B, S, C)``; ``alive (B, N)`` bool leaves out the patches where it is False.
+
+        Without ``grid_size``, the patches are taken as one row.
+        """
         num_images, num_tokens, width = x.shape
         packed = cls(
             x=x.reshape(-1, width),
@@ -70,12 +75,17 @@ class PackedTokens:
             lengths=(num_tokens,) * num_images,
             num_images=num_images,
             num_prefix_tokens=num_prefix_tokens,
-            num_patches=num_tokens - num_prefix_tokens,
+            grid_size=grid_size or (num_tokens - num_prefix_tokens,),
             alive=torch.ones(num_images, num_tokens - num_prefix_tokens, dtype=torch.bool, device=x.device),
             keys=keys,
             rotary=rotary,
         )
         return packed if alive is None else packed.select(alive)
+
+    @property
+    def num_patches(self) -> int:
+        """N, of the whole image."""
+        return math.prod(self.grid_size)
 
     @property
     def num_tokens(self) -> int:

@@ -44,6 +44,7 @@ class BatchPredictor:
         embedding: add this column.
         scores: add this column.
         threshold: one number or one per group; the model's own decision if None.
+        image_size: of `ReducedVisionTransformer.set_input_size`, which changes a model that is given; None: its own.
         image_column: the column of photos in a batch; None: the first of ``IMAGE_COLUMNS`` that there is.
 
     Raises:
@@ -59,12 +60,15 @@ class BatchPredictor:
         embedding: bool = False,
         scores: bool = False,
         threshold: float | Sequence[float] | None = None,
+        image_size: int | Sequence[int] | None = None,
         image_column: str | None = None,
     ) -> None:
         _arrow()
         onednn.forget_shapes()
         own = not isinstance(model, ReducedVisionTransformer)
         loaded: ReducedVisionTransformer = load(model) if own else model  # type: ignore[arg-type, assignment]
+        if image_size is not None:
+            loaded.set_input_size(image_size)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         predictor = Predictor(loaded, device, model if isinstance(model, (str, Path)) else None)
         thresholds = predictor.thresholds(threshold)

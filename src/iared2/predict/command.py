@@ -36,7 +36,7 @@ CALIBRATION_PHOTOS = 512
 
 def run(args: argparse.Namespace) -> int:
     """Run the command. Returns the exit status."""
-    names = "checkpoint threshold budget spread method group colormap json device recursive"
+    names = "checkpoint image_size threshold budget spread method group colormap json device recursive"
     return interpret(args.photo, args.output, **{name: getattr(args, name) for name in names.split()})
 
 
@@ -45,6 +45,7 @@ def interpret(
     output: str | Path | None,
     *,
     checkpoint: str | Path | None = None,
+    image_size: Sequence[int] | None = None,
     threshold: float | Sequence[float] | None = None,
     budget: float | None = None,
     spread: float | None = None,
@@ -62,6 +63,7 @@ def interpret(
             subfolder per file, named after the file.
         output: created if missing. Other files in it are kept. None: no files, which needs ``json``.
         checkpoint: for `iared2.load`.
+        image_size: side, or height and width, in pixels, to which photos are resized; the model's own if None.
         threshold: one number or one per group; the model's own if None.
         budget: share of the dense MACs, in (0, 1], met on average over the first ``CALIBRATION_PHOTOS`` photos by the
             thresholds.
@@ -91,6 +93,8 @@ def interpret(
         raise InputError(f"--budget {budget:g}: give a share above 0 and up to 1 of the dense MACs, and no --threshold")
     torch_device = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = load(checkpoint)
+    if image_size is not None:
+        model.set_input_size(image_size)
     if spread is not None:
         model.spread = spread
     if group is not None and not 1 <= group <= model.num_groups:

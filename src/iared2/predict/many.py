@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_writable(output)
     rank, world_size, local_rank = _process()
     device = arguments.device or (f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu")
-    wanted = {"embedding": arguments.embedding, "scores": arguments.scores, "threshold": arguments.threshold}
+    wanted = {name: getattr(arguments, name) for name in ("embedding", "scores", "threshold", "image_size")}
     predictor = BatchPredictor(arguments.checkpoint, device, **wanted)
     photos = open_photos(arguments.photos, arguments.image_column, arguments.split)
     for path in arguments.photos:
