@@ -91,7 +91,8 @@ class Group(nn.Module):
             x: ``(T, C)`` the tokens; some last rows may be padding.
             rows: ``(b, L)`` int32, which row each token is; any row for padding.
             back: ``(T,)`` int32, where each row lies in ``rows``, flattened.
-            bias: ``(b, L)``, 0, or a large negative number for padding.
+            bias: ``(b, L)``, the logarithm of the number of patches of which the token is the mean, or a large negative
+                number for padding.
             positions: ``(T,)`` int32, in 0…S − 1: the place of each row in the image, for rotary embeddings.
 
         Returns:
@@ -113,7 +114,7 @@ class Group(nn.Module):
         if self.scorer is None:
             return (x,)
         padded = x.index_select(0, rows.flatten()).unflatten(0, rows.shape)
-        return x, self.scorer(padded, bias[:, self.prefix :] == 0)
+        return x, self.scorer(padded, bias[:, self.prefix :] >= 0)
 
 
 class Head(nn.Module):
@@ -136,8 +137,8 @@ def export_stages(model: ReducedVisionTransformer, path: Path | str) -> None:
         path: ends in ``.zip``.
 
     Raises:
-        InputError: the model merges patches, has hooks or a part that torch cannot export, another suffix, a package is
-            missing, or the file cannot be written.
+        InputError: the model has hooks or a part that torch cannot export, another suffix, a package is missing, or the
+            file cannot be written.
     """
     path = Path(path)
     if path.suffix != ".zip":
@@ -146,10 +147,6 @@ def export_stages(model: ReducedVisionTransformer, path: Path | str) -> None:
         raise InputError(f"cannot write {path}: there is no folder {path.parent}")
     if importlib.util.find_spec("onnxscript") is None:
         raise missing("ONNX", "onnxscript", "export")
-    if model.dropped == "merged":
-        raise InputError(
-            "the adaptive batch does not merge patches: export --num-keep or --adaptive, or set model.dropped"
-        )
     if any(map(is_touched, model.modules())):
         raise InputError("the model has hooks or replaced methods, which a graph would lose; remove them first")
     model = copy.deepcopy(model).eval().requires_grad_(False).float().cpu()
@@ -241,6 +238,7 @@ def _manifest(model: ReducedVisionTransformer) -> dict[str, Any]:
         "num_prefix_tokens": backbone.num_prefix_tokens,
         "embed_dim": backbone.embed_dim,
         "pools": vit.pools_patches(backbone),
+        "merges": model.dropped == "merged",
         "rotates": getattr(backbone, "rope", None) is not None,
         # MACs of the linear layers per row over those of attention per pair of rows
         "row_cost": linear_macs(backbone.blocks[0]) / (2 * width),
