@@ -14,10 +14,12 @@ import importlib.util
 import json
 import math
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.layers import Attention
@@ -27,10 +29,13 @@ from ..atomic import whole
 from ..errors import InputError, missing
 from ..model import backbone as vit
 from ..model.block import after_attention, attentions, before_attention, head_dim, is_touched
+from ..model.decide import Decide
 from ..model.dither import pattern
 from ..model.macs import linear_macs
 from ..model.reduced import ReducedVisionTransformer
+from ..runtime import Engine
 from ..runtime.archive import EXTERNAL, FORMAT, MANIFEST
+from ..runtime.backends import loader
 
 MAX_WEIGHTS = (1 << 31) - (1 << 24)
 ANY = torch.export.Dim.DYNAMIC
@@ -159,6 +164,20 @@ def export_stages(model: ReducedVisionTransformer, path: Path | str) -> None:
         folder.writestr(MANIFEST, about)
         for name, graph in graphs.items():
             folder.writestr(name, graph)
+
+
+def exported(model: ReducedVisionTransformer, backend: str, threads: int, precision: str = "fp32") -> Engine:
+    """The engine of a model, by way of a temporary file. Arguments and errors: of `Engine` and `export_stages`."""
+    loader(backend, threads, precision)  # what is missing is missed before an export, which takes half a minute
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "model.zip")
+        export_stages(model, path)
+        return Engine(path, backend, threads, precision)
+
+
+def as_arrays(decide: Decide) -> Callable[[np.ndarray, np.ndarray, int], np.ndarray]:
+    """A decision on tensors, for an engine."""
+    return lambda scores, alive, group: decide(torch.from_numpy(scores), torch.from_numpy(alive), group).numpy()
 
 
 def _separate(attn: Any) -> None:
