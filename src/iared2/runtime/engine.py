@@ -2,7 +2,8 @@
 
 The graphs (stages.py) embed a batch, run the blocks of one group, and classify. In between, `Engine` decides which
 patches stay, merges dropped ones if the model does, sorts the images by length, and lays the remaining tokens end to
-end. Images of different lengths share a call: linear layers see no padding, only attention does. Images go to several calls where padding would cost more.
+end. Images of different lengths share a call: linear layers see no padding, only attention does. Images go to several
+calls where padding would cost more.
 """
 
 from __future__ import annotations
