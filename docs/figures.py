@@ -118,10 +118,11 @@ def runtimes(result: dict[str, Any]) -> str:
             lines.append(f"| {' | '.join(cells)} | {100 * ours['padding']:.1f} % | {ours['calls']} |")
     lines.append("")
     for row in (row for row in result["runtimes"] if "photos" in row):
+        near, same = (f"{100 * row[name]:.1f} %" for name in ("near_share", "same_patches"))
+        gap, worst = (f"{row[name]:.0e}" for name in ("worst_logit_gap", "worst_logit_gap_of_all"))
         lines += [
-            f"{row['model']}, {row['name']}, {row['photos']} photos in fp32: {100 * row['near_share']:.1f} % have a score",
-            f"within 1e-4 of a threshold. The logits of the others are those of torch to {row['worst_logit_gap']:.1e}, of",
-            f"all photos to {row['worst_logit_gap_of_all']:.1e}. {100 * row['same_patches']:.1f} % keep the same patches.",
+            f"{row['model']}, {row['name']}, {row['photos']} photos in fp32: {near} have a score within 1e-4 of a",
+            f"threshold. The logits of the others are those of torch to {gap}, of all to {worst}. {same} keep the same patches.",
             "",
         ]
     return "\n".join(lines)
