@@ -121,8 +121,9 @@ def runtimes(result: dict[str, Any]) -> str:
         near, same = (f"{100 * row[name]:.1f} %" for name in ("near_share", "same_patches"))
         gap, worst = (f"{row[name]:.0e}" for name in ("worst_logit_gap", "worst_logit_gap_of_all"))
         lines += [
-            f"{row['model']}, {row['name']}, {row['photos']} photos in fp32: {near} have a score within 1e-4 of a",
-            f"threshold. The logits of the others are those of torch to {gap}, of all to {worst}. {same} keep the same patches.",
+            f"{row['model']}, {row['name']}, {row['photos']} photos in fp32:",
+            f"{near} have a score within 1e-4 of a threshold. The logits of the others are those of torch to {gap},",
+            f"of all to {worst}. {same} keep the same patches.",
             "",
         ]
     return "\n".join(lines)

@@ -9,13 +9,17 @@ import subprocess
 import sys
 import zipfile
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny import sharp_images, sharp_model
 
+import iared2
 from iared2.cli import main
+from iared2.data.batches import model_transform
 from iared2.errors import InputError
 from iared2.evaluate.speed.runtimes import ways
 from iared2.evaluate.speed.workload import drawn
@@ -122,6 +126,19 @@ def test_merging_equals_the_models():
         assert np.array_equal(sizes[here], packed.to_dense(packed.sizes).numpy()[here])
     assert sizes[here].max() > 3
     assert (here[:, prefix:] * sizes[:, prefix:]).sum(1).tolist() == [24, 24, 0, 24, 24]
+
+
+@pytest.mark.slow
+def test_the_model_in_the_box(tmp_path, backend):
+    model = iared2.load()
+    transform = model_transform(model.pretrained_cfg)
+    files = sorted((Path(__file__).parents[1] / "examples").glob("*.jpg"))
+    images = torch.stack([transform(Image.open(file).convert("RGB")) for file in files])
+    export_stages(model, tmp_path / "m.zip")
+    with torch.inference_mode():
+        expected = model.trace(images)
+    assert expected.kept[3:].float().mean() < 0.5
+    check(Engine(tmp_path / "m.zip", backend, threads=1)(images.numpy()), expected)
 
 
 def test_merging_changes_the_result(tmp_path, backend):
