@@ -31,7 +31,7 @@ def table(name: str) -> str:
     result = json.loads((FIGURES / f"{name}.json").read_text(encoding="utf-8"))
     if "experiment" in result:
         return experiment(result)
-    kinds = {"methods": explanations, "speed": speed, "training": training}
+    kinds = {"methods": explanations, "speed": speed, "training": training, "runtimes": runtimes}
     return next(write for key, write in kinds.items() if key in result)(result)
 
 
@@ -93,6 +93,40 @@ def speed(result: dict[str, Any]) -> str:
         lines.append(f"| {ours['batch_size']} | {' | '.join(cells)} |")
     what = "Images/s at the median; *compiled*: efficiency of ours compiled against dense compiled."
     return "\n".join([*lines, "", what, ""])
+
+
+def runtimes(result: dict[str, Any]) -> str:
+    """Dense and ours in each runtime, one row per model, precision and batch size; and how close ours is."""
+    given = result["arguments"]
+    command = f"taskset -c 0 python benchmarks/runtime.py --seconds {given['seconds']:g}"
+    lines = [
+        f"Images/s, {given['threads']} thread. `{command}`",
+        "",
+        "| model | precision | batch | runtime | dense | ours | MACs ÷ dense | speed-up | efficiency | new counts "
+        "| efficiency | padding | calls |",
+        "|" + "---|" * 13,
+    ]
+    rows = {(r["model"], r["precision"], r["batch_size"], r["name"]): r for r in result["runtimes"] if "rounds" in r}
+    for (model, precision, batch, name), dense in rows.items():
+        if name.startswith("dense"):
+            runtime = name.removeprefix("dense, ")
+            ours, new = (rows[model, precision, batch, f"ours, {runtime}{more}"] for more in ("", ", new counts"))
+            cells = [model, precision, str(batch), runtime]
+            cells += [f"{row['images_per_second']:.1f}" for row in (dense, ours)]
+            cells += [f"{ours['macs_ratio']:.2f}", f"{ours['speed_up']:.2f}×", f"**{ours['efficiency']:.2f}**"]
+            cells += [f"{new['images_per_second']:.1f}", f"{new['efficiency']:.2f}"]
+            lines.append(f"| {' | '.join(cells)} | {100 * ours['padding']:.1f} % | {ours['calls']} |")
+    lines.append("")
+    for row in (row for row in result["runtimes"] if "photos" in row):
+        near, same = (f"{100 * row[name]:.1f} %" for name in ("near_share", "same_patches"))
+        gap, worst = (f"{row[name]:.0e}" for name in ("worst_logit_gap", "worst_logit_gap_of_all"))
+        lines += [
+            f"{row['model']}, {row['name']}, {row['photos']} photos in fp32:",
+            f"{near} have a score within 1e-4 of a threshold. The logits of the others are those of torch to {gap},",
+            f"of all to {worst}. {same} keep the same patches.",
+            "",
+        ]
+    return "\n".join(lines)
 
 
 def compiled_dense(rows: dict[str, Any]) -> float:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -100,6 +101,40 @@ def test_other_sources_have_the_same_rows(predict, kind):
     found, expected = pq.read_table("out"), pq.read_table("folder")
     assert found["photo"].to_pylist() == names
     assert found.drop_columns("photo").equals(expected.drop_columns("photo"))
+
+
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning", "ignore:The given buffer is not")
+@pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
+def test_a_runtime_writes_the_same_rows(predict, checkpoint, engine, capsys):
+    pytest.importorskip(engine, reason=f"{engine} is missing: pip install 'iared2[test]'")
+    model = iared2.load(checkpoint)
+    model.dropped, model.spread = "merged", 0.5
+    model.save("merged.safetensors")
+    for number, output in enumerate(("torch", engine)):
+        assert predict(output, "-c", "merged.safetensors", "--scores", "--engine", output) == 0
+        if number:
+            assert json.loads(Path(output, "_predict.json").read_text())["engine"] == engine
+    expected, found = (pq.read_table(output).to_pylist() for output in ("torch", engine))
+    assert len({str(row["kept"]) for row in expected if row["kept"]}) > 3, "counts differ between photos"
+    for row, other in zip(found, expected, strict=True):
+        assert [row[name] for name in ("photo", "kept", "macs", "error")] == [
+            other[name] for name in ("photo", "kept", "macs", "error")
+        ]
+        if row["error"] is None:
+            for name in ("class", "index", "probability"):
+                values, others = ([best[name] for best in r["top5"]] for r in (row, other))
+                assert values == (pytest.approx(others, abs=1e-5) if name == "probability" else others)
+            np.testing.assert_allclose(row["scores"], other["scores"], atol=1e-3)
+    assert predict("torch", "-c", "merged.safetensors", "--scores", "--engine", engine) == 1
+    assert "another run, with other engine" in capsys.readouterr().err
+
+
+def test_what_a_runtime_does_not_have_is_one_line(predict, capsys):
+    for options in (["--embedding"], ["--device", "cuda"]):
+        assert predict("out", "--engine", "onnxruntime", *options) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "the engine onnxruntime has no embeddings and runs on the CPU" in line
+    assert not Path("out").exists()
 
 
 def test_what_is_there_is_not_written_again(predict):

@@ -73,6 +73,12 @@ def predict(command: argparse.ArgumentParser) -> None:
     add("--split", help="of hf:NAME (default: all)")
     batches(command)
     add("--shard-size", type=int, default=4096, help="photos per Parquet file (default: %(default)s)")
+    add(
+        "--engine",
+        choices=["torch", "openvino", "onnxruntime"],
+        default="torch",
+        help="what runs the model; the others are for CPUs (default: %(default)s)",
+    )
     device(command, None)
 
 

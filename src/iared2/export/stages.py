@@ -14,10 +14,12 @@ import importlib.util
 import json
 import math
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.layers import Attention
@@ -27,10 +29,13 @@ from ..atomic import whole
 from ..errors import InputError, missing
 from ..model import backbone as vit
 from ..model.block import after_attention, attentions, before_attention, head_dim, is_touched
+from ..model.decide import Decide
 from ..model.dither import pattern
 from ..model.macs import linear_macs
 from ..model.reduced import ReducedVisionTransformer
+from ..runtime import Engine
 from ..runtime.archive import EXTERNAL, FORMAT, MANIFEST
+from ..runtime.backends import loader
 
 MAX_WEIGHTS = (1 << 31) - (1 << 24)
 ANY = torch.export.Dim.DYNAMIC
@@ -91,7 +96,8 @@ class Group(nn.Module):
             x: ``(T, C)`` the tokens; some last rows may be padding.
             rows: ``(b, L)`` int32, which row each token is; any row for padding.
             back: ``(T,)`` int32, where each row lies in ``rows``, flattened.
-            bias: ``(b, L)``, 0, or a large negative number for padding.
+            bias: ``(b, L)``, the logarithm of the number of patches of which the token is the mean, or a large negative
+                number for padding.
             positions: ``(T,)`` int32, in 0…S − 1: the place of each row in the image, for rotary embeddings.
 
         Returns:
@@ -113,7 +119,7 @@ class Group(nn.Module):
         if self.scorer is None:
             return (x,)
         padded = x.index_select(0, rows.flatten()).unflatten(0, rows.shape)
-        return x, self.scorer(padded, bias[:, self.prefix :] == 0)
+        return x, self.scorer(padded, bias[:, self.prefix :] >= 0)
 
 
 class Head(nn.Module):
@@ -136,8 +142,8 @@ def export_stages(model: ReducedVisionTransformer, path: Path | str) -> None:
         path: ends in ``.zip``.
 
     Raises:
-        InputError: the model merges patches, has hooks or a part that torch cannot export, another suffix, a package is
-            missing, or the file cannot be written.
+        InputError: the model has hooks or a part that torch cannot export, another suffix, a package is missing, or the
+            file cannot be written.
     """
     path = Path(path)
     if path.suffix != ".zip":
@@ -146,10 +152,6 @@ def export_stages(model: ReducedVisionTransformer, path: Path | str) -> None:
         raise InputError(f"cannot write {path}: there is no folder {path.parent}")
     if importlib.util.find_spec("onnxscript") is None:
         raise missing("ONNX", "onnxscript", "export")
-    if model.dropped == "merged":
-        raise InputError(
-            "the adaptive batch does not merge patches: export --num-keep or --adaptive, or set model.dropped"
-        )
     if any(map(is_touched, model.modules())):
         raise InputError("the model has hooks or replaced methods, which a graph would lose; remove them first")
     model = copy.deepcopy(model).eval().requires_grad_(False).float().cpu()
@@ -162,6 +164,20 @@ def export_stages(model: ReducedVisionTransformer, path: Path | str) -> None:
         folder.writestr(MANIFEST, about)
         for name, graph in graphs.items():
             folder.writestr(name, graph)
+
+
+def exported(model: ReducedVisionTransformer, backend: str, threads: int, precision: str = "fp32") -> Engine:
+    """The engine of a model, by way of a temporary file. Arguments and errors: of `Engine` and `export_stages`."""
+    loader(backend, threads, precision)  # what is missing is missed before an export, which takes half a minute
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "model.zip")
+        export_stages(model, path)
+        return Engine(path, backend, threads, precision)
+
+
+def as_arrays(decide: Decide) -> Callable[[np.ndarray, np.ndarray, int], np.ndarray]:
+    """A decision on tensors, for an engine."""
+    return lambda scores, alive, group: decide(torch.from_numpy(scores), torch.from_numpy(alive), group).numpy()
 
 
 def _separate(attn: Any) -> None:
@@ -241,6 +257,7 @@ def _manifest(model: ReducedVisionTransformer) -> dict[str, Any]:
         "num_prefix_tokens": backbone.num_prefix_tokens,
         "embed_dim": backbone.embed_dim,
         "pools": vit.pools_patches(backbone),
+        "merges": model.dropped == "merged",
         "rotates": getattr(backbone, "rope", None) is not None,
         # MACs of the linear layers per row over those of attention per pair of rows
         "row_cost": linear_macs(backbone.blocks[0]) / (2 * width),

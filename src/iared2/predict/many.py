@@ -42,8 +42,10 @@ def run(arguments: argparse.Namespace) -> int:
     output = Path(arguments.output)
     check_writable(output)
     rank, world_size, local_rank = _process()
-    device = arguments.device or (f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu")
-    wanted = {name: getattr(arguments, name) for name in ("embedding", "scores", "threshold", "image_size")}
+    has_gpu = torch.cuda.is_available() and arguments.engine == "torch"
+    device = arguments.device or (f"cuda:{local_rank}" if has_gpu else "cpu")
+    names = "embedding", "scores", "threshold", "image_size", "engine"
+    wanted = {name: getattr(arguments, name) for name in names}
     predictor = BatchPredictor(arguments.checkpoint, device, **wanted)
     photos = open_photos(arguments.photos, arguments.image_column, arguments.split)
     for path in arguments.photos:
@@ -111,6 +113,7 @@ class Plan:
             "embedding": predictor.embedding,
             "scores": predictor.scores,
             "device": predictor.device.type,
+            "engine": predictor.engine,
             "grid_size": list(model.grid_size),
             "num_groups": model.num_groups,
             "dense_macs": model.dense_macs,

@@ -1,8 +1,9 @@
 """The engine: graphs of the network's parts, and between them what decides and lays out tokens.
 
 The graphs (stages.py) embed a batch, run the blocks of one group, and classify. In between, `Engine` decides which
-patches stay, sorts the images by length, and lays the remaining tokens end to end. Images of different lengths share a
-call: linear layers see no padding, only attention does. Images go to several calls where padding would cost more.
+patches stay, merges dropped ones if the model does, sorts the images by length, and lays the remaining tokens end to
+end. Images of different lengths share a call: linear layers see no padding, only attention does. Images go to several
+calls where padding would cost more.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from ..errors import InputError
 from .archive import Manifest, read
 from .backends import Stage, loader
 from .layout import Place, split, top_k
+from .merge import merge
 
 HIDDEN = -1e9
 """The bias of padding in attention; its softmax is 0."""
@@ -86,7 +88,7 @@ class Engine:
         self.input_size = tuple(about.numbers("input_size", int, None, 1, 1 << 16))
         self.mean, self.std = about.numbers("mean", float, None), about.numbers("std", float, None)
         self.interpolation, self.class_names = about.get("interpolation"), about.names("class_names")
-        self.pools, self.rotates = bool(about.get("pools")), bool(about.get("rotates"))
+        self.pools, self.rotates, self.merges = (bool(about.get(name)) for name in ("pools", "rotates", "merges"))
         self.row_cost = about.numbers("row_cost", float, 1, 1e-3, 1e9)[0]
         groups = self.num_groups
         self.thresholds = about.numbers("thresholds", float, groups) if about.get("thresholds") is not None else None
@@ -152,10 +154,14 @@ class Engine:
         )
         x, alive = x.reshape(-1, self.embed_dim), np.ones((batch, patches), bool)
         row_of = np.arange(len(x)).reshape(batch, -1)  # (B, S): where in x a token is
+        sizes = np.ones(row_of.shape, np.float32)  # (B, S): of how many patches it is the mean
         scores, kept, work, done, calls = [], [], 0.0, 0.0, 0
         for group in range(self.num_groups):
             scores.append(found)
             kept.append(self._keep(found, alive, group, decide))
+            if self.merges:
+                x = x if group else x.copy()  # the runtime owns what a graph returns
+                merge(x, row_of, sizes, alive, kept[-1], prefix)
             alive = kept[-1]
             tokens = np.concatenate([np.ones((batch, prefix), bool), alive], 1)  # (B, S)
             lengths = tokens.sum(1)
@@ -164,7 +170,7 @@ class Engine:
             left, found, first = np.empty((lengths.sum(), self.embed_dim), np.float32), np.zeros_like(found), 0
             for start, end in pairwise(buckets):
                 number = order[start:end]
-                y, place = self._run_group(group, x, tokens[number], row_of[number])
+                y, place = self._run_group(group, x, tokens[number], row_of[number], sizes[number])
                 rows, image, position = len(place.image), number[place.image], place.position
                 left[first : first + rows] = y[0][:rows]
                 row_of[image, position] = np.arange(first, first + rows)
@@ -186,9 +192,9 @@ class Engine:
         return keep
 
     def _run_group(
-        self, group: int, x: np.ndarray, tokens: np.ndarray, row_of: np.ndarray
+        self, group: int, x: np.ndarray, tokens: np.ndarray, row_of: np.ndarray, sizes: np.ndarray
     ) -> tuple[list[np.ndarray], Place]:
-        """The outputs of one call on b images, ``tokens`` and ``row_of (b, S)``, and where their rows are."""
+        """The outputs of one call on b images, ``tokens``, ``row_of``, ``sizes (b, S)``, and where their rows are."""
         place = Place(tokens, self.num_prefix_tokens, self.row_cost)
         used, shape = len(place.image), (len(tokens), place.longest)
         entering = np.empty((place.rows, x.shape[1]), np.float32)
@@ -196,7 +202,7 @@ class Engine:
         entering[used:] = 0
         rows, bias = np.zeros(shape, np.int32), np.full(shape, HIDDEN, np.float32)
         rows[place.image, place.rank] = np.arange(used)
-        bias[place.image, place.rank] = 0
+        bias[place.image, place.rank] = np.log(sizes[place.image, place.position])
         back = np.zeros(place.rows, np.int32)
         back[:used] = place.image * place.longest + place.rank
         inputs = {"x": entering, "rows": rows, "back": back, "bias": bias}

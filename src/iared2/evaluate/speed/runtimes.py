@@ -5,17 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ...export.stages import export_stages
+from ...export.stages import as_arrays, exported
 from ...model.reduced import ReducedVisionTransformer
-from ...runtime import BACKENDS, Decide, Engine
+from ...runtime import BACKENDS
 from ...runtime.backends import loader
 from .workload import Workload
 
@@ -33,7 +30,7 @@ def ways(
         InputError: a package is missing, or the model cannot be exported (`stages.export_stages`).
     """
     images = workload.images.float().cpu().numpy()
-    decide = as_arrays(workload)
+    decide = as_arrays(workload.decide)
     found: dict[str, tuple[Callable[[Tensor], Any], float]] = {}
     usable = [backend for backend in backends if precision in BACKENDS[backend]]
     if not usable:
@@ -50,23 +47,6 @@ def ways(
 def _called(run: Callable[..., Any], *arguments: Any) -> Any:
     """Call it on arrays that are ready; the last argument, a tensor of images, is not used."""
     return run(*arguments[:-1])
-
-
-def as_arrays(workload: Workload) -> Decide:
-    """The decision of a workload, for an engine."""
-
-    def decide(scores: np.ndarray, alive: np.ndarray, group: int) -> np.ndarray:
-        return workload.decide(torch.from_numpy(scores), torch.from_numpy(alive), group).numpy()
-
-    return decide
-
-
-def exported(model: ReducedVisionTransformer, backend: str, threads: int, precision: str) -> Engine:
-    """The engine of a model, by way of a temporary file."""
-    with TemporaryDirectory() as folder:
-        path = Path(folder, "model.zip")
-        export_stages(model, path)
-        return Engine(path, backend, threads=threads, precision=precision)
 
 
 def dense_graph(model: ReducedVisionTransformer, batch_size: int) -> bytes:

@@ -34,7 +34,19 @@ class Workload:
 def drawn(
     model: ReducedVisionTransformer, images: Tensor, keep: Sequence[float], std: float, seed: int = 0
 ) -> Workload:
-    """A workload whose keep counts follow a stated distribution, for a model without a trained policy.
+    """A workload whose keep counts follow a stated distribution, for a model without a trained policy: `draw`."""
+    return _workload(model, images, draw(model, len(images), keep, std, seed, images.device))
+
+
+def draw(
+    model: ReducedVisionTransformer,
+    batch_size: int,
+    keep: Sequence[float],
+    std: float,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> Decide:
+    """The decision of a workload that is `drawn`.
 
     Image b keeps a share ``keep[g] + std · z_b`` of its patches in group g. The z_b are the B quantiles of a normal
     distribution, in random order and the same in all groups: an image with a large object keeps more in each group.
@@ -43,7 +55,7 @@ def drawn(
     Raises:
         InputError: there is not one share per group, or the shares rise or leave [0, 1].
     """
-    num_patches, keys = model.backbone.patch_embed.num_patches, keyed.sample_keys(seed, 0, torch.arange(len(images)))
+    num_patches, keys = model.backbone.patch_embed.num_patches, keyed.sample_keys(seed, 0, torch.arange(batch_size))
     shares = torch.tensor(keep)
     if (
         len(shares) != model.num_groups
@@ -51,8 +63,8 @@ def drawn(
         or not 0 <= float(shares[-1]) <= float(shares[0]) <= 1
     ):
         raise InputError(f"--keep: give {model.num_groups} shares from 0 to 1 that do not rise, one per group")
-    order = keyed.permutation(seed, SITE_COUNTS, len(images))
-    z = torch.special.ndtri((order + 0.5) / len(images))
+    order = keyed.permutation(seed, SITE_COUNTS, batch_size)
+    z = torch.special.ndtri((order + 0.5) / batch_size)
     num_keep = ((shares[:, None] + std * z) * num_patches).round().clamp(1, num_patches).long()
     num_keep = num_keep.cummin(0).values
 
@@ -60,12 +72,12 @@ def drawn(
         keys, SITE_DRAWN, num_patches
     )  # (B, N), the same in all groups: a dropped patch stays dropped
     worst = draws.sort(1, descending=True).values.gather(1, (num_keep.t() - 1))  # (B, D): the last one that stays
-    draws, worst = draws.to(images.device), worst.to(images.device)
+    draws, worst = draws.to(device), worst.to(device)
 
     def decide(scores: Tensor, alive: Tensor, group: int) -> Tensor:
         return alive & (draws >= worst[:, group, None])
 
-    return _workload(model, images, decide)
+    return decide
 
 
 def by_the_policy(model: ReducedVisionTransformer, images: Tensor) -> Workload:
