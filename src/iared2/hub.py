@@ -92,9 +92,11 @@ def _trained(cfg: PretrainedCfg, pretrained: bool, kwargs: dict[str, Any]) -> Re
     model = saved = load(source)
     if kwargs or not pretrained:
         config = file.config_of(saved)
+        if kwargs.get("num_classes", saved.num_classes) == saved.num_classes:
+            kwargs.pop("num_classes", None)  # of text features, timm's is another
+        else:
+            config |= {"text_classes": None, "class_names": None}
         model = restore.build(ReducedVisionTransformer, **{**file.check(config), **kwargs})
-        if model.num_classes != saved.num_classes:
-            config["class_names"] = None
         in_chans, *_ = model.pretrained_cfg["input_size"]  # before `configure` sets that of the file
         if model.num_groups == saved.num_groups:
             restore.configure(model, config)

@@ -17,7 +17,7 @@ from iared2.train.curriculum import stages_of
 from iared2.train.finetune import FinetuneStage
 from iared2.train.policy_gradient import PolicyConfig, PolicyGradientStage, budget_shift, policy_gradient_loss
 from iared2.train.recipe import read_recipe
-from iared2.train.reward import RewardConfig, reward
+from iared2.train.reward import RewardConfig, overlap, reward
 
 N = 8
 LABEL = 1
@@ -553,3 +553,16 @@ def test_without_classes_the_reward_is_the_cosine_with_the_dense_embedding():
     assert last["reward"].item() == pytest.approx(expected.mean().item(), abs=1e-5)
     assert last["top1_sampled"].item() == pytest.approx(100 * cosine.mean().item(), abs=1e-4)
     assert metrics["reward"].isfinite()
+
+    # neighbours in place of the cosine
+    with_neighbours = replace(config, neighbours=2)
+    _, found = PolicyGradientStage(model, [2], with_neighbours, policy, model.backbone)(images, labels, keys)
+    with torch.no_grad():
+        shared = overlap(model.backbone(images), model.head(ends), 2)
+    assert 0 < shared.mean() < 1
+    assert found["top1_sampled"].item() == pytest.approx(100 * shared.mean().item(), abs=1e-4)
+    expected = reward(keep.sum(1), 16, shared, config) - 0.5 * (1 - cosine)
+    assert found["reward"].item() == pytest.approx(expected.mean().item(), abs=1e-5)
+    model.reset_classifier(3)
+    with pytest.raises(InputError, match=r"reward\.neighbours"):
+        PolicyGradientStage(model, [2], with_neighbours, policy, model.backbone)

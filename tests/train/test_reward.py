@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import iared2
-from iared2.train.reward import RewardConfig, alike, correctness, reward
+from iared2.errors import InputError
+from iared2.train.reward import RewardConfig, alike, correctness, overlap, reward
 
 
 @pytest.mark.parametrize(
@@ -59,3 +60,21 @@ def test_an_embedding_is_as_correct_as_it_is_like_the_dense_one():
     found = alike(dense, torch.tensor([[4.0, 3.0], [-1.0, 0.0], [5.0, 0.0]]))
     assert found.tolist() == pytest.approx([24 / 25, 0, 1])
     assert alike(dense.to("meta"), dense.to("meta")).dtype == torch.float32
+
+
+def at(*degrees):
+    angle = torch.tensor(degrees, dtype=torch.float64).deg2rad()
+    return (torch.arange(len(degrees))[:, None] + 1) * torch.stack([angle.cos(), angle.sin()], 1).float()
+
+
+def test_an_embedding_is_as_correct_as_its_neighbours():
+    dense = at(0, 10, 25, 45, 90)  # the two nearest of each, by number: 1 2, 0 2, 1 3, 2 1, 3 2
+    first = at(20, 18, 30, 49, 60)  # 2 1, 2 0, 3 1, 2 1, 3 2
+    second = at(30, 10, 25, 45, -80)  # 2 3, 0 2, 1 3, 2 1, 0 1
+    both = torch.cat([first, second])
+    assert overlap(dense, both, 1).tolist() == [0, 0, 0, 1, 1, 0, 1, 1, 1, 0]
+    assert overlap(dense, both, 2).tolist() == [1, 1, 1, 1, 1, 0.5, 1, 1, 1, 0]
+    assert overlap(dense.to("meta"), both.to("meta"), 2).dtype == torch.float32
+    for k in (0, 4, 5):
+        with pytest.raises(InputError, match=r"reward\.neighbours"):
+            overlap(dense, dense, k)

@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
 from . import backbone as vit
-from . import macs, onednn
+from . import macs, onednn, text
 from .decide import DEFAULT_THRESHOLD, Decision
 from .tokens import PackedTokens
 
@@ -155,6 +156,31 @@ class Facade(nn.Module):
             raise InputError("global_pool='' returns every token, but the reduced model does not have them all")
         self.backbone.reset_classifier(num_classes, global_pool)
         self.class_names = None
+
+    def set_text_features(self, names: Sequence[str], matrix: Any, scale: float = 100.0, bias: float = 0.0) -> None:
+        """Zero-shot classes of a CLIP or SigLIP tower: logits are ``scale · cos(image, text) + bias``.
+
+        The head is replaced by a `text.TextClassifier`, which keeps the projection of CLIP (a linear head). Everything
+        that knows classes knows these: `Predictor`, files, `accelerate`, export. Calling it again replaces them, and
+        `reset_classifier` removes them.
+
+        Args:
+            names: of the K classes, all different.
+            matrix: ``(K, C)`` of floats, the text features of each class, of any length but 0; a tensor or an array. C
+                is the number of outputs of the head (512 for ``vit_base_patch32_clip_224``), or without one, of the
+                pooled features.
+            scale: of the logits, above 0: ``logit_scale.exp()`` of the model from which the features are.
+            bias: SigLIP's ``logit_bias``. No probabilities of a softmax depend on it.
+
+        Raises:
+            InputError: the model has another kind of head, or a shape, number or name is wrong.
+        """
+        _, width = text.embedding_of(self.backbone)
+        matrix = text.check_features(names, matrix, width or self.num_features, scale, bias)
+        head = text.set_head(self.backbone, len(matrix))
+        for buffer, value in ((head.text_features, matrix), (head.logit_scale, scale), (head.logit_bias, bias)):
+            buffer.copy_(torch.as_tensor(value))
+        self.class_names = tuple(names)
 
     def get_classifier(self) -> nn.Module:
         """The backbone's head."""

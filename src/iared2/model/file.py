@@ -26,6 +26,7 @@ from ..atomic import whole
 from ..errors import InputError
 from .block import attentions
 from .quantize import quantized
+from .text import TextClassifier, embedding_of, set_head
 from .video_transformer import VideoTransformer
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ CONFIG: dict[str, Any] = {
     "max_tokens": int | None,
     "spread": float,
     "class_names": list[str] | None,
+    "text_classes": int | None,
     "pretrained_cfg": dict,
 }
 PRETRAINED_CFG: dict[str, Any] = {
@@ -99,7 +101,10 @@ def save_policy(model: ReducedVisionTransformer, path: Path | str) -> None:
     """
     tensors = {name: t for name, t in model.state_dict().items() if name.startswith(POLICY)}
     check_values(tensors, path)
-    write(path, tensors, {**config_of(model), FINGERPRINT: fingerprint(model.backbone)})
+    config = {**config_of(model), FINGERPRINT: fingerprint(model.backbone)}
+    if config["text_classes"]:  # they are not the policy's
+        config |= {"text_classes": None, "class_names": None}
+    write(path, tensors, config)
 
 
 def fingerprint(backbone: Any) -> list[float]:
@@ -210,7 +215,9 @@ def config_of(model: ReducedVisionTransformer) -> dict[str, Any]:
     # timm >= 1.0.31 keeps the arguments itself, and adds to them what later changes of the model imply
     given = {**model.model_args, **getattr(backbone, "_model_args", {})}
     args = {key: value for key, value in given.items() if key in architectural(name)}
-    args |= {"num_classes": model.num_classes, "global_pool": backbone.global_pool}
+    text_classes = model.num_classes if isinstance(backbone.head, TextClassifier) else None
+    num_classes = embedding_of(backbone)[1] if text_classes else model.num_classes
+    args |= {"num_classes": num_classes, "global_pool": backbone.global_pool}
     args |= {"img_size": backbone.patch_embed.img_size, "in_chans": cfg["input_size"][0]}
     config = {
         "architecture": name,
@@ -223,12 +230,15 @@ def config_of(model: ReducedVisionTransformer) -> dict[str, Any]:
         "max_tokens": model.max_tokens,
         "spread": model.spread,
         "class_names": model.class_names,
+        "text_classes": text_classes,
         "pretrained_cfg": {key: cfg.get(key) for key in PRETRAINED_CFG},
     }
     try:
         check(config)
         with torch.device("meta"):
             twin = timm.create_model(name, pretrained=False, **args)
+            if text_classes:
+                set_head(twin, text_classes)
     except (InputError, *TIMM_ERRORS) as error:
         raise InputError(f"this model cannot be written to a file, which could not rebuild it: {error}") from None
     if _description(twin) != _description(backbone):
@@ -244,6 +254,7 @@ def check(config: dict[str, Any]) -> dict[str, Any]:
     """
     # the first files did not have all of these
     late = {"interpreter": "sigmoid", "dropped": "gone", "num_keep": None, "max_tokens": None, "spread": 0.0}
+    late |= {"text_classes": None}
     config |= late | config
     if missing := CONFIG.keys() - config.keys():
         raise InputError(f"{min(missing)} is missing")
@@ -259,7 +270,8 @@ def check(config: dict[str, Any]) -> dict[str, Any]:
         raise InputError(f"timm's {architecture} is not a plain vision transformer")
     _check_types(args, architectural(architecture), "model_args.")
 
-    groups, names, num_classes = config["groups"], config["class_names"], args.get("num_classes")
+    groups, names, text_classes = config["groups"], config["class_names"], config["text_classes"]
+    num_classes = text_classes or args.get("num_classes")
     mean, std = (config["pretrained_cfg"].get(key) or [1.0] for key in ("mean", "std"))
     if len(mean) != len(std) or min(std) <= 0 or (len(mean), args.get("in_chans", 3)) == (1, 3):
         raise InputError(f"pretrained_cfg.std is {std} for a mean of {len(mean)} numbers")
@@ -272,6 +284,8 @@ def check(config: dict[str, Any]) -> dict[str, Any]:
             raise InputError(f"{name} has {len(config[name])} numbers for {groups} groups")
 
     kept = ("groups", "interpreter", "dropped")
+    if text_classes is not None:
+        args["text_classes"] = text_classes
     return {"backbone": architecture, **{key: config[key] for key in kept}, **args}
 
 

@@ -16,6 +16,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from .block import attentions, head_dim
+from .text import TextClassifier
 
 if TYPE_CHECKING:
     from .reduced import ReducedVisionTransformer
@@ -60,6 +61,8 @@ def head_macs(backbone: VisionTransformer, num_tokens: Tensor) -> Tensor:
     """MACs of pooling and classifier for each of ``num_tokens`` final tokens, including prefix tokens."""
     n = num_tokens.to(torch.int64)
     macs = torch.full_like(n, linear_macs(backbone.head) + linear_macs(getattr(backbone, "head_dist", nn.Identity())))
+    if isinstance(backbone.head, TextClassifier):
+        macs += backbone.head.text_features.numel()
     pool = backbone.attn_pool
     if pool is None:
         return macs

@@ -30,7 +30,7 @@ def timm_config(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in known.items() if value is not None} | {
         **WHOLE,
         "fixed_input_size": True,
-        "num_classes": config["model_args"]["num_classes"],
+        "num_classes": config.get("text_classes") or config["model_args"]["num_classes"],
         "first_conv": "backbone.patch_embed.proj",
         "classifier": "backbone.head",
     }

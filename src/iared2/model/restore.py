@@ -20,6 +20,7 @@ from . import file as saved
 from .decide import Decision
 from .names import WHOLE
 from .quantize import dequantized
+from .text import set_head
 
 if TYPE_CHECKING:
     from .reduced import ReducedVisionTransformer
@@ -38,14 +39,19 @@ def build(
     pretrained: bool = False,
     interpreter: str = "sigmoid",
     dropped: str = "gone",
+    text_classes: int | None = None,
     **timm_kwargs: Any,
 ) -> Model:
     """A model with untrained interpreters, from the name of its backbone; arguments: see `iared2.from_timm`.
+
+    With ``text_classes``, it has a head for so many text features (text.py).
 
     Raises:
         InputError: see `iared2.from_timm`.
     """
     vision_transformer = vit.create(backbone, pretrained, **timm_kwargs)
+    if text_classes:
+        set_head(vision_transformer, text_classes)
     model = kind(vision_transformer, groups, interpreter=interpreter, dropped=dropped)
     model.model_args = timm_kwargs
     return model

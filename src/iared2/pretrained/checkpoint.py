@@ -27,6 +27,7 @@ from ..model.hugging_face import fetch, is_hub_name
 from ..model.quantize import dequantized
 from ..model.reduced import ReducedVisionTransformer
 from ..model.restore import checked, configure, filled, load_strictly, restored
+from ..model.text import without_text
 from ..model.video_transformer import VideoTransformer
 from .build import from_timm
 
@@ -115,18 +116,24 @@ def load_backbone_weights(backbone: Any, path: Path | str) -> None:
     """
     tensors = read_foreign(Path(path))
     if any(name.startswith("backbone.") for name in tensors):
-        tensors = {n.removeprefix("backbone."): t for n, t in tensors.items() if n.startswith("backbone.")}
+        tensors = without_text(
+            {n.removeprefix("backbone."): t for n, t in tensors.items() if n.startswith("backbone.")}
+        )
     load_strictly(backbone, fitted(tensors, backbone), path)
 
 
 def fitted(tensors: dict[str, Tensor], backbone: Any) -> dict[str, Tensor]:
     """Weights of another backbone, converted by timm, and with this head if classes differ."""
     tensors, own = converted(tensors, backbone), backbone.state_dict()
-    heads = [name for name in own if name.split(".")[0] in ("head", "head_dist")]
-    if any(name not in tensors or own[name].shape != tensors[name].shape for name in heads):
-        body = {name: tensor for name, tensor in tensors.items() if name.split(".")[0] not in ("head", "head_dist")}
+    shapes, heads = ({name: t.shape for name, t in of.items() if _in_head(name)} for of in (tensors, own))
+    if shapes != heads:
+        body = {name: tensor for name, tensor in tensors.items() if not _in_head(name)}
         tensors = {**body, **{name: own[name] for name in heads}}
     return tensors
+
+
+def _in_head(name: str) -> bool:
+    return name.split(".")[0] in ("head", "head_dist")
 
 
 def converted(tensors: dict[str, Tensor], backbone: Any) -> dict[str, Tensor]:

@@ -40,7 +40,7 @@ from ..errors import InputError
 from ..model.decide import Decide, keep_all, sample, top_k
 from ..model.reduced import ReducedVisionTransformer
 from ..model.schedule import divergence
-from .reward import TEMPERATURE, RewardConfig, alike, correctness, reward
+from .reward import TEMPERATURE, RewardConfig, alike, correctness, overlap, reward
 
 ANCHOR = 0.02  # found by trial: docs/LOG.md
 
@@ -84,10 +84,10 @@ class PolicyGradientStage(nn.Module):
         config: the reward.
         policy: how decisions are drawn and rewarded.
         teacher: the dense model, if ``config`` asks for its prediction. A model without classes needs it: a decision is
-            as correct as its embedding is like the dense one (`reward.alike`).
+            as correct as its embedding is like the dense one (`reward.alike`, or `reward.overlap`).
 
     Raises:
-        InputError: the model has no classes, and there is no teacher.
+        InputError: the model has no classes, and there is no teacher; or classes, and a reward for neighbours.
     """
 
     progress = 0.0
@@ -104,6 +104,8 @@ class PolicyGradientStage(nn.Module):
         super().__init__()
         if not model.num_classes and teacher is None:
             raise InputError('a model without classes learns from the dense one: set reward.label = "dense"')
+        if model.num_classes and config.neighbours:
+            raise InputError("reward.neighbours is for models without classes, and this one has some: set 0")
         self.model, self.groups, self.config = model, tuple(groups), config
         self.policy, self.teacher = policy or PolicyConfig(), teacher
         model.requires_grad_(False)
@@ -161,15 +163,17 @@ class PolicyGradientStage(nn.Module):
             several = len(drawn) // len(images)
             all_of_them, _, kept = model.reduce(packed, range(group, model.num_groups), _first(drawn, group, after))
             keep, logits = kept[0], model.head(all_of_them)
-            labels, dense = labels.repeat(several), None if dense is None else dense.repeat(several, 1)
+            labels, each = labels.repeat(several), None if dense is None else dense.repeat(several, 1)
             if model.num_classes:
                 right, correct = logits.argmax(1) == labels, correctness(logits, labels, self.config)
             else:
                 assert dense is not None
-                right = correct = alike(dense, logits)
+                assert each is not None
+                k = self.config.neighbours
+                right = correct = overlap(dense, logits, k) if k else alike(each, logits)
             rewards = reward(keep.sum(1), scores.shape[1], correct, self.config)
-            if self.config.divergence and dense is not None:
-                far = divergence(dense, logits, TEMPERATURE, model.num_classes > 0).to(rewards.dtype)
+            if self.config.divergence and each is not None:
+                far = divergence(each, logits, TEMPERATURE, model.num_classes > 0).to(rewards.dtype)
                 rewards = rewards - self.config.divergence * far
             rewards = rewards.view(several, -1)  # (k, B), and a last row of the greedy decision
             if self.policy.rloo:

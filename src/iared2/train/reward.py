@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..device import widest_float
+from ..errors import InputError
 
 TEMPERATURE = 3.0
 """τ of ``τ² KL(dense ‖ reduced)``, as in DORA (arXiv 2605.11683)."""
@@ -30,6 +31,10 @@ class RewardConfig:
     """Weight a of the divergence from the dense model's prediction, which is subtracted from the reward; needs no
     labels with label = "dense". 0: as published."""
 
+    neighbours: int = 0
+    """Models without classes, which no recipe trains: an embedding is as correct as it has the dense model's k nearest
+    neighbours in the batch. 0: as its cosine with the dense embedding."""
+
     @property
     def needs_dense(self) -> bool:
         """Whether the prediction of the dense model is needed."""
@@ -47,6 +52,35 @@ def alike(dense: Tensor, features: Tensor) -> Tensor:
     """How correct an embedding is: its cosine with that of the dense model, ``(B, C)`` each -> ``(B,)`` in [0, 1]."""
     wide = widest_float(features.device)
     return F.cosine_similarity(dense.to(wide), features.to(wide)).clamp(0, 1)
+
+
+def overlap(dense: Tensor, features: Tensor, k: int) -> Tensor:
+    """How correct an embedding is: the share of its k nearest neighbours that the dense model finds, too.
+
+    Neighbours are the dense embeddings of the other images, by cosine, so the reward of a decision depends on no other.
+
+    Args:
+        dense: ``(B, C)``, of the dense model.
+        features: ``(s·B, C)``, from s decisions on each of the same images.
+        k: from 1 to B − 2.
+
+    Returns:
+        ``(s·B,)`` in [0, 1].
+
+    Raises:
+        InputError: so few images that all of the others are nearest.
+    """
+    if not 0 < k < len(dense) - 1:
+        raise InputError(f"reward.neighbours = {k} of {len(dense)} images: give 1 to {len(dense) - 2}, or more images")
+    gallery = F.normalize(dense.float())
+    itself = torch.eye(len(dense), dtype=torch.bool, device=dense.device)
+
+    def nearest(rows: Tensor) -> Tensor:
+        cosine = (F.normalize(rows.float()) @ gallery.T).unflatten(0, (-1, len(dense)))
+        return cosine.masked_fill(itself, -torch.inf).topk(k).indices  # (s, B, k)
+
+    shared = nearest(features)[..., None] == nearest(dense)[..., None, :]
+    return shared.any(-1).to(widest_float(dense.device)).mean(-1).flatten()
 
 
 def reward(num_kept: Tensor, num_patches: int, correct: Tensor, config: RewardConfig) -> Tensor:
