@@ -140,8 +140,7 @@ class ReducedVisionTransformer(Facade, HubModel):
             with torch.no_grad():  # a decision is discrete: no gradient passes through it
                 scores.append(self.score(packed, group))
                 kept.append(self.decide(scores[-1], packed.alive, group, decide))
-            packed = self.drop(packed, kept[-1])
-            packed = self.run_blocks(packed, group)
+            packed = self.run_blocks(self.drop(packed, kept[-1]), group)
         return packed, scores, kept
 
     def score(self, packed: PackedTokens, group: int) -> Tensor:
