@@ -183,6 +183,7 @@ def main() -> None:
         for row in rows:
             result["runtimes"].append({"model": name, **row})
             print(line(result["runtimes"][-1]), flush=True)
+        result["cpu_minutes"] = time.process_time() / 60
         if arguments.json:
             write(arguments.json, to_json(result) + "\n")
 
