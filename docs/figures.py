@@ -27,11 +27,15 @@ BLOCK = re.compile(r"(<!-- figures ([\w-]+) -->\n).*?(?=<!-- /figures -->)", re.
 
 
 def table(name: str) -> str:
-    """The Markdown of a file of figures: of `explain-bench`, `bench` or an experiment."""
+    """The Markdown of a file of figures: of `explain-bench`, `bench`, `evaluate` without classes, or an experiment."""
     result = json.loads((FIGURES / f"{name}.json").read_text(encoding="utf-8"))
     if "experiment" in result:
         return experiment(result)
+<<<<<<< HEAD
     kinds = {"methods": explanations, "speed": speed, "training": training, "runtimes": runtimes}
+=======
+    kinds = {"methods": explanations, "speed": speed, "training": training, "variants": embeddings}
+>>>>>>> e068e410d5353e0541fa15528035a473f8b1439e
     return next(write for key, write in kinds.items() if key in result)(result)
 
 
@@ -165,6 +169,24 @@ def training(result: dict[str, Any]) -> str:
         cells.append(f"{row['dense_step_ms']:.0f} ms")
         cells += [f"{row['finetune_step_ms']:.0f} ms", f"{row['macs_ratio']:.2f}", f"{ratio:.2f}"]
         lines.append(f"| {row['batch_size']} | {' | '.join(cells)} | **{row['finetune_over_dense']:.2f}** |")
+    return "\n".join([*lines, ""])
+
+
+def embeddings(result: dict[str, Any]) -> str:
+    """One row per way to run the model; no speeds, which `bench` measures."""
+    lines = [
+        f"{result['images']:,} photos.",
+        "",
+        "| model | cosine: mean | 1st percentile | 10 nearest neighbours kept | k-NN top-1 "
+        "| patches alive after each group | GMACs |",
+        "|" + "---|" * 7,
+    ]
+    for one in result["variants"]:
+        close = one["agreement"]
+        kept = " · ".join(f"{100 * ratio:.0f} %" for ratio in one["keep_ratio"])
+        cells = [f"{close['cosine']:.4f}", f"{close['cosine_p1']:.4f}", f"{100 * close['neighbours']:.1f} %"]
+        cells += ["–" if one["knn_top1"] is None else f"{one['knn_top1']:.2f} %", kept, f"{one['gmacs']:.3f}"]
+        lines.append(f"| {one['name']} | {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 
 

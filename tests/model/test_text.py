@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import iared2
 from iared2 import InputError
+from iared2.cli import main
 from iared2.export.static import FixedCount
 from iared2.model.decide import keep_all
 
@@ -216,6 +217,22 @@ def test_what_knows_classes_knows_these(tmp_path):
     model.num_keep = 12, 6
     torch.testing.assert_close(program(sharp_images(2))[0], model(sharp_images(2)), rtol=0, atol=1e-3)
     assert exported.about["class_names"] == tuple(NAMES)
+
+
+def test_evaluate_finds_the_classes_by_their_names(tmp_path):
+    model = with_text()
+    with torch.inference_mode():
+        label = model.backbone(torch.zeros(1, 3, 48, 32)).argmax().item()  # CLIP's mean colour
+    model.save(tmp_path / "m.safetensors")
+    grey = Image.new("RGB", (32, 48), tuple(round(255 * mean) for mean in model.pretrained_cfg["mean"]))
+    for i, name in enumerate(NAMES):  # in another order than by the alphabet
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for copy_number in range(3 if i == label else 1):
+            grey.save(tmp_path / "photos" / name / f"{copy_number}.png")
+    run = ["evaluate", str(tmp_path / "photos"), "-c", str(tmp_path / "m.safetensors"), "--workers", "0"]
+    assert main([*run, "--json", str(tmp_path / "found.json")]) == 0
+    found = {v["name"]: v["top1"] for v in json.loads((tmp_path / "found.json").read_text())["variants"]}
+    assert found["dense backbone"] == pytest.approx(100 * 3 / 7)
 
 
 @pytest.mark.parametrize(
