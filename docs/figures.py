@@ -31,11 +31,13 @@ def table(name: str) -> str:
     result = json.loads((FIGURES / f"{name}.json").read_text(encoding="utf-8"))
     if "experiment" in result:
         return experiment(result)
-<<<<<<< HEAD
-    kinds = {"methods": explanations, "speed": speed, "training": training, "runtimes": runtimes}
-=======
-    kinds = {"methods": explanations, "speed": speed, "training": training, "variants": embeddings}
->>>>>>> e068e410d5353e0541fa15528035a473f8b1439e
+    kinds = {
+        "methods": explanations,
+        "speed": speed,
+        "training": training,
+        "runtimes": runtimes,
+        "variants": embeddings,
+    }
     return next(write for key, write in kinds.items() if key in result)(result)
 
 
