@@ -150,6 +150,7 @@ RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("tau", "gumbel_weight"), (0, 10**4)),
     "mean": (-(10**4), 10**4),
     "divergence": (0, 10**4),
+    "neighbours": (0, 2**16),
     "keep": (1e-6, 1),
     "spread": (0, 10),
     "seed": (0, 2**31 - 1),
