@@ -108,6 +108,42 @@ def test_engine_equals_the_model(exported, backend):
             check(engine(images[number : number + 1].numpy()), model.trace(images[number : number + 1]))
 
 
+STEMS = {
+    "class token": (("deit_tiny_patch16_224", {}), {"thresholds": (0.0, 0.5, 0.5)}, 1),
+    "merged, registers": (
+        ("vit_small_patch14_reg4_dinov2", {"dropped": "merged", "interpreter": "attention"}),
+        {"num_keep": (24, 24, 9)},
+        2,
+    ),
+    "angles per block": (("vit_base_patch16_rope_mixed_224", {}), {"num_keep": (24, 9, 4)}, 1),
+    "average pooling, to the end": (("eva02_tiny_patch14_224", {}), {"thresholds": 0.0}, 3),
+    "attention pooling": (("vit_base_patch16_siglip_224", {}), {"num_keep": (24, 24, 9), "max_tokens": 24}, 2),
+    "a limit": (("deit_tiny_patch16_224", {}), {"num_keep": (24, 24, 9), "max_tokens": 23}, 0),
+}
+
+
+@pytest.mark.parametrize("kind", STEMS)
+def test_first_groups_that_drop_nothing_are_one_graph(kind, tmp_path, backend):
+    (name, kwargs), parts, stem = STEMS[kind]
+    model, images = sharp_model((name, {**SIZE, **kwargs})), sharp_images(4)
+    model.decision = type(model.decision)(**parts)
+    export_stages(model, tmp_path / "m.zip")
+    engine = Engine(tmp_path / "m.zip", backend, threads=1)
+    assert engine.stem == stem
+    with torch.no_grad():
+        output = model.trace(images)
+    found = engine(images.numpy())
+    check(found, output)
+    assert found.calls == 3 - stem or len(set(output.kept.sum(-1).flatten().tolist())) > 3
+    if stem:
+        with pytest.raises(InputError, match=f"group {stem} drops patches .* export a model"):
+            engine(images.numpy(), lambda scores, alive, group: alive & (scores > 0.5 * (group + 1 == stem)))
+        engine.num_keep, engine.max_tokens = (24,) * 3, None
+        with torch.no_grad():
+            expected = model.backbone(images).numpy()
+        np.testing.assert_allclose(engine(images.numpy()).logits, expected, atol=1e-4)
+
+
 def test_merging_equals_the_models():
     """Means of means, a patch that nobody joins, and an image that keeps none of its patches."""
     generator = torch.Generator().manual_seed(0)
@@ -200,6 +236,19 @@ def test_a_head_that_pools_keeps_a_patch(tmp_path, backend):
         output = model.trace(images)
     assert output.kept[-1].sum(-1).tolist() == [1, 1, 1]
     check(Engine(tmp_path / "m.zip", backend, threads=1)(images.numpy()), output)
+
+
+@pytest.mark.parametrize("name", ["vit_medium_patch16_gap_256", "vit_base_patch16_siglip_224"])
+def test_a_first_batch_of_one_patch_spoils_nothing(name, tmp_path, backend):
+    """OpenVINO keeps kernels from the first call; those for one token are wrong for eight."""
+    model, images = sharp_model((name, SIZE)), sharp_images(3)
+    model.num_keep = (23, 22, 20)
+    export_stages(model, tmp_path / "m.zip")
+    engine = Engine(tmp_path / "m.zip", backend, threads=1)
+    for num_keep in ((1, 1, 1), (23, 22, 20), (9, 8, 1)):
+        engine.num_keep = model.num_keep = num_keep
+        with torch.no_grad():
+            check(engine(images.numpy()), model.trace(images))
 
 
 def test_another_decision(small, backend):

@@ -1,6 +1,9 @@
-"""The network in D + 2 parts for `iared2.runtime`: embed, one per group, head, each an ONNX graph of any batch.
+"""The network in parts for `iared2.runtime`: stem, one per group, head, each an ONNX graph of any batch.
 
 Between the parts, `runtime.Engine` decides which patches stay. Here is what needs torch: the graphs and their file.
+
+The stem embeds the images. It also runs the first groups, as long as they drop nothing: all images have the same
+length there, as in the dense model, and need neither a gather nor a mask.
 
 Shapes: b images of one call, L tokens of the longest, T rows. A group takes the rows of its images end to end, as
 model/tokens.py has them, so its linear layers see no padding. Only attention and the interpreter of the next group read
@@ -41,17 +44,36 @@ MAX_WEIGHTS = (1 << 31) - (1 << 24)
 ANY = torch.export.Dim.DYNAMIC
 
 
-class Embed(nn.Module):
-    """Images to tokens, and the scores of the first group."""
+class Stem(nn.Module):
+    """The embedding, the blocks of the first ``depth`` groups on all tokens, and the scores of those and the next."""
 
-    def __init__(self, model: ReducedVisionTransformer) -> None:
+    def __init__(self, model: ReducedVisionTransformer, depth: int) -> None:
         super().__init__()
-        self.backbone, self.scorer = model.backbone, Scorer(model, 0)
+        self.backbone, self.groups = model.backbone, model.groups[:depth]
+        self.scorers = nn.ModuleList(Scorer(model, group) for group in range(min(depth + 1, model.num_groups)))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """``(B, in_chans, height, width)`` or clips ``-> x (B, S, C), scores (B, N)``."""
-        x, _ = vit.embed(self.backbone, images)
-        return x, self.scorer(x, None)
+        """``(B, in_chans, height, width)`` or clips ``-> x (B, S, C), scores (depth + 1 or D, B, N)``."""
+        x, rotary = vit.embed(self.backbone, images)
+        batch, tokens, _ = x.shape
+        scores = []
+        for group, scorer in enumerate(self.scorers):
+            scores.append(scorer(x, None))
+            if group < len(self.groups):
+                x = x.flatten(0, 1)
+                for index in self.groups[group]:
+                    angles = None
+                    if rotary is not None:
+                        angles = rotary[index % len(rotary)].expand(batch, *rotary.shape[1:]).flatten(0, 1)
+                    x = _block(
+                        self.backbone.blocks[index],
+                        x,
+                        angles,
+                        lambda y: y.unflatten(0, (-1, tokens)),
+                        lambda y: y.flatten(0, 1),
+                    )
+                x = x.unflatten(0, (-1, tokens))
+        return x, torch.stack(scores)
 
 
 class Scorer(nn.Module):
@@ -108,18 +130,36 @@ class Group(nn.Module):
             if positions is not None:
                 assert isinstance(self.rotary, Tensor)
                 rotary = self.rotary[index % len(self.rotary)].index_select(0, positions)
-            q, k, v, rest = before_attention(block, x, rotary)
-            q, k, v = (y.flatten(1).index_select(0, rows.flatten()).view(*rows.shape, *y.shape[1:]) for y in (q, k, v))
-            scale = head_dim(attentions(block)[0]) ** -0.5
-            logits = (q * scale).transpose(1, 2) @ k.permute(0, 2, 3, 1) + bias[:, None, None]  # (b, H, L, L)
-            y_attn = (logits.softmax(-1) @ v.transpose(1, 2)).transpose(1, 2)  # (b, L, H, head_dim)
-            x = after_attention(
-                block, x, rest, y_attn.flatten(0, 1).flatten(1).index_select(0, back).unflatten(1, y_attn.shape[2:])
+            x = _block(
+                block,
+                x,
+                rotary,
+                lambda y: y.flatten(1).index_select(0, rows.flatten()).view(*rows.shape, *y.shape[1:]),
+                lambda y: y.flatten(0, 1).flatten(1).index_select(0, back).unflatten(1, y.shape[2:]),
+                bias,
             )
         if self.scorer is None:
             return (x,)
         padded = x.index_select(0, rows.flatten()).unflatten(0, rows.shape)
         return x, self.scorer(padded, bias[:, self.prefix :] >= 0)
+
+
+def _block(
+    block: Any,
+    x: Tensor,
+    rotary: Tensor | None,
+    padded: Callable[[Tensor], Tensor],
+    packed: Callable[[Tensor], Tensor],
+    bias: Tensor | None = None,
+) -> Tensor:
+    """One block on rows ``x (T, C)``; ``padded`` makes ``(b, L, …)`` of ``(T, …)``, and ``packed`` the reverse."""
+    q, k, v, rest = before_attention(block, x, rotary)
+    q, k, v = map(padded, (q, k, v))  # (b, L, H, head_dim)
+    scale = head_dim(attentions(block)[0]) ** -0.5
+    logits = (q * scale).transpose(1, 2) @ k.permute(0, 2, 3, 1)  # (b, H, L, L)
+    if bias is not None:
+        logits = logits + bias[:, None, None]
+    return after_attention(block, x, rest, packed((logits.softmax(-1) @ v.transpose(1, 2)).transpose(1, 2)))
 
 
 class Head(nn.Module):
@@ -134,12 +174,14 @@ class Head(nn.Module):
         return self.backbone.forward_head(self.backbone.norm(x))
 
 
-def export_stages(model: ReducedVisionTransformer, path: Path | str) -> None:
+def export_stages(model: ReducedVisionTransformer, path: Path | str, stem: int | None = None) -> None:
     """Write the file that `iared2.runtime.Engine` reads, whole or not at all: a zip of ONNX graphs and a manifest.
 
     Args:
         model: is copied. Weights are written as float32.
         path: ends in ``.zip``.
+        stem: the number of first groups that never drop a patch, 0…D; they are faster in one graph. None: those in
+            which the model's own decision drops nothing (`Decision.first_drop`).
 
     Raises:
         InputError: the model has hooks or a part that torch cannot export, another suffix, a package is missing, or the
@@ -155,23 +197,26 @@ def export_stages(model: ReducedVisionTransformer, path: Path | str) -> None:
     if any(map(is_touched, model.modules())):
         raise InputError("the model has hooks or replaced methods, which a graph would lose; remove them first")
     model = copy.deepcopy(model).eval().requires_grad_(False).float().cpu()
-    about = json.dumps(_manifest(model))
+    stem = model.decision.first_drop(math.prod(model.grid_size)) if stem is None else stem
+    about = json.dumps(_manifest(model, stem))
     for block in model.backbone.blocks:
         for attn in attentions(block):
             _separate(attn)
-    graphs = {f"{name}.onnx": _graph(*parts) for name, parts in _stages(model)}
+    graphs = {f"{name}.onnx": _graph(*parts) for name, parts in _stages(model, stem)}
     with whole(path, errors=RuntimeError) as file, zipfile.ZipFile(file, "w") as folder:  # stored, not compressed
         folder.writestr(MANIFEST, about)
         for name, graph in graphs.items():
             folder.writestr(name, graph)
 
 
-def exported(model: ReducedVisionTransformer, backend: str, threads: int, precision: str = "fp32") -> Engine:
+def exported(
+    model: ReducedVisionTransformer, backend: str, threads: int, precision: str = "fp32", stem: int | None = None
+) -> Engine:
     """The engine of a model, by way of a temporary file. Arguments and errors: of `Engine` and `export_stages`."""
     loader(backend, threads, precision)  # what is missing is missed before an export, which takes half a minute
     with TemporaryDirectory() as folder:
         path = Path(folder, "model.zip")
-        export_stages(model, path)
+        export_stages(model, path, stem)
         return Engine(path, backend, threads, precision)
 
 
@@ -192,7 +237,9 @@ def _separate(attn: Any) -> None:
         del attn.qkv
 
 
-def _stages(model: ReducedVisionTransformer) -> list[tuple[str, tuple[nn.Module, dict[str, Any], list[str]]]]:
+def _stages(
+    model: ReducedVisionTransformer, depth: int
+) -> list[tuple[str, tuple[nn.Module, dict[str, Any], list[str]]]]:
     """Name, module, example inputs by name, and names of outputs of each stage."""
     images = torch.zeros(2, *model.pretrained_cfg["input_size"])
     with torch.no_grad():
@@ -208,9 +255,9 @@ def _stages(model: ReducedVisionTransformer) -> list[tuple[str, tuple[nn.Module,
     if rotary is not None:
         inputs["positions"] = torch.zeros(number).int()
     found: list[tuple[str, tuple[nn.Module, dict[str, Any], list[str]]]] = [
-        ("embed", (Embed(model), {"images": images}, ["x", "scores"]))
+        ("stem", (Stem(model, depth), {"images": images}, ["x", "scores"]))
     ]
-    for group in range(model.num_groups):
+    for group in range(depth, model.num_groups):
         outputs = ["x_out", "scores"] if group + 1 < model.num_groups else ["x_out"]
         found.append((f"group{group + 1}", (Group(model, group, rotary), inputs, outputs)))
     return [*found, ("head", (Head(model), {"x": x}, ["logits"]))]
@@ -224,9 +271,9 @@ def _graph(stage: nn.Module, inputs: dict[str, Tensor], outputs: Sequence[str]) 
         sizes["x"] = {0: ANY, 1: ANY}
     if isinstance(stage, Head) and not vit.pools_patches(stage.backbone):
         inputs = {"x": inputs["x"][:, : stage.backbone.num_prefix_tokens]}
-    if sum(weight.nbytes for weight in stage.parameters()) > MAX_WEIGHTS and isinstance(stage, Group):
+    if sum(weight.nbytes for weight in stage.parameters()) > MAX_WEIGHTS and not isinstance(stage, Head):
         raise InputError(
-            "a group has more than 2 GB of weights, the most that ONNX holds: build the model of more groups"
+            "a part has more than 2 GB of weights, the most that ONNX holds: build the model of more groups"
         )
     names: dict[str, Any] = {"input_names": list(inputs), "output_names": list(outputs)}
     try:
@@ -243,7 +290,7 @@ def _graph(stage: nn.Module, inputs: dict[str, Tensor], outputs: Sequence[str]) 
     return content
 
 
-def _manifest(model: ReducedVisionTransformer) -> dict[str, Any]:
+def _manifest(model: ReducedVisionTransformer, stem: int) -> dict[str, Any]:
     """What the engine must know besides the graphs."""
     backbone, cfg, decision = model.backbone, model.pretrained_cfg, model.decision
     attns = attentions(backbone.blocks[0])
@@ -253,6 +300,7 @@ def _manifest(model: ReducedVisionTransformer) -> dict[str, Any]:
         **{name: cfg.get(name) for name in ("input_size", "mean", "std", "interpolation")},
         "class_names": model.class_names,
         "num_groups": model.num_groups,
+        "stem": stem,
         "num_patches": math.prod(model.grid_size),
         "num_prefix_tokens": backbone.num_prefix_tokens,
         "embed_dim": backbone.embed_dim,

@@ -111,6 +111,14 @@ class Decision:
             keep = alive if threshold <= 0 else alive & (standing > self.level(threshold))
         return keep if self.max_tokens is None else top_k(standing, keep, self.max_tokens)
 
+    def first_drop(self, num_patches: int) -> int:
+        """The first group that may drop some of ``num_patches``, 0…D − 1; D if none does."""
+        numbers = self.thresholds or self.num_keep or ()
+        if self.max_tokens is not None and self.max_tokens < num_patches:
+            return 0
+        drops = (n < num_patches if self.num_keep else n > 0 for n in numbers)
+        return next((group for group, drop in enumerate(drops) if drop), len(numbers))
+
     def standing(self, scores: Tensor) -> Tensor:
         """``(B, N)`` that orders the patches and is compared with `level`: scores, or with ``spread`` `logits`."""
         return self.logits(scores) if self.spread else scores

@@ -84,8 +84,11 @@ class BatchPredictor:
         self.transform = model_transform(self.model.pretrained_cfg)
         self._names = [predictor.class_name(index) for index in range(self.model.num_classes)]
         self.engine = engine
-        self._served = None if engine == "torch" else exported(self.model, engine, torch.get_num_threads())
-        if own and self._served is None:
+        self._served = None
+        if engine != "torch":
+            stem = self.decision.first_drop(self.model.num_patches)
+            self._served = exported(self.model, engine, torch.get_num_threads(), stem=stem)
+        elif own:
             self.model.pack_weights()
 
     @property

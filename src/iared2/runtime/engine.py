@@ -1,9 +1,10 @@
 """The engine: graphs of the network's parts, and between them what decides and lays out tokens.
 
-The graphs (stages.py) embed a batch, run the blocks of one group, and classify. In between, `Engine` decides which
-patches stay, merges dropped ones if the model does, sorts the images by length, and lays the remaining tokens end to
-end. Images of different lengths share a call: linear layers see no padding, only attention does. Images go to several
-calls where padding would cost more.
+The graphs (stages.py) embed a batch, run the blocks of one group, and classify. The first groups may be one graph with
+the embedding, if the model was exported where they drop nothing. In between, `Engine` decides which patches stay,
+merges dropped ones if the model does, sorts the images by length, and lays the remaining tokens end to end. Images of
+different lengths share a call: linear layers see no padding, only attention does. Images go to several calls where
+padding would cost more.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import numpy as np
 from ..errors import InputError
 from .archive import Manifest, read
 from .backends import Stage, loader
-from .layout import Place, split, top_k
+from .layout import SHORTEST, Place, split, top_k
 from .merge import merge
 
 HIDDEN = -1e9
@@ -40,8 +41,8 @@ class Output:
         logits: ``(B, K)`` float32.
         scores: ``(D, B, N)`` float32 informativeness in (0, 1); 0 where the patch was already dropped.
         kept: ``(D, B, N)`` bool, the patches on which the blocks of each group ran.
-        padding: share of the work in the blocks that is padding, in 0…0.05 (`layout.MAX_PADDING`).
-        calls: of the graphs of the groups.
+        padding: share of the work in the groups' graphs that is padding, in 0…0.05 (`layout.MAX_PADDING`).
+        calls: of the groups' graphs.
     """
 
     logits: np.ndarray
@@ -55,7 +56,8 @@ class Engine:
     """An exported model that takes batches of images of any number and keeps another number of patches of each.
 
     Its decision is that of the model when it was exported, and may be replaced: ``thresholds`` (D numbers) or
-    ``num_keep``, ``max_tokens`` and ``spread``, as in `model.decide.Decision`.
+    ``num_keep``, ``max_tokens`` and ``spread``, as in `model.decide.Decision`. The first groups, in which the model
+    dropped nothing when it was exported, are one graph (``stem`` is their number), so a decision cannot drop there.
 
     Args:
         path: file of ``iared2 export --adaptive-batch``.
@@ -81,6 +83,7 @@ class Engine:
         manifest, graphs = read(Path(path))
         about = Manifest(manifest, str(path))
         self.num_groups, self.num_patches = about.whole("num_groups", 1, 4096), about.whole("num_patches", 1, 1 << 20)
+        self.stem = about.whole("stem", 0, self.num_groups)
         self.num_prefix_tokens, self.embed_dim = (
             about.whole("num_prefix_tokens", 0, 4096),
             about.whole("embed_dim", 1, 1 << 16),
@@ -110,7 +113,8 @@ class Engine:
         self._lock = threading.Lock()
 
     def _stage_names(self) -> list[str]:
-        return ["embed.onnx", *(f"group{group + 1}.onnx" for group in range(self.num_groups)), "head.onnx"]
+        groups = range(self.stem, self.num_groups)
+        return ["stem.onnx", *(f"group{group + 1}.onnx" for group in groups), "head.onnx"]
 
     def __call__(self, images: np.ndarray, decide: Decide | None = None) -> Output:
         """Classify a batch.
@@ -148,19 +152,29 @@ class Engine:
         return keep if self.max_tokens is None else top_k(standing, keep, self.max_tokens)
 
     def _run(self, images: np.ndarray, decide: Decide) -> Output:
-        batch, prefix, patches = len(images), self.num_prefix_tokens, self.num_patches
-        x, found = _shaped(
-            self._stages[0]({"images": images}), (batch, prefix + patches, self.embed_dim), (batch, patches)
+        batch, prefix, patches, stem = len(images), self.num_prefix_tokens, self.num_patches, self.stem
+        x, given = _shaped(
+            self._stages[0]({"images": images}),
+            (batch, prefix + patches, self.embed_dim),
+            (min(stem + 1, self.num_groups), batch, patches),
         )
-        x, alive = x.reshape(-1, self.embed_dim), np.ones((batch, patches), bool)
+        x, alive, given = x.reshape(-1, self.embed_dim), np.ones((batch, patches), bool), given.copy()
+        for group in range(stem):
+            if not self._keep(given[group], alive, group, decide).all():
+                raise InputError(
+                    f"group {group + 1} drops patches by this decision, and the file has groups 1 to {stem} as one"
+                    f" graph: export a model that drops patches in group {group + 1}"
+                )
+        tokens = np.ones((batch, prefix + patches), bool)
         row_of = np.arange(len(x)).reshape(batch, -1)  # (B, S): where in x a token is
         sizes = np.ones(row_of.shape, np.float32)  # (B, S): of how many patches it is the mean
-        scores, kept, work, done, calls = [], [], 0.0, 0.0, 0
-        for group in range(self.num_groups):
+        scores, kept, found = list(given[:stem]), [alive] * stem, given[-1]
+        work, done, calls = 0.0, 0.0, 0
+        for group in range(stem, self.num_groups):
             scores.append(found)
             kept.append(self._keep(found, alive, group, decide))
             if self.merges:
-                x = x if group else x.copy()  # the runtime owns what a graph returns
+                x = x if group > stem else x.copy()  # the runtime owns what a graph returns
                 merge(x, row_of, sizes, alive, kept[-1], prefix)
             alive = kept[-1]
             tokens = np.concatenate([np.ones((batch, prefix), bool), alive], 1)  # (B, S)
@@ -180,7 +194,9 @@ class Engine:
                 first += rows
                 work, done = work + place.work, done + place.done
             x, calls = left, calls + len(buckets) - 1
-        return Output(self._head(x, tokens, row_of), np.stack(scores), np.stack(kept), 1 - work / done, calls)
+        return Output(
+            self._head(x, tokens, row_of), np.stack(scores), np.stack(kept), 1 - work / done if done else 0.0, calls
+        )
 
     def _keep(self, scores: np.ndarray, alive: np.ndarray, group: int, decide: Decide) -> np.ndarray:
         """As `ReducedVisionTransformer.decide`: an image whose head pools patches keeps at least one."""
@@ -211,7 +227,7 @@ class Engine:
             inputs["positions"][:used] = place.position
         last = group + 1 == self.num_groups
         shapes = [entering.shape, (shape[0], shape[1] - self.num_prefix_tokens)][: 1 if last else 2]
-        return _shaped(self._stages[1 + group](inputs), *shapes), place
+        return _shaped(self._stages[1 + group - self.stem](inputs), *shapes), place
 
     def _head(self, x: np.ndarray, tokens: np.ndarray, row_of: np.ndarray) -> np.ndarray:
         head = self._stages[-1]
@@ -222,6 +238,8 @@ class Engine:
         for length in set(lengths.tolist()):  # a head that pools has no mask
             number = np.flatnonzero(lengths == length)
             rows = row_of[number][tokens[number]].reshape(len(number), length)
+            if length < SHORTEST:  # no pooling tells a token from two equal ones
+                rows = rows.repeat(SHORTEST, 1)
             found |= dict(zip(number.tolist(), _classified(head, x[rows]), strict=True))
         return np.stack([found[image] for image in range(len(tokens))])
 

@@ -14,6 +14,11 @@ MAX_PADDING = 0.05
 """At most this share of the work of a call with several images is padding."""
 
 
+SHORTEST = 2
+"""Tokens of an image in attention, padded or repeated. A graph whose first call has one token returns wrong numbers for
+eight and more from then on, in OpenVINO 2026.4 on a processor with AVX2."""
+
+
 class Place:
     """Where the tokens of b images lie, end to end, from ``tokens (b, S)`` bool.
 
@@ -28,8 +33,8 @@ class Place:
         lengths = tokens.sum(1)
         self.rank = np.arange(len(self.image)) - np.repeat(lengths.cumsum() - lengths, lengths)
         rows, pairs, longest = len(self.image), int((lengths**2).sum()), int(lengths.max())
-        # one patch at least, padding if need be: the graphs have not been tried with none
-        longest = max(longest, prefix + 1)
+        # one patch at least, padding if need be: the graphs have not been tried with none. And two tokens: see SHORTEST
+        longest = max(longest, prefix + 1, SHORTEST)
         self.work = row_cost * rows + pairs
         self.rows, (self.longest, self.done) = rounded(rows), padded(rows, pairs, len(tokens), longest, row_cost)
 

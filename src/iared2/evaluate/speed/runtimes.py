@@ -36,9 +36,11 @@ def ways(
     if not usable:
         return found
     graph = dense_graph(model, len(images))
+    whole = (workload.num_keep == model.num_patches).all(1).tolist()
+    stem = [*whole, False].index(False)
     for backend in usable:
         run = loader(backend, threads, precision)(graph)
-        engine = exported(model, backend, threads, precision)
+        engine = exported(model, backend, threads, precision, stem)
         found[f"dense, {NAMES[backend]}"] = partial(_called, run, {"images": images}), model.dense_macs / 1e9
         found[f"ours, {NAMES[backend]}"] = partial(_called, engine, images, decide), workload.gmacs
     return found
