@@ -156,7 +156,7 @@ class Trained:
 
     def shares_at(self, share: float) -> list[float]:
         """The recipe's shares to the one power at which they cost at most ``share`` of the dense MACs."""
-        patches = self.model.backbone.patch_embed.num_patches
+        patches = self.model.num_patches
         for alpha in np.arange(0, 8, 0.002):
             shares = [keep**alpha for keep in self.recipe.policy.keep]
             counts = torch.tensor([[round(patches * s)] for s in shares])

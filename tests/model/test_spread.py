@@ -15,6 +15,7 @@ from iared2.errors import InputError
 from iared2.model import decide, file
 from iared2.model.decide import Decision
 from iared2.model.dither import pattern
+from iared2.model.macs import interpreter_macs
 
 GRIDS = [(1, 1), (1, 7), (5, 9), (14, 14), (16, 16), (2, 3, 4), (8, 14, 14)]
 TINY = {"img_size": (48, 32), "patch_size": 8, "embed_dim": 48, "num_heads": 3, "num_classes": 7, "depth": 6}
@@ -182,7 +183,12 @@ def test_images_of_another_size_and_padded_ones():
                                                    "dynamic_img_pad": True}))  # fmt: skip
     assert model.grid_size == (6, 4), "rows and columns that are there were not counted"
     model.spread = 1.0
-    assert model.trace(torch.zeros(1, 3, 44, 30)).kept.shape == (3, 1, 24)
+    model.threshold = 0.0
+    output = model.trace(torch.zeros(1, 3, 44, 30))
+    assert output.kept.shape == (3, 1, 24)
+    assert model.num_patches == 24
+    interpreters = sum(int(interpreter_macs(each, torch.tensor(24))) for each in model.interpreters)
+    assert output.macs.tolist() == [model.dense_macs + interpreters], "dense_macs counts them, too"
 
 
 def test_it_is_saved_and_a_file_without_it_has_none(tmp_path, model):

@@ -8,7 +8,8 @@ from oracle import masked_forward
 
 import iared2
 from iared2 import keyed
-from iared2.model.decide import by_share
+from iared2.errors import InputError
+from iared2.model.decide import by_share, keep_all
 from iared2.train.finetune import FinetuneStage, decide_up_to
 
 SMALL = {"img_size": (16, 24), "patch_size": 4, "embed_dim": 32, "depth": 6, "num_heads": 2, "num_classes": 3}
@@ -53,6 +54,41 @@ def test_gradients_are_the_masked_oracles_and_only_where_the_stage_learns(batch,
     noise = 1e-7 * max(g.norm() for g in masked.values())
     for name in learns:
         assert (packed[name] - masked[name]).norm() <= 1e-8 * max(masked[name].norm(), noise), name
+
+
+def test_embeddings_become_those_of_the_dense_model(batch):
+    model = make()
+    model.reset_classifier(0)
+    with pytest.raises(InputError, match="give a teacher"):
+        FinetuneStage(model, 1)
+    teacher = copy.deepcopy(model.backbone).eval()
+    images, labels, keys = batch
+    whole = FinetuneStage(model, 1, teacher=teacher, decide=keep_all)
+    loss, metrics = whole(images, labels, keys)
+    assert loss.item() == pytest.approx(0, abs=1e-12)
+    assert metrics["cosine"].item() == pytest.approx(1)
+
+    stage = FinetuneStage(model, 1, teacher=teacher).train()
+    loss, _ = stage(images, labels, keys)
+    loss.backward()
+    packed = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    features, _, _ = masked_forward(model.eval(), images, decide_up_to(model, 1))
+    cosines = torch.nn.functional.cosine_similarity(features, teacher(images))
+    assert loss.item() == pytest.approx(1 - cosines.mean().item())
+    (1 - cosines.mean()).backward()
+    for name, gradient in packed.items():
+        masked = dict(model.named_parameters())[name].grad
+        assert (gradient - masked).norm() <= 1e-8 * masked.norm().clamp_min(1e-6), name
+
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    stage.train()
+    for _ in range(20):
+        now, _ = stage(images, labels, keys)
+        optimizer.zero_grad()
+        now.backward()
+        optimizer.step()
+    assert now < 0.5 * loss
 
 
 def test_what_is_frozen_is_in_evaluation_mode():

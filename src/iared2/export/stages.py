@@ -15,7 +15,6 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
-import math
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -197,7 +196,7 @@ def export_stages(model: ReducedVisionTransformer, path: Path | str, stem: int |
     if any(map(is_touched, model.modules())):
         raise InputError("the model has hooks or replaced methods, which a graph would lose; remove them first")
     model = copy.deepcopy(model).eval().requires_grad_(False).float().cpu()
-    stem = model.decision.first_drop(math.prod(model.grid_size)) if stem is None else stem
+    stem = model.decision.first_drop(model.num_patches) if stem is None else stem
     about = json.dumps(_manifest(model, stem))
     for block in model.backbone.blocks:
         for attn in attentions(block):
@@ -301,7 +300,7 @@ def _manifest(model: ReducedVisionTransformer, stem: int) -> dict[str, Any]:
         "class_names": model.class_names,
         "num_groups": model.num_groups,
         "stem": stem,
-        "num_patches": math.prod(model.grid_size),
+        "num_patches": model.num_patches,
         "num_prefix_tokens": backbone.num_prefix_tokens,
         "embed_dim": backbone.embed_dim,
         "pools": vit.pools_patches(backbone),

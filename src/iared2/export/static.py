@@ -119,7 +119,7 @@ class FixedCount(_Dense):
 
     def __init__(self, model: ReducedVisionTransformer, num_keep: Sequence[int]) -> None:
         super().__init__(model)
-        num_patches = model.backbone.patch_embed.num_patches
+        num_patches = model.num_patches
         if len(num_keep) != model.num_groups or any(
             not 1 <= b <= a for a, b in zip([num_patches, *num_keep], num_keep, strict=False)
         ):

@@ -5,6 +5,7 @@ Knows the backbone and the decision as values; does not know the loop (reduced.p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -225,7 +226,7 @@ class Facade(nn.Module):
     @property
     def num_patches(self) -> int:
         """N of the backbone's own grid."""
-        return self.backbone.patch_embed.num_patches
+        return math.prod(self.grid_size)
 
     @property
     def grid_size(self) -> tuple[int, ...]:
@@ -268,4 +269,4 @@ class Facade(nn.Module):
     @property
     def dense_macs(self) -> int:
         """MACs of the timm backbone alone: every patch kept, no interpreter."""
-        return macs.dense_macs(self.backbone)
+        return macs.dense_macs(self.backbone, self.num_patches)

@@ -75,9 +75,8 @@ def head_macs(backbone: VisionTransformer, num_tokens: Tensor) -> Tensor:
     return macs + 2 * keys * keys * backbone.embed_dim  # AttentionPoolPrr: attention without weights
 
 
-def dense_macs(backbone: Any) -> int:
-    """MACs per image of the timm backbone alone."""
-    num_patches = backbone.patch_embed.num_patches
+def dense_macs(backbone: Any, num_patches: int) -> int:
+    """MACs per image of ``num_patches`` patches of the timm backbone alone."""
     tokens = torch.tensor(num_patches + backbone.num_prefix_tokens)
     return int(blocks_macs(backbone.blocks, tokens) + head_macs(backbone, tokens)) + embed_macs(backbone, num_patches)
 

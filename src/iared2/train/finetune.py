@@ -1,5 +1,7 @@
 """The fine-tuning stage of a group: cross entropy on the greedy decisions (Algorithm 1, lines 7–11).
 
+A model without classes is distilled: its embeddings are to be those of the dense model.
+
 Without a group, the same stage trains the dense backbone: from scratch, or with a new head on pretrained weights.
 """
 
@@ -10,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..device import widest_float
+from ..errors import InputError
 from ..model.decide import Decide, at_random, keep_all
 from ..model.reduced import ReducedVisionTransformer
 from ..model.tokens import PackedTokens
@@ -30,7 +33,11 @@ class FinetuneStage(nn.Module):
         last: the last group that drops patches; by default ``group``.
         patch_drop: see above.
         decide: the decision; by default ``model.decision``, read in every step.
-        teacher: a dense model whose probabilities make up the share ``distill`` of the target (Hinton et al. 2015).
+        teacher: a dense model whose probabilities make up the share ``distill`` of the target (Hinton et al. 2015). A
+            model without classes needs one: its loss is 1 − the cosine to the embedding of the teacher.
+
+    Raises:
+        InputError: the model has no classes, and there is no teacher.
     """
 
     progress = 0.0
@@ -48,6 +55,8 @@ class FinetuneStage(nn.Module):
         last: int | None = None,
     ) -> None:
         super().__init__()
+        if not model.num_classes and teacher is None:
+            raise InputError("a model without classes learns the embeddings of a dense one: give a teacher")
         self.patch_drop, self.decide = patch_drop, decide
         self.teacher, self.distill = teacher, distill
         self.model, self.group = model, group
@@ -77,7 +86,8 @@ class FinetuneStage(nn.Module):
 
         Args:
             images: ``(B, in_chans, height, width)``.
-            targets: ``(B, K)`` class probabilities (mixup, label smoothing) or ``(B,)`` int64 labels.
+            targets: ``(B, K)`` class probabilities (mixup, label smoothing) or ``(B,)`` int64 labels. Not read if the
+                model has no classes.
             keys: ``(B,)`` int64, the images' keys: stochastic depth is a function of them.
 
         Returns:
@@ -90,21 +100,27 @@ class FinetuneStage(nn.Module):
                 packed = packed.select(self._some(packed, keys))
             packed, _, _ = model.reduce(packed, range(self.first), decide)
         packed, _, kept = model.reduce(packed, range(self.first, model.num_groups), decide)
-        logits = model.head(packed)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # half precision is too coarse for a loss
+        output = model.head(packed)
+        output = output.to(torch.promote_types(output.dtype, torch.float32))  # half precision is too coarse for a loss
+        loss, quality = (self._of_classes if model.num_classes else self._of_features)(output, images, targets)
+        kept_last = kept[-1].to(widest_float(output.device)).mean()
+        return loss, {"loss": loss.detach(), **quality, "keep_ratio_greedy": kept_last}
+
+    def _of_classes(self, logits: Tensor, images: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         loss = F.cross_entropy(logits, targets)
         if self.teacher is not None and self.distill:
             with torch.no_grad():
                 soft = self.teacher(images).to(logits.dtype).softmax(1)
             loss = torch.lerp(loss, F.cross_entropy(logits, soft), self.distill)
         labels = targets if targets.ndim == 1 else targets.argmax(1)
-        wide = widest_float(logits.device)
-        metrics = {
-            "loss": loss.detach(),
-            "top1": 100 * (logits.argmax(1) == labels).to(wide).mean(),
-            "keep_ratio_greedy": kept[-1].to(wide).mean(),
-        }
-        return loss, metrics
+        return loss, {"top1": 100 * (logits.argmax(1) == labels).to(widest_float(logits.device)).mean()}
+
+    def _of_features(self, features: Tensor, images: Tensor, _: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        assert self.teacher is not None
+        with torch.no_grad():
+            dense = self.teacher(images).to(features.dtype)
+        cosine = F.cosine_similarity(features, dense, dim=1).mean()
+        return 1 - cosine, {"cosine": cosine.detach()}
 
     def _some(self, packed: PackedTokens, keys: Tensor) -> Tensor:
         num_keep = round(packed.num_patches * (1 - self.patch_drop * (1 - self.progress)))

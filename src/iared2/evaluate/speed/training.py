@@ -80,7 +80,7 @@ def measure(
     """
     labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
     keys = keyed.sample_keys(0, 0, torch.arange(len(images))).to(images.device)
-    num_patches = model.backbone.patch_embed.num_patches
+    num_patches = model.num_patches
     num_keep = round(keep_ratio * num_patches)
 
     policy = PolicyGradientStage(_keeping(model, keep_ratio), [group], RewardConfig()).train()

@@ -55,7 +55,7 @@ def draw(
     Raises:
         InputError: there is not one share per group, or the shares rise or leave [0, 1].
     """
-    num_patches, keys = model.backbone.patch_embed.num_patches, keyed.sample_keys(seed, 0, torch.arange(batch_size))
+    num_patches, keys = model.num_patches, keyed.sample_keys(seed, 0, torch.arange(batch_size))
     shares = torch.tensor(keep)
     if (
         len(shares) != model.num_groups
