@@ -18,9 +18,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    # The site is built first: in a worker that had run 1,500 other tests, waiting for MkDocs ended in SIGSEGV, three
-    # times of three, and alone never. Which native library it is, is not known.
-    items.sort(key=lambda item: item.path.name != "test_site.py")
     if not config.getoption("--all"):
         for item in items:
             if item.get_closest_marker("slow"):

@@ -290,6 +290,26 @@ print(engine(np.zeros((3, 3, 48, 32))).logits.shape, "torch" in sys.modules)
     assert done.stdout.strip() == "(3, 7) False"
 
 
+def test_signals_are_handled_after_engines_are_gone(small, backend):
+    """In the order in which OpenVINO, with a Core for each, leaves a stack for signals that is gone."""
+    code = f"""
+import gc, signal, subprocess, sys
+from iared2.runtime import Engine
+heard = []
+signal.signal(signal.SIGCHLD, lambda *_: heard.append(1))
+first = Engine({str(small[1])!r}, {backend!r}, threads=1)
+second = Engine({str(small[1])!r}, {backend!r}, threads=1)
+del first
+gc.collect()
+del second
+gc.collect()
+subprocess.run([sys.executable, "-c", ""], check=True)
+print(bool(heard))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
+
+
 def test_padding_is_bounded_and_calls_are_few():
     generator = np.random.default_rng(0)
     for width in (48, 384):
@@ -472,7 +492,7 @@ def test_a_graph_of_another_model_is_noticed(small, tmp_path, backend):
         with pytest.raises(InputError, match="a graph returned"):
             engine(np.zeros((2, 3, 48, 32), np.float32))
     with zipfile.ZipFile(small[1]) as folder:
-        graphs = {"group2.onnx": folder.read("embed.onnx")}
+        graphs = {"group2.onnx": folder.read("stem.onnx")}
     engine = Engine(changed(small[1], tmp_path / "m.zip", graphs=graphs), backend, threads=1)
     with pytest.raises(InputError, match=r"cannot be used|a graph returned"):
         engine(np.zeros((2, 3, 48, 32), np.float32))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -35,8 +36,19 @@ def _package(name: str) -> Any:
         raise missing("the engine", name, name) from None
 
 
+@cache
+def _core() -> Any:
+    """OpenVINO's, one for the process and never freed.
+
+    The first compilation of each Core gives the thread another stack for signals, and the end of the Core restores the
+    one that it found: that of another Core, which may be gone. The next signal with a handler, such as SIGCHLD of a
+    DataLoader, then ends the process by SIGSEGV (OpenVINO 2026.4).
+    """
+    return _package("openvino").Core()
+
+
 def _openvino(threads: int | None, precision: str) -> Callable[[bytes], Stage]:
-    core = _package("openvino").Core()
+    core = _core()
     if precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         raise InputError('precision="bf16": this processor has no bfloat16; use "fp32"')
     options: dict[str, Any] = {
