@@ -24,7 +24,7 @@ SIZE = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 3, "num_heads
 def model():
     model = sharp_model(("deit_tiny_patch16_224", SIZE))
     with torch.no_grad():
-        model.threshold = [float(model.trace(images(8)).scores[0].median()), 0, 0]
+        model.threshold = [float(model.trace(images(8)).scores[0].quantile(0.5)), 0, 0]
     return model
 
 

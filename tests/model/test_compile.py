@@ -31,7 +31,7 @@ def make(name="deit_tiny_patch16_224", **kwargs):
 
 def ragged(model, images):
     with torch.no_grad():
-        return Decision(float(model.trace(images).scores[0].median()))
+        return Decision(float(model.trace(images).scores[0].quantile(0.5)))
 
 
 @pytest.mark.parametrize(
