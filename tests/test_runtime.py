@@ -23,6 +23,7 @@ from iared2.data.batches import model_transform
 from iared2.errors import InputError
 from iared2.evaluate.speed.runtimes import ways
 from iared2.evaluate.speed.workload import drawn
+from iared2.export import stages
 from iared2.export.stages import export_stages
 from iared2.model.merge import merge as model_merge
 from iared2.model.tokens import PackedTokens
@@ -236,6 +237,19 @@ def test_a_head_that_pools_keeps_a_patch(tmp_path, backend):
         output = model.trace(images)
     assert output.kept[-1].sum(-1).tolist() == [1, 1, 1]
     check(Engine(tmp_path / "m.zip", backend, threads=1)(images.numpy()), output)
+
+
+def test_a_graph_has_as_many_groups_as_onnx_can_hold(tmp_path, monkeypatch):
+    model = sharp_model(("deit_tiny_patch16_224", SIZE))
+    model.threshold = 0.0
+    group = sum(weight.nbytes for weight in model.backbone.blocks[0].parameters())
+    for limit, stem in ((3 * group, 3), (3 * group - 1, 2), (group, 1)):
+        monkeypatch.setattr(stages, "MAX_WEIGHTS", limit)
+        stages.export_stages(model, tmp_path / "m.zip")
+        assert Engine(tmp_path / "m.zip", "onnxruntime", threads=1).stem == stem
+    monkeypatch.setattr(stages, "MAX_WEIGHTS", group - 1)
+    with pytest.raises(InputError, match="build the model of more groups"):
+        stages.export_stages(model, tmp_path / "m.zip")
 
 
 @pytest.mark.parametrize("name", ["vit_medium_patch16_gap_256", "vit_base_patch16_siglip_224"])

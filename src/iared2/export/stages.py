@@ -16,7 +16,7 @@ import copy
 import importlib.util
 import json
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -50,6 +50,10 @@ class Stem(nn.Module):
         super().__init__()
         self.backbone, self.groups = model.backbone, model.groups[:depth]
         self.scorers = nn.ModuleList(Scorer(model, group) for group in range(min(depth + 1, model.num_groups)))
+
+    @property
+    def blocks(self) -> list[Any]:  # registered twice, torch.export would take them for modules of another class
+        return [self.backbone.blocks[index] for group in self.groups for index in group]
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """``(B, in_chans, height, width)`` or clips ``-> x (B, S, C), scores (depth + 1 or D, B, N)``."""
@@ -180,7 +184,7 @@ def export_stages(model: ReducedVisionTransformer, path: Path | str, stem: int |
         model: is copied. Weights are written as float32.
         path: ends in ``.zip``.
         stem: the number of first groups that never drop a patch, 0…D; they are faster in one graph. None: those in
-            which the model's own decision drops nothing (`Decision.first_drop`).
+            which the model's own decision drops nothing (`Decision.first_drop`). Fewer, if they have more than 2 GB.
 
     Raises:
         InputError: the model has hooks or a part that torch cannot export, another suffix, a package is missing, or the
@@ -197,6 +201,8 @@ def export_stages(model: ReducedVisionTransformer, path: Path | str, stem: int |
         raise InputError("the model has hooks or replaced methods, which a graph would lose; remove them first")
     model = copy.deepcopy(model).eval().requires_grad_(False).float().cpu()
     stem = model.decision.first_drop(model.num_patches) if stem is None else stem
+    while stem and _is_too_large(Stem(model, stem).blocks):
+        stem -= 1
     about = json.dumps(_manifest(model, stem))
     for block in model.backbone.blocks:
         for attn in attentions(block):
@@ -262,6 +268,10 @@ def _stages(
     return [*found, ("head", (Head(model), {"x": x}, ["logits"]))]
 
 
+def _is_too_large(blocks: Iterable[nn.Module]) -> bool:
+    return sum(weight.nbytes for block in blocks for weight in block.parameters()) > MAX_WEIGHTS
+
+
 def _graph(stage: nn.Module, inputs: dict[str, Tensor], outputs: Sequence[str]) -> bytes:
     """One stage as ONNX, with every size dynamic that the batch determines."""
     sizes = {name: {0: ANY} for name in inputs}
@@ -270,9 +280,9 @@ def _graph(stage: nn.Module, inputs: dict[str, Tensor], outputs: Sequence[str]) 
         sizes["x"] = {0: ANY, 1: ANY}
     if isinstance(stage, Head) and not vit.pools_patches(stage.backbone):
         inputs = {"x": inputs["x"][:, : stage.backbone.num_prefix_tokens]}
-    if sum(weight.nbytes for weight in stage.parameters()) > MAX_WEIGHTS and not isinstance(stage, Head):
+    if isinstance(stage, (Stem, Group)) and _is_too_large(stage.blocks):
         raise InputError(
-            "a part has more than 2 GB of weights, the most that ONNX holds: build the model of more groups"
+            "a group has more than 2 GB of weights, the most that ONNX holds: build the model of more groups"
         )
     names: dict[str, Any] = {"input_names": list(inputs), "output_names": list(outputs)}
     try:
