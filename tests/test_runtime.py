@@ -475,6 +475,7 @@ DAMAGE = {
     "no graph in it": ({"graphs": {"head.onnx": b"nothing"}}, "head.onnx in .* cannot be used"),
     "huge": ({"manifest": {"num_patches": 10**30}}, "num_patches"),
     "not finite": ({"manifest": {"thresholds": [float("nan")] * 3}}, "thresholds"),
+    "more groups than there are": ({"manifest": {"stem": 4}}, "stem"),
     "a word": ({"manifest": {"embed_dim": "48"}}, "embed_dim"),
     "names": ({"manifest": {"class_names": [1, 2]}}, "class_names"),
     "two decisions": ({"manifest": {"num_keep": [1, 1, 1]}}, "no decision, or two"),

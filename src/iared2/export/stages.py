@@ -16,7 +16,7 @@ import copy
 import importlib.util
 import json
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -50,10 +50,6 @@ class Stem(nn.Module):
         super().__init__()
         self.backbone, self.groups = model.backbone, model.groups[:depth]
         self.scorers = nn.ModuleList(Scorer(model, group) for group in range(min(depth + 1, model.num_groups)))
-
-    @property
-    def blocks(self) -> list[Any]:  # registered twice, torch.export would take them for modules of another class
-        return [self.backbone.blocks[index] for group in self.groups for index in group]
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """``(B, in_chans, height, width)`` or clips ``-> x (B, S, C), scores (depth + 1 or D, B, N)``."""
@@ -201,7 +197,7 @@ def export_stages(model: ReducedVisionTransformer, path: Path | str, stem: int |
         raise InputError("the model has hooks or replaced methods, which a graph would lose; remove them first")
     model = copy.deepcopy(model).eval().requires_grad_(False).float().cpu()
     stem = model.decision.first_drop(model.num_patches) if stem is None else stem
-    while stem and _is_too_large(Stem(model, stem).blocks):
+    while stem and _is_too_large(model.backbone.blocks[: model.groups[stem - 1].stop]):
         stem -= 1
     about = json.dumps(_manifest(model, stem))
     for block in model.backbone.blocks:
@@ -268,8 +264,8 @@ def _stages(
     return [*found, ("head", (Head(model), {"x": x}, ["logits"]))]
 
 
-def _is_too_large(blocks: Iterable[nn.Module]) -> bool:
-    return sum(weight.nbytes for block in blocks for weight in block.parameters()) > MAX_WEIGHTS
+def _is_too_large(blocks: nn.Module) -> bool:
+    return sum(weight.nbytes for weight in blocks.parameters()) > MAX_WEIGHTS
 
 
 def _graph(stage: nn.Module, inputs: dict[str, Tensor], outputs: Sequence[str]) -> bytes:
@@ -280,7 +276,7 @@ def _graph(stage: nn.Module, inputs: dict[str, Tensor], outputs: Sequence[str]) 
         sizes["x"] = {0: ANY, 1: ANY}
     if isinstance(stage, Head) and not vit.pools_patches(stage.backbone):
         inputs = {"x": inputs["x"][:, : stage.backbone.num_prefix_tokens]}
-    if isinstance(stage, (Stem, Group)) and _is_too_large(stage.blocks):
+    if isinstance(stage, Group) and _is_too_large(stage.blocks):
         raise InputError(
             "a group has more than 2 GB of weights, the most that ONNX holds: build the model of more groups"
         )
