@@ -23,6 +23,7 @@ from iared2.data.batches import model_transform, train_batches
 from iared2.data.images import DataConfig, open_samples
 from iared2.errors import InputError
 from iared2.model import file as saved
+from iared2.train.finetune import FinetuneStage
 from iared2.train.log import RunLog
 from iared2.train.policy_gradient import PolicyGradientStage
 from iared2.train.recipe import Recipe, check, read_recipe
@@ -530,3 +531,20 @@ def test_baselines_of_all_groups_are_fine_tuned_in_one_stage(tmp_path, folder, c
     arguments = ["--set", "policy.decisions='gumbel'", "-o", str(tmp_path / "other")]
     assert main(["train", str(recipe), "--data", str(folder), *arguments]) == 1
     assert "policy.joint does not go with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_bf16_is_replaced_where_it_is_slow(tmp_path, folder, recipe, monkeypatch, capsys, fast):
+    monkeypatch.setattr("iared2.train.curriculum.has_fast_bf16", lambda device: fast)
+    used = []
+    forward = FinetuneStage.forward
+
+    def spy(self, *arguments):
+        used.append(torch.is_autocast_enabled("cuda" if torch.accelerator.is_available() else "cpu"))
+        return forward(self, *arguments)
+
+    monkeypatch.setattr(FinetuneStage, "forward", spy)
+    short = ["--set", 'precision="bf16"', "--set", "policy_gradient.epochs=0", "--set", "finetune.epochs=0"]
+    assert main(command(recipe, folder, tmp_path / "run", *short)) == 0
+    assert set(used) == {fast}
+    assert ("float32 is used" in "".join(capsys.readouterr())) == (not fast)

@@ -23,12 +23,14 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 
 from ..data.batches import clip_length, steps_per_epoch
 from ..data.cluttered import open_cluttered
 from ..data.device_dataset import DeviceDataset, ResidentImages
 from ..data.videos import open_for
+from ..device import has_fast_bf16
 from ..errors import InputError
 from ..model.backbone import pools_patches
 from ..model.baselines import KINDS as BASELINES
@@ -235,6 +237,8 @@ def train(recipe: Recipe, output: Path, data: RunData | None = None) -> Path:
         _check_stages(recipe, stages, model, data, accelerator.num_processes)
         position = state.position if state else Position()
         log = _open_output(output, position, accelerator)
+        if accelerator.mixed_precision != recipe.precision:
+            log.warn(f'precision = "{recipe.precision}" is slow on this processor: float32 is used')
         try:
             images = data.read(accelerator.device)
             for resident in images:
@@ -253,7 +257,10 @@ def train(recipe: Recipe, output: Path, data: RunData | None = None) -> Path:
 
 
 def _accelerator(recipe: Recipe) -> Accelerator:
-    accelerator = Accelerator(mixed_precision=recipe.precision, cpu=not torch.accelerator.is_available())
+    cpu = not torch.accelerator.is_available()
+    precision = recipe.precision if has_fast_bf16("cpu" if cpu else "cuda") else "no"
+    AcceleratorState._reset_state()  # it would hold the next run of a process to the precision of the first
+    accelerator = Accelerator(mixed_precision=precision, cpu=cpu)
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != launched:
         raise InputError(f"{launched} processes cannot work together on {accelerator.device}; start a single one")

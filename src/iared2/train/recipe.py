@@ -101,7 +101,7 @@ class Recipe:
     seed: int = 0
     """Every random draw of the run is a function of this."""
     precision: str = "no"
-    """Autocast: "no" (float32) or "bf16"."""
+    """Autocast: "no" (float32) or "bf16", which an x86 processor without AVX-512 replaces by float32."""
     compile: bool = False
     """Compile the blocks, for a GPU. The first steps take a minute."""
     checkpoint_minutes: float = 5.0
