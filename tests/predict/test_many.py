@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from exported import changed
 from pictures import jpeg, write_parquet, write_shard
 from tiny import sharp_model
 
@@ -23,6 +25,7 @@ import iared2
 from iared2 import BatchPredictor
 from iared2.cli import main
 from iared2.data.unlabelled import open_photos
+from iared2.export.stages import export_stages
 
 SIZE = {"img_size": 16, "patch_size": 4, "embed_dim": 48, "depth": 3, "num_heads": 3}
 NUM = 10
@@ -127,6 +130,63 @@ def test_a_runtime_writes_the_same_rows(predict, checkpoint, engine, capsys):
             np.testing.assert_allclose(row["scores"], other["scores"], atol=1e-3)
     assert predict("torch", "-c", "merged.safetensors", "--scores", "--engine", engine) == 1
     assert "another run, with other engine" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning", "ignore:The given buffer is not")
+def test_an_exported_file_takes_the_place_of_the_model(predict, checkpoint, capsys):
+    """Its rows are those of the model that was exported; no weights are read, and nothing is exported again."""
+    pytest.importorskip("onnxruntime", reason="onnxruntime is missing: pip install 'iared2[test]'")
+    engine = ["--engine", "onnxruntime", "--scores"]
+    model = iared2.load(checkpoint)
+    model.threshold, model.class_names = (0.0, 0.5, 0.5), tuple("abcdefg")
+    model.save("named.safetensors")
+    assert main(["export", "m.zip", "-c", "named.safetensors", "--adaptive-batch"]) == 0
+    assert predict("one", "-c", "named.safetensors", *engine) == 0
+    assert predict("two", "-c", "m.zip", *engine) == 0
+    assert pq.read_table("two").equals(pq.read_table("one"))
+    one, two = (json.loads(Path(folder, "_predict.json").read_text()) for folder in ("one", "two"))
+    assert {name for name in one if one[name] != two[name]} == {"model"}
+    os.rename("m.zip", "weights.bin")  # known by its content
+    assert predict("two", "-c", "weights.bin", *engine) == 0, "the same run"
+    assert predict("three", "-c", "weights.bin", *engine, "--threshold", "0") == 0
+    assert {str(row["kept"]) for row in pq.read_table("three").to_pylist()} == {"[16, 16, 16]", "None"}
+    capsys.readouterr()
+    for options, message in (
+        (["--engine", "torch"], "is exported: it runs in openvino or onnxruntime"),
+        ([*engine, "--image-size", "32"], "at its own size"),
+        ([*engine, "--threshold", "0.9"], "group 1 drops patches by this decision"),
+    ):
+        assert predict("four", "-c", "weights.bin", *options) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line
+
+
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning", "ignore:The given buffer is not")
+def test_the_description_in_an_exported_file_is_not_trusted(predict, checkpoint, capsys):
+    pytest.importorskip("onnxruntime", reason="onnxruntime is missing: pip install 'iared2[test]'")
+    export_stages(iared2.load(checkpoint), "m.zip")
+    with zipfile.ZipFile("m.zip") as file:
+        config = json.loads(file.read("manifest.json"))["model"]
+    args = config["model_args"]
+    for other, message in (
+        (None, "there is no configuration"),
+        ([], "there is no configuration"),
+        ({}, "is missing"),
+        ({**config, "architecture": "/etc/passwd"}, "timm has no model"),
+        ({**config, "model_args": {**args, "embed_dim": "48"}}, "model_args.embed_dim"),
+        ({**config, "model_args": {**args, "depth": 100_000}}, "blocks are more than"),
+        ({**config, "model_args": {**args, "img_size": 32}}, "another model than its graphs"),
+        ({**config, "groups": 2, "threshold": 0.5}, "another model than its graphs"),
+        ({**config, "class_names": ["only one"]}, "class names for 7 classes"),
+    ):
+        changed("m.zip", "other.zip", manifest={"model": other})
+        assert predict("out", "-c", "other.zip", "--engine", "onnxruntime") == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line
+        assert "export" in line
+    assert not Path("out").exists()
+    assert main(["interpret", "-p", "photos/0.jpg", "-o", "out", "-c", "m.zip"]) == 1
+    assert "m.zip is exported: give it to iared2.runtime.Engine" in capsys.readouterr().err
 
 
 def test_what_a_runtime_does_not_have_is_one_line(predict, capsys):

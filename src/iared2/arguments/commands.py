@@ -77,7 +77,8 @@ def predict(command: argparse.ArgumentParser) -> None:
         "--engine",
         choices=["torch", "openvino", "onnxruntime"],
         default="torch",
-        help="what runs the model; the others are for CPUs (default: %(default)s)",
+        help="what runs the model; the others are for CPUs, and also take a FILE.zip of iared2 export as -c"
+        " (default: %(default)s)",
     )
     device(command, None)
 

@@ -33,6 +33,7 @@ from ..model import backbone as vit
 from ..model.block import after_attention, attentions, before_attention, head_dim, is_touched
 from ..model.decide import Decide
 from ..model.dither import pattern
+from ..model.file import config_of
 from ..model.macs import linear_macs
 from ..model.reduced import ReducedVisionTransformer
 from ..runtime import Engine
@@ -319,4 +320,13 @@ def _manifest(model: ReducedVisionTransformer, stem: int) -> dict[str, Any]:
         "max_tokens": decision.max_tokens,
         "spread": decision.spread,
         "pattern": pattern(tuple(model.grid_size)).logit().tolist(),
+        "model": _description(model),
     }
+
+
+def _description(model: ReducedVisionTransformer) -> dict[str, Any] | None:
+    """For `model.restore.described`; None if the backbone is not timm's."""
+    try:
+        return config_of(model)
+    except InputError:
+        return None

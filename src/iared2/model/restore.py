@@ -101,7 +101,29 @@ def restored(kind: type[Model], path: Path, tensors: dict[str, Any], config: dic
         InputError: see `checked`; or the file contradicts itself.
     """
     tensors, arguments = checked(path, tensors, config)
-    model = configure(filled(kind, arguments, tensors, path), config)
+    return _own(configure(filled(kind, arguments, tensors, path), config))
+
+
+def described(kind: type[Model], path: Path, config: Any) -> Model:
+    """A model without its weights, on the ``meta`` device: its names, sizes and decision, and what counts its MACs.
+
+    Args:
+        kind: the class.
+        path: where the configuration is from, for messages.
+        config: what `file.config_of` returned, not trusted.
+
+    Raises:
+        InputError: it does not describe a model.
+    """
+    try:
+        if not isinstance(config, dict):
+            raise InputError("there is no configuration")
+        return _own(configure(on_meta(kind, saved.check(config)), config))
+    except InputError as error:
+        raise InputError(f"{path} does not describe a model: {error}; export it again") from None
+
+
+def _own(model: Model) -> Model:
     # timm's entry of this name describes the weights of others
     cfg = filter_pretrained_cfg(model.backbone.pretrained_cfg, remove_source=True)
     model.backbone.pretrained_cfg = {**cfg, **WHOLE, "num_classes": model.num_classes, "license": None}

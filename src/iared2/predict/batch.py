@@ -5,6 +5,7 @@ Owns the columns. Does not find photos and writes no files.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..atomic import to_json
 from ..data.batches import model_transform
 from ..data.photo_batches import read_images
+from ..device import usable_device
 from ..errors import InputError, missing
 from ..export.stages import as_arrays, exported
 from ..model import backbone as vit
 from ..model import onednn
 from ..model.reduced import ReducedVisionTransformer
-from ..pretrained.checkpoint import load
-from .photo import Predictor
+from ..model.restore import described
+from ..runtime import Engine
+from ..runtime.archive import is_exported
+from .photo import class_name
+from .result import check_takes, one_per_group, opened
 
 IMAGE_COLUMNS = ("image", "bytes", "img")
 """Where a batch has its photos, if it is not said: `ray.data.read_images`, `read_binary_files`, and many data sets."""
@@ -40,7 +46,8 @@ class BatchPredictor:
     null. The rest of the batch has no influence on a row, except for rounding.
 
     Args:
-        model: a model, or a checkpoint for `iared2.load`; None: the model in the box.
+        model: a model, or a checkpoint for `iared2.load`; None: the model in the box. Or, for an engine other than
+            torch, a file of ``iared2 export --adaptive-batch``.
         device: anything that `torch.device` takes; None: cuda if available, else cpu.
         embedding: add this column.
         scores: add this column.
@@ -48,11 +55,12 @@ class BatchPredictor:
         image_size: of `ReducedVisionTransformer.set_input_size`, which changes a model that is given; None: its own.
         image_column: the column of photos in a batch; None: the first of ``IMAGE_COLUMNS`` that there is.
         engine: "torch", or "openvino" or "onnxruntime": `runtime.Engine` in float32 on the CPU, with the threads of
-            torch. The model is exported first, in about half a minute for a ViT-S.
+            torch. A model that is not exported yet is exported first, in about half a minute for a ViT-S.
 
     Raises:
         InputError: the checkpoint is not a model of RGB photos, the device is missing, the thresholds are invalid, a
-            package is missing, or the engine has no such device, no embedding, or not these layers.
+            package is missing, or the engine has no such device, no embedding, or not these layers. Or an exported
+            model is to run in torch, or at another size.
     """
 
     def __init__(
@@ -71,25 +79,44 @@ class BatchPredictor:
         if engine != "torch" and (embedding or torch.device(device or "cpu").type != "cpu"):
             raise InputError(f"the engine {engine} has no embeddings and runs on the CPU: leave these options out")
         onednn.forget_shapes()
-        own = not isinstance(model, ReducedVisionTransformer)
-        loaded: ReducedVisionTransformer = load(model) if own else model  # type: ignore[arg-type, assignment]
-        if image_size is not None:
-            loaded.set_input_size(image_size)
-        device = device or ("cuda" if torch.cuda.is_available() and engine == "torch" else "cpu")
-        predictor = Predictor(loaded, device, model if isinstance(model, (str, Path)) else None)
-        thresholds = predictor.thresholds(threshold)
-        self.model, self.device = predictor.model, predictor.device
-        self.decision = self.model.decision if thresholds is None else self.model.decision.at(thresholds)
+        self.device = usable_device(device or ("cuda" if torch.cuda.is_available() and engine == "torch" else "cpu"))
+        self._served: Engine | None = None
+        self._file = Path(model) if isinstance(model, (str, Path)) and is_exported(model) else None
+        if self._file:
+            if engine == "torch" or image_size is not None:
+                raise InputError(f"{model} is exported: it runs in openvino or onnxruntime (engine), at its own size")
+            self._served = Engine(self._file, engine, torch.get_num_threads())
+            loaded = _described(self._served)
+        else:
+            loaded = opened(model)
+            if image_size is not None:
+                loaded.set_input_size(image_size)
+            loaded.eval().to(self.device)
+        check_takes(loaded, "photos")
+        self.model, decision = loaded, loaded.decision
+        self.decision = decision if threshold is None else decision.at(one_per_group(threshold, loaded.num_groups))
         self.embedding, self.scores, self.image_column = embedding, scores, image_column
-        self.transform = model_transform(self.model.pretrained_cfg)
-        self._names = [predictor.class_name(index) for index in range(self.model.num_classes)]
+        self.transform = model_transform(loaded.pretrained_cfg)
+        self._names = [class_name(loaded, index) for index in range(loaded.num_classes)]
         self.engine = engine
-        self._served = None
-        if engine != "torch":
-            stem = self.decision.first_drop(self.model.num_patches)
-            self._served = exported(self.model, engine, torch.get_num_threads(), stem=stem)
-        elif own:
-            self.model.pack_weights()
+        if engine != "torch" and not self._file:
+            stem = self.decision.first_drop(loaded.num_patches)
+            self._served = exported(loaded, engine, torch.get_num_threads(), stem=stem)
+        elif loaded is not model and not self._file:
+            loaded.pack_weights()
+
+    def digest(self) -> str:
+        """Of the model: its weights, or the exported file, and what else determines the result."""
+        total = hashlib.blake2b(repr(self.model).encode(), digest_size=16)
+        cfg = self.model.pretrained_cfg
+        total.update(to_json([str(cfg.get(name)) for name in ("mean", "std", "interpolation")]).encode())
+        if self._file:
+            total.update(self._file.read_bytes())
+            return total.hexdigest()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            total.update(name.encode())
+            total.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        return total.hexdigest()
 
     @property
     def schema(self) -> Any:
@@ -176,6 +203,19 @@ class BatchPredictor:
         flat = [names, pa.array(indices.ravel()), pa.array(probabilities.ravel())]
         offsets = np.arange(len(indices) + 1, dtype=np.int32) * indices.shape[1]
         return pa.ListArray.from_arrays(offsets, pa.StructArray.from_arrays(flat, ["class", "index", "probability"]))
+
+
+def _described(engine: Engine) -> ReducedVisionTransformer:
+    """The model of an exported file, without its weights.
+
+    Raises:
+        InputError: the file does not say which model it is, or contradicts itself.
+    """
+    model = described(ReducedVisionTransformer, engine.path, engine.description)
+    found = (model.pretrained_cfg["input_size"], model.num_groups, model.num_patches)
+    if found != (engine.input_size, engine.num_groups, engine.num_patches):
+        raise InputError(f"{engine.path} describes another model than its graphs are; export it again")
+    return model.eval()
 
 
 def _lists(values: np.ndarray, kind: Any) -> Any:

@@ -8,7 +8,6 @@ share nothing but the output folder: process r of n takes every n-th unit.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import shutil
@@ -27,7 +26,6 @@ from ..atomic import to_json, whole, write
 from ..data.photo_batches import photo_batches
 from ..data.unlabelled import Photos, open_photos
 from ..errors import InputError
-from ..model.reduced import ReducedVisionTransformer
 from .batch import BatchPredictor
 from .output import check_writable
 
@@ -108,7 +106,7 @@ class Plan:
         about: dict[str, Any] = {name: value for name, value in asdict(self).items() if name != "output"}
         about |= {
             "photos": photos.digest(),
-            "model": _digest(model),
+            "model": predictor.digest(),
             "decision": repr(predictor.decision),
             "embedding": predictor.embedding,
             "scores": predictor.scores,
@@ -200,13 +198,3 @@ def _process() -> tuple[int, int, int]:
     if not all(value.isdecimal() for value in values) or int(values[0]) >= int(values[1]):
         raise InputError(f"RANK={values[0]}, WORLD_SIZE={values[1]}, LOCAL_RANK={values[2]}: set them as torchrun does")
     return int(values[0]), int(values[1]), int(values[2])
-
-
-def _digest(model: ReducedVisionTransformer) -> str:
-    """Of the weights and what else determines the result."""
-    total = hashlib.blake2b(repr(model).encode(), digest_size=16)
-    total.update(to_json([str(model.pretrained_cfg.get(k)) for k in ("mean", "std", "interpolation")]).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        total.update(name.encode())
-        total.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return total.hexdigest()

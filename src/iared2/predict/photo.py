@@ -223,9 +223,16 @@ class Predictor(BasePredictor):
         return F.interpolate(maps[None], size, mode="bicubic", antialias=True).clamp(0, 1)[0, 0].cpu().numpy()
 
     def class_name(self, index: int) -> str:
-        """The model's own name, that of ImageNet for a model with as many classes, or else the number."""
-        subset = None if self.model.class_names else infer_imagenet_subset(self.model)  # by their number: 1k, 12k, …
-        return _imagenet(subset).index_to_description(index) if subset else super().class_name(index)
+        """See `class_name`."""
+        return class_name(self.model, index)
+
+
+def class_name(model: ReducedVisionTransformer, index: int) -> str:
+    """The model's own name, that of ImageNet for a model with as many classes, or else the number."""
+    if model.class_names:
+        return model.class_names[index]
+    subset = infer_imagenet_subset(model)  # by their number: 1k, 12k, …
+    return _imagenet(subset).index_to_description(index) if subset else str(index)
 
 
 _imagenet = cache(ImageNetInfo)  # reads files

@@ -173,18 +173,12 @@ class BasePredictor:
             InputError: the device is missing, the model cannot be loaded, or it does not take RGB photos
                 (`VideoPredictor`: RGB clips).
         """
-        if isinstance(model, torch.nn.Module) and not isinstance(model, ReducedVisionTransformer):
-            raise InputError(f"a {type(model).__name__} drops no patches: give iared2.from_timm(model)")
         if not isinstance(model, ReducedVisionTransformer):
             checkpoint = checkpoint or model
-            model = load(model)
+        model = opened(model)
+        check_takes(model, self.TAKES)
         cfg = model.pretrained_cfg
-        channels, *size = cfg["input_size"]
-        if (takes := "videos" if model.is_video else "photos") != self.TAKES:
-            other = "VideoPredictor" if model.is_video else "Predictor"
-            raise InputError(f"the model takes {takes}, not {self.TAKES}; give it to {other}")
-        if channels != 3:
-            raise InputError(f"the model takes images of {channels} channels, and photos and videos have 3")
+        size = list(cfg["input_size"][1:])
         self.device = usable_device(device)
         self.model = model.eval().to(self.device)
         self._about = {
@@ -202,13 +196,7 @@ class BasePredictor:
         Raises:
             InputError: not finite, or not one per group.
         """
-        if threshold is None:
-            return None
-        groups = self.model.num_groups
-        values = [threshold] if isinstance(threshold, (int, float)) else list(threshold)
-        if len(values) not in (1, groups) or not all(map(math.isfinite, values)):
-            raise InputError(f"threshold {threshold}: give one finite number, or {groups}, one for each group")
-        return values * (groups // len(values))
+        return None if threshold is None else one_per_group(threshold, self.model.num_groups)
 
     def predict(self, inputs: Tensor, thresholds: list[float] | None) -> list[dict[str, Any]]:
         """The fields of ``Result`` except `file`, for each photo or clip of a batch of ``on_device``."""
@@ -253,6 +241,42 @@ class BasePredictor:
     def class_name(self, index: int) -> str:
         """The name of a class, or its number if it has none."""
         return self.model.class_names[index] if self.model.class_names else str(index)
+
+
+def opened(model: ReducedVisionTransformer | str | Path | None) -> ReducedVisionTransformer:
+    """The model itself, or what `iared2.load` finds under a name.
+
+    Raises:
+        InputError: as `iared2.load`; or it is another module.
+    """
+    if isinstance(model, torch.nn.Module) and not isinstance(model, ReducedVisionTransformer):
+        raise InputError(f"a {type(model).__name__} drops no patches: give iared2.from_timm(model)")
+    return model if isinstance(model, ReducedVisionTransformer) else load(model)
+
+
+def check_takes(model: ReducedVisionTransformer, takes: str) -> None:
+    """Refuse a model that does not take RGB ``"photos"``, or ``"videos"``.
+
+    Raises:
+        InputError: names what it takes.
+    """
+    if (found := "videos" if model.is_video else "photos") != takes:
+        other = "VideoPredictor" if model.is_video else "Predictor"
+        raise InputError(f"the model takes {found}, not {takes}; give it to {other}")
+    if (channels := model.pretrained_cfg["input_size"][0]) != 3:
+        raise InputError(f"the model takes images of {channels} channels, and photos and videos have 3")
+
+
+def one_per_group(threshold: float | Sequence[float], groups: int) -> list[float]:
+    """One number for each group, from one for all or from as many.
+
+    Raises:
+        InputError: not finite, or not one per group.
+    """
+    values = [threshold] if isinstance(threshold, (int, float)) else list(threshold)
+    if len(values) not in (1, groups) or not all(map(math.isfinite, values)):
+        raise InputError(f"threshold {threshold}: give one finite number, or {groups}, one for each group")
+    return values * (groups // len(values))
 
 
 def png(picture: Image.Image) -> bytes:

@@ -29,6 +29,7 @@ from ..model.reduced import ReducedVisionTransformer
 from ..model.restore import checked, configure, filled, load_strictly, restored
 from ..model.text import without_text
 from ..model.video_transformer import VideoTransformer
+from ..runtime.archive import is_exported
 from .build import from_timm
 
 BOX = "box"
@@ -69,6 +70,8 @@ def load(
         return _load_policy(path, tensors, config, backbone, pretrained).eval()
     if backbone is not None or pretrained:
         raise InputError(f"{path} is not a policy alone: it has its own backbone, so give no other")
+    if config is None and is_exported(path):
+        raise InputError(f"{path} is exported: give it to iared2.runtime.Engine, or iared2 predict --engine")
     if config is None:
         return _load_authors(path).eval()
     return restored(ReducedVisionTransformer, path, tensors, config).eval()

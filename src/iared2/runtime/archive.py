@@ -21,6 +21,15 @@ EXTERNAL = b"location"
 MAX_MANIFEST = 1 << 26
 
 
+def is_exported(path: Path | str) -> bool:
+    """Whether a file is one of ``iared2 export --adaptive-batch``, by its content."""
+    try:
+        with zipfile.ZipFile(path) as folder:
+            return MANIFEST in folder.namelist()
+    except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError):
+        return False
+
+
 def read(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
     """The manifest and the graphs by name. Entries are not compressed, so none is larger than the file."""
     try:

@@ -88,6 +88,7 @@ class Engine:
             about.whole("num_prefix_tokens", 0, 4096),
             about.whole("embed_dim", 1, 1 << 16),
         )
+        self.path, self.description = Path(path), about.get("model")
         self.input_size = tuple(about.numbers("input_size", int, None, 1, 1 << 16))
         self.mean, self.std = about.numbers("mean", float, None), about.numbers("std", float, None)
         self.interpolation, self.class_names = about.get("interpolation"), about.names("class_names")
