@@ -170,6 +170,55 @@ def test_a_teacher_that_says_what_the_model_says_teaches_nothing(batch):
     assert all(p.grad is None for p in teacher.parameters())
 
 
+def test_the_features_of_the_dense_model_are_a_target(batch):
+    images, labels, keys = batch
+    model = make()
+    with pytest.raises(InputError, match="need a teacher"):
+        FinetuneStage(model, 1, distill_features=1.0)
+    teacher = copy.deepcopy(model.backbone).eval()
+    _, metrics = FinetuneStage(model, 1, teacher=teacher, distill_features=1.0, decide=keep_all)(images, labels, keys)
+    assert metrics["feature_error"].item() == pytest.approx(0, abs=1e-12)
+
+    losses = [
+        FinetuneStage(model, 1, teacher=teacher, distill_features=weight).train()(images, labels, keys)[0]
+        for weight in (0.0, 2.0)
+    ]
+    seen = []
+    hook = model.backbone.head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    masked_forward(model.eval(), images, decide_up_to(model, 1))
+    hook.remove()
+    with torch.no_grad():
+        wanted = teacher.forward_head(teacher.forward_features(images), pre_logits=True)
+    error = ((torch.cat(seen) - wanted).square().sum(1) / wanted.square().sum(1)).mean()
+    assert error > 1e-3
+    assert (losses[1] - losses[0]).item() == pytest.approx(2 * error.item(), rel=1e-9)
+    (gradient,) = torch.autograd.grad(losses[1] - losses[0], model.backbone.norm.weight)
+    (expected,) = torch.autograd.grad(2 * error, model.backbone.norm.weight)
+    torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_dense_model_does_not_run_again_what_is_frozen(batch, shared):
+    """Where nothing is dropped and nothing learns, the tokens are the same; elsewhere it sees the images."""
+    images, labels, keys = batch
+    model = make()
+    model.threshold = (0.0 if shared else 0.5, 0.5, 0.5)
+    teacher = copy.deepcopy(model.backbone).eval()
+    seen = []
+    teacher.patch_embed.register_forward_pre_hook(lambda *_: seen.append("patches"))
+    loss, _ = FinetuneStage(model, 1, teacher=teacher, distill=1.0).train()(images, labels, keys)
+    assert len(seen) == (not shared)
+    with torch.no_grad():
+        soft = teacher(images).softmax(1)
+        logits = model.eval()(images, decide_up_to(model, 1))
+    assert loss.item() == pytest.approx(torch.nn.functional.cross_entropy(logits, soft).item(), rel=1e-9)
+    with torch.no_grad():
+        teacher.blocks[0].mlp.fc1.bias += 0.1
+    seen.clear()
+    FinetuneStage(model, 1, teacher=teacher, distill=1.0).train()(images, labels, keys)
+    assert seen == ["patches"], "another start"
+
+
 def test_another_decision_takes_the_place_of_the_models_own(batch):
     images, labels, keys = batch
     shares = (0.75, 0.5, 0.25)

@@ -53,6 +53,8 @@ from .trainer import STATE, Images, Stage, Trainer
 
 SPLITS: tuple[Literal["train", "eval"], ...] = ("train", "eval")
 MAX_PARAMETERS = 10**10
+DISTILL = ("distill", "distill_features")
+"""Settings of fine-tuning that need the dense model."""
 
 
 def stages_of(recipe: Recipe, model: ReducedVisionTransformer, teacher: nn.Module | None = None) -> list[Stage]:
@@ -72,9 +74,8 @@ def stages_of(recipe: Recipe, model: ReducedVisionTransformer, teacher: nn.Modul
             stages.append(
                 Stage(f"policy_gradient{number}", last, recipe.policy_gradient, step, trained, True, budget=budget)
             )
-        tune = partial(
-            FinetuneStage, model, first, decide=decide, teacher=teacher, distill=recipe.finetune.distill, last=last
-        )
+        shares = {name: getattr(recipe.finetune, name) for name in DISTILL}
+        tune = partial(FinetuneStage, model, first, decide=decide, teacher=teacher, **shares, last=last)
         budget = _budget(policy.keep, last) if learns else ()
         stages.append(Stage(f"finetune{number}", last, recipe.finetune, tune, model.backbone, False, decide, budget))
     return [stage for stage in stages if stage.config.epochs > 0]
@@ -226,7 +227,7 @@ def train(recipe: Recipe, output: Path, data: RunData | None = None) -> Path:
             load_strictly(model, parts["model"], output / STATE)
             model.decision = state.decision
         teacher = None
-        if recipe.reward.needs_dense or recipe.finetune.distill:
+        if recipe.reward.needs_dense or any(getattr(recipe.finetune, name) for name in DISTILL):
             teacher = copy.deepcopy(model.backbone).eval().requires_grad_(False)
             if state:
                 load_strictly(teacher, parts["teacher"], output / STATE)

@@ -7,12 +7,15 @@ Without a group, the same stage trains the dense backbone: from scratch, or with
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..device import widest_float
 from ..errors import InputError
+from ..model import backbone as vit
 from ..model.decide import Decide, at_random, keep_all
 from ..model.reduced import ReducedVisionTransformer
 from ..model.tokens import PackedTokens
@@ -33,11 +36,14 @@ class FinetuneStage(nn.Module):
         last: the last group that drops patches; by default ``group``.
         patch_drop: see above.
         decide: the decision; by default ``model.decision``, read in every step.
-        teacher: a dense model whose probabilities make up the share ``distill`` of the target (Hinton et al. 2015). A
-            model without classes needs one: its loss is 1 − the cosine to the embedding of the teacher.
+        teacher: a dense backbone of the same architecture. A model without classes needs one: its loss is 1 − the
+            cosine to the embedding of the teacher.
+        distill: share of the target that is the probabilities of the teacher (Hinton et al. 2015).
+        distill_features: weight of ``mean(‖f − f'‖² / ‖f'‖²)``, f and f' the pooled features of the model and of the
+            teacher before the classifier. They say more per image than the answer (Romero et al., FitNets, ICLR 2015).
 
     Raises:
-        InputError: the model has no classes, and there is no teacher.
+        InputError: there is no teacher where one is needed.
     """
 
     progress = 0.0
@@ -52,13 +58,16 @@ class FinetuneStage(nn.Module):
         decide: Decide | None = None,
         teacher: nn.Module | None = None,
         distill: float = 0.0,
+        distill_features: float = 0.0,
         last: int | None = None,
     ) -> None:
         super().__init__()
         if not model.num_classes and teacher is None:
             raise InputError("a model without classes learns the embeddings of a dense one: give a teacher")
+        if (distill or distill_features) and teacher is None:
+            raise InputError("distill and distill_features need a teacher")
         self.patch_drop, self.decide = patch_drop, decide
-        self.teacher, self.distill = teacher, distill
+        self.teacher, self.distill, self.distill_features = teacher, distill, distill_features
         self.model, self.group = model, group
         self.first, self.last = group or 0, group if last is None else last
         backbone = model.backbone
@@ -99,32 +108,64 @@ class FinetuneStage(nn.Module):
             if self.group is None and self.patch_drop:
                 packed = packed.select(self._some(packed, keys))
             packed, _, _ = model.reduce(packed, range(self.first), decide)
+        dense = self._dense(images, packed) if self.distill or self.distill_features or not model.num_classes else None
         packed, _, kept = model.reduce(packed, range(self.first, model.num_groups), decide)
-        output = model.head(packed)
-        output = output.to(torch.promote_types(output.dtype, torch.float32))  # half precision is too coarse for a loss
-        loss, quality = (self._of_classes if model.num_classes else self._of_features)(output, images, targets)
-        kept_last = kept[-1].to(widest_float(output.device)).mean()
+        loss, quality = (self._of_classes if model.num_classes else self._of_embeddings)(packed, dense, targets)
+        kept_last = kept[-1].to(widest_float(images.device)).mean()
         return loss, {"loss": loss.detach(), **quality, "keep_ratio_greedy": kept_last}
 
-    def _of_classes(self, logits: Tensor, images: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        loss = F.cross_entropy(logits, targets)
-        if self.teacher is not None and self.distill:
-            with torch.no_grad():
-                soft = self.teacher(images).to(logits.dtype).softmax(1)
+    def _of_classes(
+        self, packed: PackedTokens, dense: PackedTokens | None, targets: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        logits = _head(self.model.backbone, packed)
+        loss, metrics = F.cross_entropy(logits, targets), {}
+        if self.distill:
+            soft = self._says(dense).softmax(1)
             loss = torch.lerp(loss, F.cross_entropy(logits, soft), self.distill)
+        if self.distill_features:
+            features, wanted = _head(self.model.backbone, packed, True), self._says(dense, True)
+            error = ((features - wanted).square().sum(1) / wanted.square().sum(1)).mean()
+            loss = loss + self.distill_features * error
+            metrics["feature_error"] = error.detach()
         labels = targets if targets.ndim == 1 else targets.argmax(1)
-        return loss, {"top1": 100 * (logits.argmax(1) == labels).to(widest_float(logits.device)).mean()}
+        return loss, {"top1": 100 * (logits.argmax(1) == labels).to(widest_float(logits.device)).mean(), **metrics}
 
-    def _of_features(self, features: Tensor, images: Tensor, _: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        assert self.teacher is not None
-        with torch.no_grad():
-            dense = self.teacher(images).to(features.dtype)
-        cosine = F.cosine_similarity(features, dense, dim=1).mean()
+    def _of_embeddings(
+        self, packed: PackedTokens, dense: PackedTokens | None, _: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        cosine = F.cosine_similarity(_head(self.model.backbone, packed), self._says(dense), dim=1).mean()
         return 1 - cosine, {"cosine": cosine.detach()}
+
+    @torch.no_grad()
+    def _dense(self, images: Tensor, packed: PackedTokens) -> PackedTokens:
+        """The last tokens of the teacher; ``packed`` are those at the entrance of the first group that is trained."""
+        teacher, start = self.teacher, self.model.groups[self.first].start
+        if not self._starts_alike or len(packed.x) < packed.num_images * packed.num_tokens:
+            start, packed = 0, vit.embed_packed(teacher, images)
+        return vit.run_blocks(teacher, range(start, len(self.model.backbone.blocks)), packed)
+
+    @torch.no_grad()
+    def _says(self, dense: PackedTokens | None, pre_logits: bool = False) -> Tensor:
+        assert dense is not None
+        return _head(self.teacher, dense, pre_logits)
+
+    @cached_property
+    def _starts_alike(self) -> bool:
+        """Whether all that is frozen is the teacher's: if nothing is dropped there, it need not run twice."""
+        assert self.teacher is not None
+        theirs = dict(self.teacher.named_parameters())
+        ours = ((name, p) for name, p in self.model.backbone.named_parameters() if not p.requires_grad)
+        return self.group is not None and all(torch.equal(p, theirs[name]) for name, p in ours)
 
     def _some(self, packed: PackedTokens, keys: Tensor) -> Tensor:
         num_keep = round(packed.num_patches * (1 - self.patch_drop * (1 - self.progress)))
         return at_random(keys.new_full((1, len(keys)), num_keep), keys)(packed.alive, packed.alive, 0)
+
+
+def _head(backbone: nn.Module | None, packed: PackedTokens, pre_logits: bool = False) -> Tensor:
+    """Logits, or the features before the classifier; in float32, since half precision is too coarse for a loss."""
+    output = vit.head(backbone, packed, pre_logits)
+    return output.to(torch.promote_types(output.dtype, torch.float32))
 
 
 def decide_up_to(model: ReducedVisionTransformer, last: int | None, decide: Decide | None = None) -> Decide:

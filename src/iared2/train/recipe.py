@@ -87,6 +87,9 @@ class StageConfig:
     """Decay of a moving average of the backbone, which replaces it at the end; 0: none. Not in the policy stage."""
     distill: float = 0.0
     """Fine-tuning only: share of the dense model's prediction in the target, 0…1."""
+    distill_features: float = 0.0
+    """Fine-tuning only: weight of the squared error of the features before the classifier to those of the dense model,
+    as a share of their squared length."""
     patch_drop: float = 0.0
     """Dense stage only: share of patches per image that are left out at random, falling to 0 at the end of the stage.
     Saves time at first."""
@@ -149,7 +152,7 @@ RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("epochs", "warmup_epochs"), (0, 999)),
     **dict.fromkeys(("tau", "gumbel_weight"), (0, 10**4)),
     "mean": (-(10**4), 10**4),
-    "divergence": (0, 10**4),
+    **dict.fromkeys(("divergence", "distill_features"), (0, 10**4)),
     "neighbours": (0, 2**16),
     "keep": (1e-6, 1),
     "spread": (0, 10),
