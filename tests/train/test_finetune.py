@@ -228,3 +228,13 @@ def test_another_decision_takes_the_place_of_the_models_own(batch):
         assert metrics["keep_ratio_greedy"] == pytest.approx(kept / 24)
         out = model.eval().trace(images, decide_up_to(model, group, by_share(shares)))
         assert out.kept.sum(-1).eq(kept).all(1).tolist() == [g >= group for g in range(3)]
+
+
+def test_vectors_learn_and_matrices_stay(batch):
+    model = make()
+    stage = FinetuneStage(model, 1, vectors_only=True).train()
+    stage(*batch)[0].backward()
+    learned = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert all(dict(model.named_parameters())[name].ndim == 1 for name in learned)
+    assert {"backbone.blocks.2.norm1.weight", "backbone.blocks.5.mlp.fc2.bias", "backbone.head.bias"} <= learned
+    assert not any(name.startswith(("backbone.blocks.1.", "interpreters.")) for name in learned)

@@ -74,8 +74,8 @@ def stages_of(recipe: Recipe, model: ReducedVisionTransformer, teacher: nn.Modul
             stages.append(
                 Stage(f"policy_gradient{number}", last, recipe.policy_gradient, step, trained, True, budget=budget)
             )
-        shares = {name: getattr(recipe.finetune, name) for name in DISTILL}
-        tune = partial(FinetuneStage, model, first, decide=decide, teacher=teacher, **shares, last=last)
+        settings = {name: getattr(recipe.finetune, name) for name in (*DISTILL, "vectors_only")}
+        tune = partial(FinetuneStage, model, first, decide=decide, teacher=teacher, **settings, last=last)
         budget = _budget(policy.keep, last) if learns else ()
         stages.append(Stage(f"finetune{number}", last, recipe.finetune, tune, model.backbone, False, decide, budget))
     return [stage for stage in stages if stage.config.epochs > 0]

@@ -8,6 +8,7 @@ Without a group, the same stage trains the dense backbone: from scratch, or with
 from __future__ import annotations
 
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,13 @@ from ..model import backbone as vit
 from ..model.decide import Decide, at_random, keep_all
 from ..model.reduced import ReducedVisionTransformer
 from ..model.tokens import PackedTokens
+
+
+class Dense(NamedTuple):
+    """What the dense model says: ``logits (B, K)``, or without classes its output, and ``features (B, C)``."""
+
+    logits: Tensor
+    features: Tensor
 
 
 class FinetuneStage(nn.Module):
@@ -41,6 +49,8 @@ class FinetuneStage(nn.Module):
         distill: share of the target that is the probabilities of the teacher (Hinton et al. 2015).
         distill_features: weight of ``mean(‖f − f'‖² / ‖f'‖²)``, f and f' the pooled features of the model and of the
             teacher before the classifier. They say more per image than the answer (Romero et al., FitNets, ICLR 2015).
+        vectors_only: train biases, norms and layer scales alone, a 300th of a ViT-S (Ben Zaken et al., BitFit, ACL
+            2022); the matrices stay.
 
     Raises:
         InputError: there is no teacher where one is needed.
@@ -59,6 +69,7 @@ class FinetuneStage(nn.Module):
         teacher: nn.Module | None = None,
         distill: float = 0.0,
         distill_features: float = 0.0,
+        vectors_only: bool = False,
         last: int | None = None,
     ) -> None:
         super().__init__()
@@ -81,7 +92,8 @@ class FinetuneStage(nn.Module):
             )
             self.trainable = [*backbone.blocks[model.groups[group].start :], *(m for m in head if m is not None)]
         for module in self.trainable:
-            module.requires_grad_(True)
+            for parameter in module.parameters():
+                parameter.requires_grad_(parameter.ndim < 2 or not vectors_only)
 
     def train(self, mode: bool = True) -> FinetuneStage:
         """Training mode for the trained parts, evaluation mode for the frozen ones."""
@@ -108,46 +120,51 @@ class FinetuneStage(nn.Module):
             if self.group is None and self.patch_drop:
                 packed = packed.select(self._some(packed, keys))
             packed, _, _ = model.reduce(packed, range(self.first), decide)
-        dense = self._dense(images, packed) if self.distill or self.distill_features or not model.num_classes else None
+        needs = self.distill or self.distill_features or not model.num_classes
+        return self.step(packed, self.dense(images, packed) if needs else None, targets)
+
+    def step(self, packed: PackedTokens, dense: Dense | None, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss and the metrics from the tokens at the entrance of the first group that is trained.
+
+        Args:
+            packed: these tokens.
+            dense: of `dense` on the same images; None if no loss needs it.
+            targets: see `forward`.
+        """
+        model, decide = self.model, decide_up_to(self.model, self.last, self.decide)
         packed, _, kept = model.reduce(packed, range(self.first, model.num_groups), decide)
         loss, quality = (self._of_classes if model.num_classes else self._of_embeddings)(packed, dense, targets)
-        kept_last = kept[-1].to(widest_float(images.device)).mean()
+        kept_last = kept[-1].to(widest_float(packed.x.device)).mean()
         return loss, {"loss": loss.detach(), **quality, "keep_ratio_greedy": kept_last}
 
-    def _of_classes(
-        self, packed: PackedTokens, dense: PackedTokens | None, targets: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        logits = _head(self.model.backbone, packed)
-        loss, metrics = F.cross_entropy(logits, targets), {}
-        if self.distill:
-            soft = self._says(dense).softmax(1)
-            loss = torch.lerp(loss, F.cross_entropy(logits, soft), self.distill)
-        if self.distill_features:
-            features, wanted = _head(self.model.backbone, packed, True), self._says(dense, True)
-            error = ((features - wanted).square().sum(1) / wanted.square().sum(1)).mean()
-            loss = loss + self.distill_features * error
-            metrics["feature_error"] = error.detach()
-        labels = targets if targets.ndim == 1 else targets.argmax(1)
-        return loss, {"top1": 100 * (logits.argmax(1) == labels).to(widest_float(logits.device)).mean(), **metrics}
-
-    def _of_embeddings(
-        self, packed: PackedTokens, dense: PackedTokens | None, _: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        cosine = F.cosine_similarity(_head(self.model.backbone, packed), self._says(dense), dim=1).mean()
-        return 1 - cosine, {"cosine": cosine.detach()}
-
     @torch.no_grad()
-    def _dense(self, images: Tensor, packed: PackedTokens) -> PackedTokens:
-        """The last tokens of the teacher; ``packed`` are those at the entrance of the first group that is trained."""
+    def dense(self, images: Tensor, packed: PackedTokens) -> Dense:
+        """What the teacher says; ``packed`` are the tokens at the entrance of the first group that is trained."""
         teacher, start = self.teacher, self.model.groups[self.first].start
         if not self._starts_alike or len(packed.x) < packed.num_images * packed.num_tokens:
             start, packed = 0, vit.embed_packed(teacher, images)
-        return vit.run_blocks(teacher, range(start, len(self.model.backbone.blocks)), packed)
+        packed = vit.run_blocks(teacher, range(start, len(self.model.backbone.blocks)), packed)
+        return Dense(_head(teacher, packed), _head(teacher, packed, pre_logits=True))
 
-    @torch.no_grad()
-    def _says(self, dense: PackedTokens | None, pre_logits: bool = False) -> Tensor:
+    def _of_classes(
+        self, packed: PackedTokens, dense: Dense | None, targets: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        logits = _head(self.model.backbone, packed)
+        loss, metrics = F.cross_entropy(logits, targets), {}
+        if dense and self.distill:
+            loss = torch.lerp(loss, F.cross_entropy(logits, dense.logits.softmax(1)), self.distill)
+        if dense and self.distill_features:
+            features = _head(self.model.backbone, packed, pre_logits=True)
+            error = (features - dense.features).square().sum(1) / dense.features.square().sum(1)
+            loss = loss + self.distill_features * error.mean()
+            metrics["feature_error"] = error.mean().detach()
+        labels = targets if targets.ndim == 1 else targets.argmax(1)
+        return loss, {"top1": 100 * (logits.argmax(1) == labels).to(widest_float(logits.device)).mean(), **metrics}
+
+    def _of_embeddings(self, packed: PackedTokens, dense: Dense | None, _: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         assert dense is not None
-        return _head(self.teacher, dense, pre_logits)
+        cosine = F.cosine_similarity(_head(self.model.backbone, packed), dense.logits, dim=1).mean()
+        return 1 - cosine, {"cosine": cosine.detach()}
 
     @cached_property
     def _starts_alike(self) -> bool:

@@ -90,6 +90,8 @@ class StageConfig:
     distill_features: float = 0.0
     """Fine-tuning only: weight of the squared error of the features before the classifier to those of the dense model,
     as a share of their squared length."""
+    vectors_only: bool = False
+    """Fine-tuning only: train biases, norms and layer scales alone. They need a learning rate of about 3e-4."""
     patch_drop: float = 0.0
     """Dense stage only: share of patches per image that are left out at random, falling to 0 at the end of the stage.
     Saves time at first."""
