@@ -248,6 +248,37 @@ def test_choices_from_command_to_table(data: Path, tmp_path: Path, monkeypatch: 
     assert "on spread" in table["rows"][2][2] or "on shift" in table["rows"][2][2]
 
 
+@pytest.mark.slow
+def test_late_from_command_to_table(data: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    """Tuned blocks come closer to the dense model; a second call goes on with what is missing."""
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    import late
+
+    torch.manual_seed(0)
+    model = iared2.from_timm("deit_tiny_patch16_224", img_size=64, num_classes=42, groups=3, interpreter="attention")
+    model.save(tmp_path / "backbone.safetensors")
+    (tmp_path / "seed0").mkdir()
+    model.dropped = "merged"
+    model.save_policy(tmp_path / "seed0" / "policy.safetensors")
+    command = ["late.py", "--data", str(data), "--backbone", str(tmp_path / "backbone.safetensors"), "--size", "64"]
+    command += ["--model", "deit_tiny_patch16_224", "--shares", "1", "0.5", "0.2", "--photos", "96", "--epochs", "20"]
+    command += ["--eval-photos", "30", "--only", "spread, merged", "--lr", "3e-3", "-o", str(tmp_path / "out")]
+    for more in ([], ["--policy", str(tmp_path / "seed0" / "policy.safetensors")]):
+        monkeypatch.setattr(sys, "argv", [*command, *more])
+        late.main()
+    assert capsys.readouterr().out.count("step 40 of 40") == 2
+    rows = json.loads((tmp_path / "out" / "rows.json").read_text())
+    assert list(rows) == ["dense", "spread, merged", "learned: seed0"]
+    for name in ("spread, merged", "learned: seed0"):
+        frozen, (tuned,) = rows[name]["frozen"], rows[name]["tuned"]
+        assert tuned["divergence"] < 0.8 * frozen["divergence"]
+        assert tuned["macs"] == pytest.approx(frozen["macs"], rel=1e-9)
+        assert 0.5 < tuned["macs"] < 0.8
+    table = json.loads((tmp_path / "out" / "late.json").read_text())
+    assert [row[0] for row in table["rows"]] == ["spread, merged", "learned: seed0"]
+    assert "on spread, merged" in table["notes"][2]
+
+
 def test_grids_ask_for_each_quarter_in_turn(experiments: Any, data: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """The photo of the class that is asked for lies in the box, and its neighbours are of other classes."""
     import grids
