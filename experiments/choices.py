@@ -31,6 +31,7 @@ import iared2
 from iared2 import ReducedVisionTransformer, keyed
 from iared2.data.batches import eval_batches, model_transform
 from iared2.data.images import DataConfig, Samples, open_samples
+from iared2.device import has_fast_bf16
 from iared2.measure import RANDOM_EPOCH
 from iared2.model.baselines import KINDS, baseline_scores
 from iared2.model.calibrate import thresholds_for
@@ -90,7 +91,8 @@ class Photos:
         transform = model_transform(model.pretrained_cfg)
         found: list[Any] = []
         for batch in eval_batches(samples, transform, batch_size=BATCH, workers=0):
-            found.append((batch.images.bfloat16(), batch.labels, keyed.sample_keys(0, RANDOM_EPOCH, batch.samples)))
+            images = batch.images.bfloat16() if has_fast_bf16("cpu") else batch.images
+            found.append((images, batch.labels, keyed.sample_keys(0, RANDOM_EPOCH, batch.samples)))
             if sum(len(labels) for _, labels, _ in found) >= number:
                 break
         self.images, self.labels, self.keys = (torch.cat(parts)[:number] for parts in zip(*found, strict=True))
@@ -173,8 +175,10 @@ def main() -> None:
 
 
 def ready(model: ReducedVisionTransformer) -> ReducedVisionTransformer:
-    """For inference in bfloat16, the interpreters' scores in float32."""
-    model.eval().requires_grad_(False).backbone.bfloat16()
+    """For inference in bfloat16 where that is fast, the interpreters' scores in float32."""
+    model.eval().requires_grad_(False)
+    if has_fast_bf16("cpu"):
+        model.backbone.bfloat16()
     model.pack_weights()
     return model
 
