@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import torch
+from lab import Table
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
@@ -43,16 +44,17 @@ def photos_of(file: Path, classes: Path, leave_out: Path | None) -> list[tuple[I
 
 
 def main() -> None:
+    """See above."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint")
     parser.add_argument("photos", type=Path)
     parser.add_argument("classes", type=Path)
     parser.add_argument("--leave-out", type=Path)
+    parser.add_argument("-o", "--output", type=Path, default=Path("runs"), help="folder of the table (default: runs)")
     arguments = parser.parse_args()
     model = iared2.load(arguments.checkpoint)
     photos = photos_of(arguments.photos, arguments.classes, arguments.leave_out)
-    print(f"{len(photos)} photos, {sum(a.width != a.height for a, _ in photos)} of them not square")
-    labels = torch.tensor([label for _, label in photos])
+    labels, rows = torch.tensor([label for _, label in photos]), []
     for name, crop in WAYS.items():
         transform = create_transform(**resolve_model_data_config(model) | crop)
         found = []
@@ -60,11 +62,17 @@ def main() -> None:
             images = torch.stack([transform(photos[i][0]) for i in chunk.tolist()])
             with torch.inference_mode():
                 found.append(torch.stack([model(images), model.backbone(images)]).topk(5).indices)
-        right = torch.cat(found, 1) == labels[:, None]
-        cells = [
-            f"{part}: top-1 {r[:, 0].sum():3}, top-5 {r.any(1).sum():3}" for part, r in zip(PARTS, right, strict=True)
-        ]
-        print(f"{name:22} {'   '.join(cells)}", flush=True)
+        best = torch.cat(found, 1)  # (2, n, 5)
+        right = best == labels[:, None]
+        counts = [f"{r[:, 0].sum()} · {r.any(1).sum()}" for r in right]
+        rows.append([name, *counts, f"{(best[0, :, 0] == best[1, :, 0]).sum()}"])
+    Table(
+        f"Right answers of {len(photos)} photos, {sum(a.width != a.height for a, _ in photos)} of them not square.",
+        "python experiments/resizing.py box PHOTOS.parquet CLASSES.json --leave-out OVERLAP.json",
+        ["photos are made square by", *(f"{part}: top-1 · top-5" for part in PARTS), "dense answers kept"],
+        rows,
+        [],
+    ).write(arguments.output, "resizing")
 
 
 if __name__ == "__main__":

@@ -279,6 +279,37 @@ def test_late_from_command_to_table(data: Path, tmp_path: Path, monkeypatch: Any
     assert "on spread, merged" in table["notes"][2]
 
 
+def test_resizing_counts_photos_of_the_models_classes(tmp_path: Path, monkeypatch: Any) -> None:
+    """One photo of three is of another class, and one was seen in training."""
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    import resizing
+
+    iared2.from_timm("deit_tiny_patch16_224", num_classes=6, **SMALL).save(tmp_path / "model.safetensors")
+    labels = [70, 10, 20, 30, 40, 50]
+    images = [{"bytes": jpeg(number, 40)} for number in range(6)]
+    wnids = [f"n{label:08}" for label in labels]
+    pq.write_table(pa.table({"image": images, "label": labels, "wnid": wnids}), tmp_path / "photos.parquet")
+    classes = [{"imagenet1k_index": label} for label in (50, 40, 30, 20, 10, 60)]
+    (tmp_path / "classes.json").write_text(json.dumps(classes))
+    (tmp_path / "seen.json").write_text(json.dumps([{"sample": "n00000030_7.JPEG"}]))
+    found = resizing.photos_of(tmp_path / "photos.parquet", tmp_path / "classes.json", tmp_path / "seen.json")
+    assert [label for _, label in found] == [4, 3, 1, 0]
+    command = [
+        "resizing.py",
+        *(str(tmp_path / name) for name in ("model.safetensors", "photos.parquet", "classes.json")),
+    ]
+    monkeypatch.setattr(
+        sys, "argv", [*command, "--leave-out", str(tmp_path / "seen.json"), "-o", str(tmp_path / "out")]
+    )
+    resizing.main()
+    table = json.loads((tmp_path / "out" / "resizing.json").read_text())
+    assert table["title"].startswith("Right answers of 4 photos")
+    assert [row[0] for row in table["rows"]] == list(resizing.WAYS)
+    for _, *counts, kept in table["rows"]:
+        assert all(0 <= int(top1) <= int(top5) <= 4 for top1, top5 in (count.split(" · ") for count in counts))
+        assert 0 <= int(kept) <= 4
+
+
 def test_grids_ask_for_each_quarter_in_turn(experiments: Any, data: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """The photo of the class that is asked for lies in the box, and its neighbours are of other classes."""
     import grids
