@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from tiny import sharp_images, sharp_model
+from tiny import TINY, sharp_images, sharp_model
 
 torch.set_num_threads(1)
 
@@ -23,8 +23,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             if item.get_closest_marker("slow"):
                 item.add_marker(pytest.mark.skip(reason="slow: give --all"))
 
-
-TINY = {"img_size": (48, 32), "patch_size": 8, "embed_dim": 48, "num_heads": 3, "num_classes": 7}
 
 FAMILIES: dict[str, dict] = {
     "deit_tiny_patch16_224": {"depth": 6},

@@ -14,6 +14,8 @@ from torch import Tensor
 import iared2
 from iared2 import ReducedVisionTransformer
 
+TINY = {"img_size": (48, 32), "patch_size": 8, "embed_dim": 48, "num_heads": 3, "num_classes": 7}
+
 
 def sharp_model(family: tuple[str, dict], **kwargs: Any) -> ReducedVisionTransformer:
     """A tiny model of a family (conftest.py) whose attention, scores and logits tell patches apart."""

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 import skimage.data
 import torch
-from conftest import TINY
 from PIL import Image
-from tiny import sharp_images, sharp_model
+from tiny import TINY, sharp_images, sharp_model
 
 import iared2
 from iared2 import InputError

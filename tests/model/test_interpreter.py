@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import TINY
 from oracle import masked_forward, plain_scores
+from tiny import TINY
 
 import iared2
 from iared2.errors import InputError
