@@ -268,7 +268,10 @@ def test_late_from_command_to_table(data: Path, tmp_path: Path, monkeypatch: Any
         late.main()
     assert capsys.readouterr().out.count("step 40 of 40") == 2
     rows = json.loads((tmp_path / "out" / "rows.json").read_text())
-    assert list(rows) == ["dense", "spread, merged", "learned: seed0"]
+    assert list(rows) == ["settings", "dense", "spread, merged", "learned: seed0"]
+    monkeypatch.setattr(sys, "argv", [*command, "--epochs", "3"])
+    with pytest.raises(iared2.InputError, match="rows of other settings"):
+        late.main()
     for name in ("spread, merged", "learned: seed0"):
         frozen, (tuned,) = rows[name]["frozen"], rows[name]["tuned"]
         assert tuned["divergence"] < 0.8 * frozen["divergence"]

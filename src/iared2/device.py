@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import platform
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -31,7 +32,9 @@ def usable_device(name: str | torch.device) -> torch.device:
 
 def has_fast_bf16(device: torch.device | str) -> bool:
     """Whether bfloat16 saves time on the device; on an x86 processor without AVX-512, it takes tens of times longer."""
-    return torch.device(device).type != "cpu" or torch.backends.cpu.get_cpu_capability() != "AVX2"
+    if torch.device(device).type != "cpu" or platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 def widest_float(device: torch.device | str) -> torch.dtype:

@@ -159,6 +159,7 @@ def test_an_exported_file_takes_the_place_of_the_model(predict, checkpoint, caps
         assert predict("four", "-c", "weights.bin", *options) == 1
         (line,) = capsys.readouterr().err.splitlines()
         assert message in line
+    assert not Path("four").exists()
 
 
 @pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning", "ignore:The given buffer is not")
@@ -169,15 +170,20 @@ def test_the_description_in_an_exported_file_is_not_trusted(predict, checkpoint,
         config = json.loads(file.read("manifest.json"))["model"]
     args = config["model_args"]
     for other, message in (
-        (None, "there is no configuration"),
+        (None, "no timm name"),
         ([], "there is no configuration"),
         ({}, "is missing"),
+        ({**config, "pretrained_cfg": {**config["pretrained_cfg"], "mean": [9.0, 9.0, 9.0]}}, "(mean)"),
         ({**config, "architecture": "/etc/passwd"}, "timm has no model"),
         ({**config, "model_args": {**args, "embed_dim": "48"}}, "model_args.embed_dim"),
         ({**config, "model_args": {**args, "depth": 100_000}}, "blocks are more than"),
-        ({**config, "model_args": {**args, "img_size": 32}}, "another model than its graphs"),
-        ({**config, "groups": 2, "threshold": 0.5}, "another model than its graphs"),
+        ({**config, "model_args": {**args, "img_size": 32}}, "another model than its graphs are (input_size)"),
+        ({**config, "groups": 2, "threshold": 0.5}, "another model than its graphs are (num_groups)"),
         ({**config, "class_names": ["only one"]}, "class names for 7 classes"),
+        ({**config, "class_names": list("abcdefg")}, "another model than its graphs are (class_names)"),
+        ({**config, "threshold": 0.1}, "another model than its graphs are (thresholds)"),
+        ({**config, "dropped": "merged"}, "another model than its graphs are (merges)"),
+        ({**config, "model_args": {**args, "embed_dim": 96}}, "another model than its graphs are (embed_dim)"),
     ):
         changed("m.zip", "other.zip", manifest={"model": other})
         assert predict("out", "-c", "other.zip", "--engine", "onnxruntime") == 1
@@ -185,6 +191,9 @@ def test_the_description_in_an_exported_file_is_not_trusted(predict, checkpoint,
         assert message in line
         assert "export" in line
     assert not Path("out").exists()
+    changed("m.zip", "other.zip", manifest={"model": {**config, "model_args": {**args, "num_classes": 1 << 24}}})
+    assert predict("out", "-c", "other.zip", "--engine", "onnxruntime") == 1
+    assert "has 7 classes, not 16777216" in capsys.readouterr().err
     assert main(["interpret", "-p", "photos/0.jpg", "-o", "out", "-c", "m.zip"]) == 1
     assert "m.zip is exported: give it to iared2.runtime.Engine" in capsys.readouterr().err
 

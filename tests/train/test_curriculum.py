@@ -21,6 +21,7 @@ import iared2
 from iared2.cli import main
 from iared2.data.batches import model_transform, train_batches
 from iared2.data.images import DataConfig, open_samples
+from iared2.device import has_fast_bf16
 from iared2.errors import InputError
 from iared2.model import file as saved
 from iared2.train.finetune import FinetuneStage
@@ -548,3 +549,19 @@ def test_bf16_is_replaced_where_it_is_slow(tmp_path, folder, recipe, monkeypatch
     assert main(command(recipe, folder, tmp_path / "run", *short)) == 0
     assert set(used) == {fast}
     assert ("float32 is used" in "".join(capsys.readouterr())) == (not fast)
+
+
+@pytest.mark.parametrize(
+    ("machine", "capability", "fast"),
+    [
+        ("x86_64", "AVX512", True),
+        ("x86_64", "AVX2", False),
+        ("AMD64", "DEFAULT", False),
+        ("aarch64", "DEFAULT", True),
+    ],
+)
+def test_which_processors_have_bf16(monkeypatch, machine, capability, fast):
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
+    assert has_fast_bf16("cpu") == fast
+    assert has_fast_bf16("cuda")

@@ -176,8 +176,16 @@ def test_the_features_of_the_dense_model_are_a_target(batch):
     with pytest.raises(InputError, match="need a teacher"):
         FinetuneStage(model, 1, distill_features=1.0)
     teacher = copy.deepcopy(model.backbone).eval()
-    _, metrics = FinetuneStage(model, 1, teacher=teacher, distill_features=1.0, decide=keep_all)(images, labels, keys)
-    assert metrics["feature_error"].item() == pytest.approx(0, abs=1e-12)
+    model.backbone.head_drop.p = 0.5
+    whole = FinetuneStage(model, 1, teacher=teacher, distill_features=1.0, decide=keep_all).train()
+    _, metrics = whole(images, labels, keys)
+    assert metrics["feature_error"].item() == pytest.approx(0, abs=1e-12), "dropout is not in the features"
+    assert model.backbone.head_drop.training
+    model.backbone.head_drop.p = 0.0
+    for depth in (5, 7):
+        other = iared2.from_timm("deit_tiny_patch16_224", **{**SMALL, "depth": depth}).double().backbone
+        with pytest.raises(InputError, match="another kind of backbone"):
+            FinetuneStage(model, 1, teacher=other, distill=1.0)
 
     losses = [
         FinetuneStage(model, 1, teacher=teacher, distill_features=weight).train()(images, labels, keys)[0]

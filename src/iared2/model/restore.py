@@ -116,6 +116,8 @@ def described(kind: type[Model], path: Path, config: Any) -> Model:
         InputError: it does not describe a model.
     """
     try:
+        if config is None:
+            raise InputError("its backbone has no timm name, so iared2.runtime.Engine alone can run it; if it has one")
         if not isinstance(config, dict):
             raise InputError("there is no configuration")
         return _own(configure(on_meta(kind, saved.check(config)), config))

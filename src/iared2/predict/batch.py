@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from ..model import backbone as vit
 from ..model import onednn
 from ..model.reduced import ReducedVisionTransformer
 from ..model.restore import described
+from ..pretrained.checkpoint import BOX
 from ..runtime import Engine
 from ..runtime.archive import is_exported
 from .photo import class_name
@@ -76,17 +78,18 @@ class BatchPredictor:
         engine: str = "torch",
     ) -> None:
         _arrow()
-        if engine != "torch" and (embedding or torch.device(device or "cpu").type != "cpu"):
+        if engine != "torch" and (embedding or not str(device or "cpu").startswith("cpu")):
             raise InputError(f"the engine {engine} has no embeddings and runs on the CPU: leave these options out")
-        onednn.forget_shapes()
         self.device = usable_device(device or ("cuda" if torch.cuda.is_available() and engine == "torch" else "cpu"))
+        onednn.forget_shapes()
         self._served: Engine | None = None
-        self._file = Path(model) if isinstance(model, (str, Path)) and is_exported(model) else None
+        is_file = isinstance(model, Path) or (isinstance(model, str) and model != BOX)
+        self._file = Path(model) if is_file and is_exported(model) else None  # type: ignore[arg-type]
         if self._file:
             if engine == "torch" or image_size is not None:
                 raise InputError(f"{model} is exported: it runs in openvino or onnxruntime (engine), at its own size")
             self._served = Engine(self._file, engine, torch.get_num_threads())
-            loaded = _described(self._served)
+            loaded, self._content = _described(self._served), self._file.read_bytes()
         else:
             loaded = opened(model)
             if image_size is not None:
@@ -95,9 +98,14 @@ class BatchPredictor:
         check_takes(loaded, "photos")
         self.model, decision = loaded, loaded.decision
         self.decision = decision if threshold is None else decision.at(one_per_group(threshold, loaded.num_groups))
+        if self._served and (drops := self.decision.first_drop(loaded.num_patches)) < self._served.stem:
+            raise InputError(
+                f"group {drops + 1} drops patches by this decision, and {model} has groups 1 to {self._served.stem} as"
+                f" one graph: export a model that drops patches in group {drops + 1}"
+            )
         self.embedding, self.scores, self.image_column = embedding, scores, image_column
         self.transform = model_transform(loaded.pretrained_cfg)
-        self._names = [class_name(loaded, index) for index in range(loaded.num_classes)]
+        self._name = cache(partial(class_name, loaded))
         self.engine = engine
         if engine != "torch" and not self._file:
             stem = self.decision.first_drop(loaded.num_patches)
@@ -111,7 +119,7 @@ class BatchPredictor:
         cfg = self.model.pretrained_cfg
         total.update(to_json([str(cfg.get(name)) for name in ("mean", "std", "interpolation")]).encode())
         if self._file:
-            total.update(self._file.read_bytes())
+            total.update(self._content)
             return total.hexdigest()
         for name, tensor in sorted(self.model.state_dict().items()):
             total.update(name.encode())
@@ -177,6 +185,10 @@ class BatchPredictor:
         else:
             output = self._served(images.numpy(), as_arrays(self.decision))
             logits, scores, kept = map(torch.from_numpy, (output.logits, output.scores, output.kept))
+            if logits.shape[1] != model.num_classes:
+                raise InputError(
+                    f"{self._file}: has {logits.shape[1]} classes, not {model.num_classes}; export it again"
+                )
         counts = kept.sum(-1)
         rows = {
             "top5": self._top5(logits),
@@ -199,7 +211,7 @@ class BatchPredictor:
         pa = _arrow()
         best = logits.float().softmax(-1).topk(min(5, self.model.num_classes))
         indices, probabilities = best.indices.cpu().numpy().astype(np.int32), best.values.cpu().numpy()
-        names = pa.array(self._names, pa.string()).take(pa.array(indices.ravel()))
+        names = pa.array([self._name(index) for index in indices.ravel().tolist()], pa.string())
         flat = [names, pa.array(indices.ravel()), pa.array(probabilities.ravel())]
         offsets = np.arange(len(indices) + 1, dtype=np.int32) * indices.shape[1]
         return pa.ListArray.from_arrays(offsets, pa.StructArray.from_arrays(flat, ["class", "index", "probability"]))
@@ -212,9 +224,17 @@ def _described(engine: Engine) -> ReducedVisionTransformer:
         InputError: the file does not say which model it is, or contradicts itself.
     """
     model = described(ReducedVisionTransformer, engine.path, engine.description)
-    found = (model.pretrained_cfg["input_size"], model.num_groups, model.num_patches)
-    if found != (engine.input_size, engine.num_groups, engine.num_patches):
-        raise InputError(f"{engine.path} describes another model than its graphs are; export it again")
+    cfg, backbone, decision = model.pretrained_cfg, model.backbone, model.decision
+    said = {
+        **{name: tuple(cfg[name]) for name in ("input_size", "mean", "std")},
+        **{name: getattr(model, name) for name in ("num_groups", "num_patches", "class_names")},
+        **{name: getattr(backbone, name) for name in ("num_prefix_tokens", "embed_dim")},
+        **{name: getattr(decision, name) for name in ("thresholds", "num_keep", "max_tokens", "spread")},
+        "merges": model.dropped == "merged",
+    }
+    for name, value in said.items():
+        if getattr(engine, name) != value:
+            raise InputError(f"{engine.path} describes another model than its graphs are ({name}); export it again")
     return model.eval()
 
 

@@ -8,7 +8,7 @@ Without a group, the same stage trains the dense backbone: from scratch, or with
 from __future__ import annotations
 
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +23,10 @@ from ..model.tokens import PackedTokens
 
 
 class Dense(NamedTuple):
-    """What the dense model says: ``logits (B, K)``, or without classes its output, and ``features (B, C)``."""
+    """What the dense model says: ``logits (B, K)`` or embeddings, and ``features (B, C)`` if they are needed."""
 
     logits: Tensor
-    features: Tensor
+    features: Tensor | None
 
 
 class FinetuneStage(nn.Module):
@@ -49,11 +49,12 @@ class FinetuneStage(nn.Module):
         distill: share of the target that is the probabilities of the teacher (Hinton et al. 2015).
         distill_features: weight of ``mean(‖f − f'‖² / ‖f'‖²)``, f and f' the pooled features of the model and of the
             teacher before the classifier. They say more per image than the answer (Romero et al., FitNets, ICLR 2015).
+            Not read if the model has no classes.
         vectors_only: train biases, norms and layer scales alone, a 300th of a ViT-S (Ben Zaken et al., BitFit, ACL
             2022); the matrices stay.
 
     Raises:
-        InputError: there is no teacher where one is needed.
+        InputError: there is no teacher where one is needed, or it is of another architecture.
     """
 
     progress = 0.0
@@ -77,6 +78,8 @@ class FinetuneStage(nn.Module):
             raise InputError("a model without classes learns the embeddings of a dense one: give a teacher")
         if (distill or distill_features) and teacher is None:
             raise InputError("distill and distill_features need a teacher")
+        if teacher is not None and _shapes(teacher) != _shapes(model.backbone):
+            raise InputError("the teacher is another kind of backbone than the model's")
         self.patch_drop, self.decide = patch_drop, decide
         self.teacher, self.distill, self.distill_features = teacher, distill, distill_features
         self.model, self.group = model, group
@@ -144,17 +147,17 @@ class FinetuneStage(nn.Module):
         if not self._starts_alike or len(packed.x) < packed.num_images * packed.num_tokens:
             start, packed = 0, vit.embed_packed(teacher, images)
         packed = vit.run_blocks(teacher, range(start, len(self.model.backbone.blocks)), packed)
-        return Dense(_head(teacher, packed), _head(teacher, packed, pre_logits=True))
+        return Dense(_logits(teacher, packed), _features(teacher, packed) if self.distill_features else None)
 
     def _of_classes(
         self, packed: PackedTokens, dense: Dense | None, targets: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        logits = _head(self.model.backbone, packed)
+        logits = _logits(self.model.backbone, packed)
         loss, metrics = F.cross_entropy(logits, targets), {}
         if dense and self.distill:
             loss = torch.lerp(loss, F.cross_entropy(logits, dense.logits.softmax(1)), self.distill)
-        if dense and self.distill_features:
-            features = _head(self.model.backbone, packed, pre_logits=True)
+        if dense and dense.features is not None:
+            features = _features(self.model.backbone, packed)
             error = (features - dense.features).square().sum(1) / dense.features.square().sum(1)
             loss = loss + self.distill_features * error.mean()
             metrics["feature_error"] = error.mean().detach()
@@ -163,7 +166,7 @@ class FinetuneStage(nn.Module):
 
     def _of_embeddings(self, packed: PackedTokens, dense: Dense | None, _: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         assert dense is not None
-        cosine = F.cosine_similarity(_head(self.model.backbone, packed), dense.logits, dim=1).mean()
+        cosine = F.cosine_similarity(_logits(self.model.backbone, packed), dense.logits, dim=1).mean()
         return 1 - cosine, {"cosine": cosine.detach()}
 
     @cached_property
@@ -179,10 +182,23 @@ class FinetuneStage(nn.Module):
         return at_random(keys.new_full((1, len(keys)), num_keep), keys)(packed.alive, packed.alive, 0)
 
 
-def _head(backbone: nn.Module | None, packed: PackedTokens, pre_logits: bool = False) -> Tensor:
-    """Logits, or the features before the classifier; in float32, since half precision is too coarse for a loss."""
-    output = vit.head(backbone, packed, pre_logits)
+def _logits(backbone: Any, packed: PackedTokens) -> Tensor:
+    """In float32, since half precision is too coarse for a loss."""
+    output = vit.head(backbone, packed)
     return output.to(torch.promote_types(output.dtype, torch.float32))
+
+
+def _features(backbone: Any, packed: PackedTokens) -> Tensor:
+    """What the classifier reads, without the dropout before it; in float32."""
+    training = backbone.head_drop.training
+    backbone.head_drop.eval()
+    output = vit.head(backbone, packed, pre_logits=True)
+    backbone.head_drop.train(training)
+    return output.to(torch.promote_types(output.dtype, torch.float32))
+
+
+def _shapes(backbone: nn.Module) -> dict[str, torch.Size]:
+    return {name: parameter.shape for name, parameter in backbone.named_parameters()}
 
 
 def decide_up_to(model: ReducedVisionTransformer, last: int | None, decide: Decide | None = None) -> Decide:
