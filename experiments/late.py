@@ -93,7 +93,7 @@ def tokens(path: Path, batches: Any, number: int, model: ReducedVisionTransforme
         columns = (torch.cat(parts)[:number].clone() for parts in zip(*found, strict=True))
         with whole(path) as file:
             save_file(dict(zip(Tokens.__annotations__, columns, strict=True)), file)
-    return Tokens(**load_file(path))
+    return Tokens(**{name: column[:number] for name, column in load_file(path).items()})
 
 
 def tune(
@@ -168,8 +168,8 @@ def main() -> None:
     arguments.groups = len(arguments.shares)
     arguments.lr = arguments.lr or (1e-5 if arguments.matrices else 3e-4)
     first = next((group for group, share in enumerate(arguments.shares) if share < 1), 0)
-    if min(arguments.photos, arguments.eval_photos) < BATCH:
-        raise InputError(f"--photos and --eval-photos: give {BATCH} or more")
+    if arguments.photos < BATCH or arguments.eval_photos < 1:
+        raise InputError(f"--photos: give {BATCH} or more; --eval-photos: 1 or more")
 
     config = DataConfig(path=arguments.data)
     train, validation = open_samples(config, "train"), open_samples(config, "eval")
