@@ -57,7 +57,8 @@ class BatchPredictor:
         image_size: of `ReducedVisionTransformer.set_input_size`, which changes a model that is given; None: its own.
         image_column: the column of photos in a batch; None: the first of ``IMAGE_COLUMNS`` that there is.
         engine: "torch", or "openvino" or "onnxruntime": `runtime.Engine` in float32 on the CPU, with the threads of
-            torch. A model that is not exported yet is exported first, in about half a minute for a ViT-S.
+            torch. A model that is not exported yet is exported first, in about half a minute for a ViT-S. An instance
+            then cannot be pickled; give Ray the class.
 
     Raises:
         InputError: the checkpoint is not a model of RGB photos, the device is missing, the thresholds are invalid, a

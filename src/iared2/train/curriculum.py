@@ -192,7 +192,7 @@ def input_size(recipe: Recipe) -> tuple[int, ...]:
 
 
 def train(recipe: Recipe, output: Path, data: RunData | None = None) -> Path:
-    """Run a recipe, or resume a killed run of it.
+    """Run a recipe, or resume a killed run of it. In its process, the precision of accelerate is then the recipe's.
 
     Args:
         recipe: the recipe.
