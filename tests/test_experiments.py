@@ -16,6 +16,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from pictures import jpeg
+from tiny import sharp_model
 
 import iared2
 from iared2.train.recipe import read_recipe
@@ -311,6 +312,40 @@ def test_resizing_counts_photos_of_the_models_classes(tmp_path: Path, monkeypatc
     for _, *counts, kept in table["rows"]:
         assert all(0 <= int(top1) <= int(top5) <= 4 for top1, top5 in (count.split(" · ") for count in counts))
         assert 0 <= int(kept) <= 4
+
+
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning", "ignore:The given buffer is not")
+def test_parity_counts_photos_near_a_threshold(tmp_path: Path, monkeypatch: Any) -> None:
+    """The threshold is one of the scores, from which one photo is 0 away."""
+    pytest.importorskip("onnxruntime", reason="onnxruntime is missing: pip install 'iared2[test]'")
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    import parity
+
+    model = sharp_model(("deit_tiny_patch16_224", {**SMALL, "num_classes": 6}))
+    images = torch.randn(4, 3, 64, 64)
+    for spread in (0.0, 1.0):
+        model.threshold, model.spread = 0.0, spread
+        output = model.trace(images)
+        standing = model.decision.standing(output.scores[1])
+        one = standing[2].sort().values[7]
+        model.threshold = (0.0, (one.sigmoid() if spread else one).item(), 1.0)
+        gap = parity.gaps(model, model.trace(images))
+        assert gap.argmin() == 2
+        assert gap[2] < 1e-6
+        expected = (standing - one).abs().amin(1)
+        assert (gap[expected > 1e-2] > 1e-4).all()
+    for i in range(3):
+        (tmp_path / f"{i}.jpg").write_bytes(jpeg(i, 40))
+    model.threshold = (0.0, 0.5, 0.5)
+    model.save(tmp_path / "model.safetensors")
+    command = ["parity.py", str(tmp_path / "model.safetensors"), str(tmp_path / "0.jpg"), str(tmp_path / "2.jpg")]
+    monkeypatch.setattr(sys, "argv", [*command, "--engine", "onnxruntime", "-o", str(tmp_path / "out")])
+    parity.main()
+    table = json.loads((tmp_path / "out" / "parity.json").read_text())
+    assert table["title"] == "2 photos in float32."
+    ((name, differ, logit, score),) = table["rows"]
+    assert (name, differ) == ("onnxruntime", "0")
+    assert max(float(logit), float(score)) < 1e-4
 
 
 def test_grids_ask_for_each_quarter_in_turn(experiments: Any, data: Path, tmp_path: Path, monkeypatch: Any) -> None:
