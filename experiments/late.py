@@ -28,6 +28,7 @@ import torch
 from choices import LEARNED, choices, dense_model
 from lab import Table, interval
 from safetensors.torch import load_file, save_file
+from timm.layers import DropPath
 from timm.models.eva import Eva
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor
@@ -102,6 +103,9 @@ def tune(
     """Train the groups from ``first`` on."""
     targets: dict[str, Any] = {"teacher": copy.deepcopy(model.backbone), "distill": 1.0, "distill_features": 1.0}
     stage = FinetuneStage(model, first, last=model.num_groups - 1, vectors_only=not matrices, **targets).train()
+    for module in model.modules():
+        if isinstance(module, DropPath):  # of a policy's recipe: it would be most of the error
+            module.drop_prob = 0.0
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr, weight_decay=0.0)
     steps = int(epochs * len(data.x) / BATCH)
