@@ -47,7 +47,10 @@ def upside_down(keep: list[float]) -> Decide:
 
 
 def score_share(scores: np.ndarray, inside: np.ndarray) -> float:
-    """Mean rank (0…1) of the patches in the box ÷ mean rank of all, over the patches alive; 1 is chance."""
+    """Mean rank (0…1) of the patches in the box ÷ mean rank of all, over the patches alive; 1 is chance.
+
+    NaN if no photo has two patches alive, one of them in the box.
+    """
     ratios = []
     for s, box in zip(scores, inside, strict=True):
         alive = s > 0
@@ -55,7 +58,7 @@ def score_share(scores: np.ndarray, inside: np.ndarray) -> float:
             continue
         rank = s[alive].argsort().argsort() / (alive.sum() - 1)
         ratios.append((rank * box[alive]).sum() / box[alive].sum() / rank.mean())
-    return float(np.mean(ratios))
+    return float(np.mean(ratios)) if ratios else float("nan")
 
 
 def centre_like(kept: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
@@ -66,5 +69,5 @@ def centre_like(kept: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
 
 
 def enrichment(kept: np.ndarray, inside: np.ndarray) -> float:
-    """Share of kept patches in the box ÷ share of all patches in it, summed over images."""
-    return float((kept * inside).sum() / kept.sum() / inside.mean())
+    """Share of kept patches in the box ÷ share of all patches in it, summed over images; NaN if none is kept."""
+    return float((kept * inside).sum() / kept.sum() / inside.mean()) if kept.any() else float("nan")

@@ -64,6 +64,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_tables_from_command_to_files(experiments: Any, data: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    torch.manual_seed(0)
     iared2.from_timm("deit_tiny_patch16_224", num_classes=40, **SMALL).save(tmp_path / "backbone.safetensors")
     settings = [
         "data.workers=0",
@@ -195,6 +196,8 @@ def test_measures(experiments: Any) -> None:
     assert looks.enrichment(kept, inside) == pytest.approx(0.5 / (2 / 16))
     scores = np.tile(np.linspace(0.1, 0.9, 16), (2, 1))
     assert looks.score_share(scores, inside) == pytest.approx(5.5 / 7.5)
+    assert np.isnan(looks.score_share(scores * (1 - inside), inside)), "no patch alive lies in a box"
+    assert np.isnan(looks.enrichment(np.zeros((2, 16), bool), inside))
     centre = looks.centre_like(torch.from_numpy(kept), (4, 4))
     assert centre.sum(1).tolist() == [4, 4]
     assert centre[0].view(4, 4)[1:3, 1:3].all()
@@ -218,6 +221,7 @@ def test_choices_from_command_to_table(data: Path, tmp_path: Path, monkeypatch: 
     monkeypatch.syspath_prepend(str(ROOT / "experiments"))
     import choices
 
+    torch.manual_seed(0)
     model = iared2.from_timm("deit_tiny_patch16_224", img_size=64, num_classes=42, groups=3, interpreter="attention")
     model.save(tmp_path / "backbone.safetensors")
     (tmp_path / "seed0").mkdir()
