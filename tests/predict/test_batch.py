@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,12 @@ def test_a_bad_photo_is_a_row_with_its_error(model, photos):
     assert none.schema.equals(predict.schema)
     assert none["macs"].null_count == 2
     assert predict({"image": []}).schema.equals(predict.schema)
+
+
+def test_it_can_be_pickled(model, photos):
+    """As `datasets.map` with several processes does."""
+    predict = BatchPredictor(model, "cpu", scores=True)
+    assert pickle.loads(pickle.dumps(predict))({"image": photos}).equals(predict({"image": photos}))
 
 
 def test_other_columns_stay(model, photos):

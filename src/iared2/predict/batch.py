@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +105,6 @@ class BatchPredictor:
             )
         self.embedding, self.scores, self.image_column = embedding, scores, image_column
         self.transform = model_transform(loaded.pretrained_cfg)
-        self._name = cache(partial(class_name, loaded))
         self.engine = engine
         if engine != "torch" and not self._file:
             stem = self.decision.first_drop(loaded.num_patches)
@@ -212,7 +210,7 @@ class BatchPredictor:
         pa = _arrow()
         best = logits.float().softmax(-1).topk(min(5, self.model.num_classes))
         indices, probabilities = best.indices.cpu().numpy().astype(np.int32), best.values.cpu().numpy()
-        names = pa.array([self._name(index) for index in indices.ravel().tolist()], pa.string())
+        names = pa.array([class_name(self.model, index) for index in indices.ravel().tolist()], pa.string())
         flat = [names, pa.array(indices.ravel()), pa.array(probabilities.ravel())]
         offsets = np.arange(len(indices) + 1, dtype=np.int32) * indices.shape[1]
         return pa.ListArray.from_arrays(offsets, pa.StructArray.from_arrays(flat, ["class", "index", "probability"]))
