@@ -89,12 +89,15 @@ def tokens(path: Path, batches: Any, number: int, model: ReducedVisionTransforme
             features = vit.head(model.backbone, packed, pre_logits=True)
             found.append([x, model.head(packed), features, batch.labels, batch.samples])
             print(f"{path.name}: {BATCH * len(found)} of {number}", end="\r", flush=True)
-            if sum(len(parts[0]) for parts in found) >= number:
+            if sum(len(row[0]) for row in found) >= number:
                 break
-        columns = (torch.cat(parts)[:number].clone() for parts in zip(*found, strict=True))
+        parts = (torch.cat(column)[:number].clone() for column in zip(*found, strict=True))
         with whole(path) as file:
-            save_file(dict(zip(Tokens.__annotations__, columns, strict=True)), file)
-    return Tokens(**{name: column[:number] for name, column in load_file(path).items()})
+            save_file(dict(zip(Tokens.__annotations__, parts, strict=True)), file)
+    columns = load_file(path)
+    if len(columns["x"]) < number:
+        raise InputError(f"{path} has {len(columns['x'])} photos, not {number}: ask for fewer, or give another -o")
+    return Tokens(**{name: column[:number] for name, column in columns.items()})
 
 
 def tune(

@@ -277,6 +277,8 @@ def test_late_from_command_to_table(data: Path, tmp_path: Path, monkeypatch: Any
     monkeypatch.setattr(sys, "argv", [*command, "--epochs", "3"])
     with pytest.raises(iared2.InputError, match="rows of other settings"):
         late.main()
+    with pytest.raises(iared2.InputError, match="has 30 photos, not 31"):
+        late.tokens(tmp_path / "out" / "eval.safetensors", [], 31, model, 1)
     for name in ("spread, merged", "learned: seed0"):
         frozen, (tuned,) = rows[name]["frozen"], rows[name]["tuned"]
         assert tuned["divergence"] < 0.8 * frozen["divergence"]

@@ -115,9 +115,12 @@ def described(kind: type[Model], path: Path, config: Any) -> Model:
     Raises:
         InputError: it does not describe a model.
     """
+    if config is None:
+        raise InputError(
+            f"{path} does not say which timm model it is: export it again, or run it by iared2.runtime.Engine if its"
+            " backbone has no timm name"
+        )
     try:
-        if config is None:
-            raise InputError("its backbone has no timm name, so iared2.runtime.Engine alone can run it; if it has one")
         if not isinstance(config, dict):
             raise InputError("there is no configuration")
         return _own(configure(on_meta(kind, saved.check(config)), config))
@@ -126,6 +129,7 @@ def described(kind: type[Model], path: Path, config: Any) -> Model:
 
 
 def _own(model: Model) -> Model:
+    """The model with a ``pretrained_cfg`` that describes its own weights."""
     # timm's entry of this name describes the weights of others
     cfg = filter_pretrained_cfg(model.backbone.pretrained_cfg, remove_source=True)
     model.backbone.pretrained_cfg = {**cfg, **WHOLE, "num_classes": model.num_classes, "license": None}
