@@ -8,8 +8,10 @@ choice, the later blocks, the norm and the head then learn to say the same from 
 probabilities and the features of the dense model, without labels (`FinetuneStage` with ``distill`` and
 ``distill_features``). That is how `iared2 train` fine-tunes such a model; here, an epoch takes a quarter of the time.
 
-Every choice keeps the same number of patches of every photo. The training photos are random crops, one of each. Rows
-are written to OUT/rows.json after each run, and a killed one goes on where it was. The table is OUT/late.json and
+Every choice keeps the same number of patches of every photo. With ``--macs``, those photos of which the model is the
+least sure take a second pass with every patch, so many that the MACs are met (model/second_pass.py); the confidence
+that says so is set on the measured photos, without their labels. The training photos are random crops, one of each.
+Rows are written to OUT/rows.json after each run, and a killed one goes on where it was. The table is OUT/late.json and
 OUT/late.md.
 """
 
@@ -20,6 +22,7 @@ import copy
 import json
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +45,13 @@ from iared2.measure import RANDOM_EPOCH
 from iared2.model import backbone as vit
 from iared2.model.decide import keep_all
 from iared2.model.file import fingerprint
+from iared2.model.macs import second_pass_macs
 from iared2.model.tokens import PackedTokens
 from iared2.train.augment import AugmentConfig
 from iared2.train.finetune import Dense, FinetuneStage
 
 BATCH, WARMUP = 48, 0.05
-SETTINGS = ("model", "size", "shares", "photos", "eval_photos", "epochs", "lr", "matrices")
+SETTINGS = ("model", "size", "shares", "macs", "photos", "eval_photos", "epochs", "lr", "matrices")
 """Of all rows in one folder, with the weights of the backbone."""
 ONLY = ("random, merged", "spread, merged", "attention, merged", "attention + spread 1, merged")
 
@@ -132,24 +136,43 @@ def tune(
     model.eval().requires_grad_(False)
 
 
-@torch.inference_mode()
-def measure(model: ReducedVisionTransformer, data: Tokens, first: int, decide: Any = None) -> dict[str, Any]:
-    """Who keeps the dense answer, who is right, the divergence, and the MACs as a share of the dense model's."""
+def answers(
+    model: ReducedVisionTransformer, data: Tokens, first: int, decide: Any, rows: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Logits of some photos ``(n, K)``, and their MACs ``(n,)``."""
     logits, macs = [], []
-    for rows in torch.arange(len(data.x)).split(BATCH):
-        packed, _, _ = data.batch(rows, model, RANDOM_EPOCH)
+    for some in rows.split(BATCH):
+        packed, _, _ = data.batch(some, model, RANDOM_EPOCH)
         packed, _, kept = model.reduce(packed, range(first, model.num_groups), decide)
         logits.append(model.head(packed))
-        counts = torch.full((model.num_groups, len(rows)), packed.num_patches)
+        counts = torch.full((model.num_groups, len(some)), packed.num_patches)
         counts[first:] = torch.stack(kept).sum(-1)
         macs.append(model.count_macs(counts))
-    out, dense = torch.cat(logits), data.logits
+    return torch.cat(logits), torch.cat(macs)
+
+
+@torch.inference_mode()
+def measure(
+    model: ReducedVisionTransformer, data: Tokens, first: int, decide: Any = None, macs: float | None = None
+) -> dict[str, Any]:
+    """Who keeps the dense answer, who is right, the divergence, and the MACs as a share of the dense model's.
+
+    With ``macs``, a share of the dense model's, photos take a second pass until that many are used.
+    """
+    out, cost = answers(model, data, first, decide, torch.arange(len(data.x)))
+    dense, again = data.logits, second_pass_macs(model, first, model.num_patches)
+    if macs is not None:
+        best = out.softmax(1).topk(2).values
+        number = int((macs * model.dense_macs * len(out) - cost.sum().item()) / again)
+        rows = (best[:, 0] - best[:, 1]).argsort()[: max(number, 0)]
+        out[rows] = answers(model, data, first, keep_all, rows)[0]
+        cost[rows] += again
     divergence = torch.nn.functional.kl_div(out.log_softmax(1), dense.log_softmax(1), log_target=True, reduction="none")
     return {
         "kept": (out.argmax(1) == dense.argmax(1)).int().tolist(),
         "right": (out.argmax(1) == data.labels).int().tolist(),
         "divergence": divergence.sum(1).mean().item(),
-        "macs": torch.cat(macs).double().mean().item() / model.dense_macs,
+        "macs": cost.double().mean().item() / model.dense_macs,
     }
 
 
@@ -161,6 +184,7 @@ def main() -> None:
     parser.add_argument("--model", default="vit_small_patch14_dinov2", help="its timm name")
     parser.add_argument("--size", type=int, default=224, help="pixels")
     parser.add_argument("--shares", type=float, nargs="+", default=[1, 1, 1, 0.46, 0.26, 0.18], help="one per group")
+    parser.add_argument("--macs", type=float, help="of the dense model's, with second passes (default: none)")
     parser.add_argument("--policy", type=Path, nargs="*", default=[], help="files of model.save_policy")
     parser.add_argument("--only", nargs="*", default=ONLY, help="names of untrained choices")
     parser.add_argument("--photos", type=int, default=5000, help="to train on")
@@ -202,13 +226,14 @@ def main() -> None:
                 continue
             model = make().eval().requires_grad_(False)
             model.num_keep = [round(share * model.num_patches) for share in arguments.shares]
-            row = rows[name] if name in rows else {"frozen": measure(model, measured_on, first), "tuned": []}
+            check = partial(measure, model, measured_on, first)
+            row = rows[name] if name in rows else {"frozen": check(macs=arguments.macs), "tuned": []}
             rows[name] = row
             if len(row["tuned"]) <= seed:
                 tune(model, learn_from, first, arguments.lr, arguments.epochs, seed, arguments.matrices)
-                row["tuned"].append(measure(model, measured_on, first))
+                row["tuned"].append(check(macs=arguments.macs))
                 if name.startswith(LEARNED):
-                    row["tuned"][-1]["whole"] = measure(model, measured_on, first, keep_all)["right"]
+                    row["tuned"][-1]["whole"] = check(keep_all)["right"]
             with whole(file) as part:
                 part.write_text(json.dumps(rows))
             table(rows, arguments).write(arguments.output, "late")
@@ -252,8 +277,12 @@ def table(rows: dict[str, Any], arguments: argparse.Namespace) -> Table:
         "Blocks fine-tuned behind each choice of patches alike.",
         "python experiments/late.py --data DATA --backbone BACKBONE --policy POLICY"
         f" --photos {arguments.photos} --eval-photos {arguments.eval_photos} --lr {arguments.lr:g}"
-        + " --matrices"
-        * arguments.matrices,
+        + (
+            f" --shares {' '.join(f'{share:g}' for share in arguments.shares)} --macs {arguments.macs:g}"
+            if arguments.macs
+            else ""
+        )
+        + " --matrices" * arguments.matrices,
         ["choice", "MACs", *heads, "divergence"],
         cells,
         notes,

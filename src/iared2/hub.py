@@ -43,7 +43,7 @@ UNSUPPORTED = "vit_dlittle_*", "vit_dpwee_*", "vit_dwee_*"
 """Models of these modules whose attention is another; `model.backbone.check_supported` says why."""
 BOX_TAG = "box"
 PATCHES = "patch_embed.proj.weight"
-DECISION = "threshold", "num_keep", "max_tokens", "spread"
+DECISION = "threshold", "num_keep", "max_tokens", "spread", "confidence"
 
 
 def create(name: str, pretrained: bool = False, **kwargs: Any) -> ReducedVisionTransformer:
@@ -53,7 +53,8 @@ def create(name: str, pretrained: bool = False, **kwargs: Any) -> ReducedVisionT
         name: ``iared2_…``, without a tag.
         pretrained: load the weights.
         kwargs: ``pretrained_cfg`` and ``pretrained_cfg_overlay``, as timm gives them; ``threshold``, ``num_keep``,
-            ``max_tokens`` and ``spread``, see `ReducedVisionTransformer`; all others as for `iared2.from_timm`.
+            ``max_tokens``, ``spread`` and ``confidence``, see `ReducedVisionTransformer`; all others as for
+            `iared2.from_timm`.
 
     Raises:
         InputError: the arguments cannot be served, or the weights cannot be read.
@@ -95,7 +96,7 @@ def _trained(cfg: PretrainedCfg, pretrained: bool, kwargs: dict[str, Any]) -> Re
         if kwargs.get("num_classes", saved.num_classes) == saved.num_classes:
             kwargs.pop("num_classes", None)  # of text features, timm's is another
         else:
-            config |= {"text_classes": None, "class_names": None}
+            config |= {"text_classes": None, "class_names": None, "confidence": 0.0}
         model = restore.build(ReducedVisionTransformer, **{**file.check(config), **kwargs})
         in_chans, *_ = model.pretrained_cfg["input_size"]  # before `configure` sets that of the file
         if model.num_groups == saved.num_groups:

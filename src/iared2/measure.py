@@ -75,7 +75,7 @@ def trace(
     """``model.trace``, also for several views of a video, ``(B, V, 3, T, H, W)``.
 
     For several views, probabilities are averaged, MACs are summed, and patches are concatenated: the logits
-    ``(B, K)`` are logarithms of the mean, scores and kept are ``(D, B, V·N)``.
+    ``(B, K)`` are logarithms of the mean, scores and kept are ``(D, B, V·N)``, and unsure is whether any view was.
     """
     if images.ndim < 6:
         return model.trace(images, decide, keys)
@@ -89,4 +89,5 @@ def by_video(output: Output, views: int) -> Output:
         scores=output.scores.unflatten(1, (-1, views)).flatten(2),
         kept=output.kept.unflatten(1, (-1, views)).flatten(2),
         macs=output.macs.unflatten(0, (-1, views)).sum(1),
+        unsure=output.unsure.unflatten(0, (-1, views)).any(1),
     )

@@ -78,6 +78,7 @@ def test_a_budget(photos, classes, capsys):
     assert told.found.photos == len(images) // 2
     assert output.macs.double().mean().item() / model.dense_macs == pytest.approx(told.macs)
     assert told.macs == pytest.approx(0.7, abs=0.02)
+    assert (told.second_pass, model.confidence) == (0, 0)  # a budget of MACs does not depend on the photos
     assert told.keep_ratio == pytest.approx(output.keep_ratio.mean(1).tolist())
     assert (told.speed_up, told.speed_up_of_dropping) == (2, pytest.approx(4 / 3))
     assert told.pays
@@ -96,6 +97,24 @@ def test_the_share_that_may_change(photos, model):
     assert told.macs < 1
     tighter = iared2.accelerate(model.backbone, photos, max_drop=0.06).report
     assert tighter.found is None or (tighter.found.bound < 0.06 and tighter.macs >= told.macs - 0.05)
+
+
+def test_a_second_pass_makes_the_same_promise_cheaper(photos, model, monkeypatch, capsys):
+    found = iared2.accelerate(model.backbone, photos, max_drop=0.06)
+    out = capsys.readouterr().out
+    monkeypatch.setattr(decision, "FIRST_PASS", ())
+    once = iared2.accelerate(model.backbone, photos, max_drop=0.06).report
+    assert once.decision is None or once.decision.confidence == 0
+    told = found.report
+    assert told.decision.confidence > 0
+    assert told.found.bound < 0.06
+    assert told.macs < once.macs
+    images, _ = read(photos, model, 1000)
+    with torch.inference_mode():
+        output = found.trace(images[60:])
+    assert told.second_pass == output.unsure.double().mean()
+    assert told.macs == pytest.approx(output.macs.double().mean().item() / model.dense_macs)
+    assert f"{100 * told.second_pass:.0f} % of the photos" in out
 
 
 def test_too_few_photos_to_promise_says_how_many(photos, model):

@@ -15,7 +15,7 @@ from tiny import sharp_images, sharp_model
 import iared2
 from iared2.data.batches import model_transform
 from iared2.errors import InputError
-from iared2.export.stages import export_stages
+from iared2.export.stages import as_arrays, export_stages
 from iared2.runtime import Engine
 
 # torch 2.10, of itself
@@ -105,6 +105,27 @@ def test_first_groups_that_drop_nothing_are_one_graph(kind, tmp_path, backend):
         with torch.no_grad():
             expected = model.backbone(images).numpy()
         np.testing.assert_allclose(engine(images.numpy()).logits, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["class token", "merged, registers", "attention pooling"])
+def test_a_second_pass(kind, tmp_path, backend):
+    (name, kwargs), parts, _ = STEMS[kind]
+    model, images = sharp_model((name, {**SIZE, **kwargs})), sharp_images(6)
+    model.decision = type(model.decision)(**{**parts, "max_tokens": None})
+    with torch.no_grad():
+        best = model(images).softmax(1).topk(2).values
+    margin = (best[:, 0] - best[:, 1]).sort().values
+    model.confidence = ((margin[2] + margin[3]) / 2).item()
+    export_stages(model, tmp_path / "m.zip")
+    engine = Engine(tmp_path / "m.zip", backend, threads=1)
+    assert engine.confidence == model.confidence
+    with torch.no_grad():
+        output = model.trace(images)
+    for found in (engine(images.numpy()), engine(images.numpy(), as_arrays(model.decision, model.num_patches))):
+        check(found, output)
+        assert np.array_equal(found.unsure, output.unsure.numpy())
+        assert found.unsure.sum() == 3
+    assert not engine(images.numpy(), as_arrays(model.decision.but(confidence=0.0))).unsure.any()
 
 
 @pytest.mark.slow

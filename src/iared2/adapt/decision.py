@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from ..errors import InputError
 from ..evaluate.agreement import Agreement, agreement
 from ..model.calibrate import BATCH_SIZE, gmacs_of, solve
 from ..model.reduced import ReducedVisionTransformer
-from ..model.schedule import Schedule, search, tried
+from ..model.schedule import Schedule, search, tried, with_second_pass
 
 GROUPS = 6
 SEARCH_PHOTOS, TRIALS = 128, 12
@@ -25,6 +26,8 @@ LEAST, STEPS = 0.2, 6
 """Bisection: the share of the MACs below which nothing is tried, and its steps."""
 TOLERANCE = 5e-3
 """Of a budget; with equal counts, one patch of one group may be more than that."""
+FIRST_PASS = 0.9, 0.8, 0.7, 0.6
+"""MACs of a first pass that are tried, as shares of those of a single pass."""
 
 
 @dataclass(frozen=True)
@@ -148,9 +151,9 @@ def find(choice: Choice, half: Half, target: Target) -> Schedule | None:
         found = at_shape(choice, half, target, shape)
         if found and (best is None or target.better(found, best)):
             best = found
-        if found is None or abs(found.macs - budget) < NEAR:
+        if found is None or abs(found.first_macs - budget) < NEAR:
             break
-        budget = found.macs
+        budget = found.first_macs
     return best
 
 
@@ -165,14 +168,31 @@ def at_shape(choice: Choice, half: Half, target: Target, shape: tuple[float, ...
         alpha = solve(lambda alpha: gmacs_of(model, num_patches, [share**alpha for share in shape]), gmacs)
         return tried(model, sample, half.dense, [share**alpha for share in shape], choice.equal_counts)
 
-    if target.macs is not None:
-        found, macs = at(target.macs), target.macs
-        for _ in range(3):  # images differ and cost is convex, so the mean image costs less than the mean cost
-            if abs(found.macs / target.macs - 1) < TOLERANCE:
-                break
-            macs *= target.macs / found.macs
-            found = at(macs)
-        return found
+    if target.macs is not None:  # without second passes, whose number depends on the photos
+        return _met(at, target.macs)
+    best = _bisected(at, half, target)
+    if half.classes and model.max_tokens is None:
+        whole = best.macs if best else 1.0
+        for part in FIRST_PASS:
+            found = _secured(model, half, target, at(part * whole))
+            if found and (best is None or target.better(found, best)):
+                best = found
+    return best
+
+
+def _met(at: Callable[[float], Schedule], macs: float) -> Schedule:
+    """Of these MACs."""
+    found, asked = at(macs), macs
+    for _ in range(3):  # images differ and cost is convex, so the mean image costs less than the mean cost
+        if abs(found.macs / macs - 1) < TOLERANCE:
+            break
+        asked *= macs / found.macs
+        found = at(asked)
+    return found
+
+
+def _bisected(at: Callable[[float], Schedule], half: Half, target: Target) -> Schedule | None:
+    """Of the fewest MACs that the target allows; None: none is."""
     low, high, best = LEAST, 1.0, None
     for _ in range(STEPS):
         middle = (low + high) / 2
@@ -182,3 +202,18 @@ def at_shape(choice: Choice, half: Half, target: Target, shape: tuple[float, ...
         else:
             low = middle
     return best
+
+
+def _secured(model: ReducedVisionTransformer, half: Half, target: Target, first: Schedule) -> Schedule | None:
+    """A first pass with as few second passes as the target allows; None: fewer MACs than the dense model's do not."""
+    if first.decision.first_drop(model.num_patches) == model.num_groups:
+        return None
+
+    def found(number: int) -> Schedule:
+        return with_second_pass(model, first, half.dense, number)
+
+    # the more, the more answers are kept
+    photos = range(len(half.dense))
+    number = bisect_left(photos, True, key=lambda number: target.allows(half.agreement(found(number))))
+    secured = found(number)
+    return secured if secured.macs < 1 and target.allows(half.agreement(secured)) else None

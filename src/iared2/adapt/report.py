@@ -40,6 +40,7 @@ class Report:
         macs: mean MACs of an image on these, as a share of the dense model's.
         dense_gmacs: 10⁹ MACs per image of the dense model.
         keep_ratio: share of the patches alive after each group.
+        second_pass: share of the photos that are computed again with every patch (`Decision.confidence`).
         device, batch_size: of the timing.
         images_per_second: of timm's model, of our engine without dropping, and with it, taking turns; the fastest round
             of each, which other load on the machine affects least.
@@ -58,6 +59,7 @@ class Report:
     macs: float
     dense_gmacs: float
     keep_ratio: Sequence[float]
+    second_pass: float
     device: str
     batch_size: int
     images_per_second: tuple[float, float, float] | None
@@ -104,6 +106,8 @@ class Report:
             speed = f"{reduced:.1f} ({self.speed_up:.2f}×; {self.speed_up_of_dropping:.2f}× by dropping)"
             table.add_row(f"photos/s, {self.device}, batches of {self.batch_size}", f"{dense:.1f}", speed)
         table.add_row("patches after each group", "", " ".join(f"{100 * ratio:.0f} %" for ratio in self.keep_ratio))
+        if self.decision and self.decision.confidence:
+            table.add_row("second pass with every patch", "", f"{100 * self.second_pass:.0f} % of the photos")
         table.add_row("choice", "", self.choice)
         return table
 
@@ -130,7 +134,7 @@ def reported(
     """
     model = choice.model
     device, weight = half.images.device, next(model.parameters())
-    batch = pixels[: SPEED_BATCH.get(device.type, 64)].to(weight)
+    size = min(len(pixels), SPEED_BATCH.get(device.type, 64))
     about: dict[str, Any] = {
         "model": str(model.pretrained_cfg.get("architecture") or type(model.backbone).__name__),
         "classes": half.classes,
@@ -139,7 +143,7 @@ def reported(
         "choice": choice.name,
         "dense_gmacs": model.dense_macs / 1e9,
         "device": str(device),
-        "batch_size": len(batch),
+        "batch_size": size,
     }
     if found is None:
         notes.append(
@@ -148,18 +152,23 @@ def reported(
         )
         about |= {"found": None, "reported": None, "images_per_second": None, "macs": 1.0, "pays": False}
         about["decision"] = None
-        return Report(**about, keep_ratio=(1.0,) * model.num_groups, notes=tuple(notes))
+        return Report(**about, keep_ratio=(1.0,) * model.num_groups, second_pass=0.0, notes=tuple(notes))
     model.decision = found.decision
-    costs, ratios = [], []
+    costs, ratios, second = [], [], []
 
     def run(chunk: Tensor) -> Tensor:
         output = model.trace(chunk)
         costs.append(output.macs)
         ratios.append(output.keep_ratio)
+        second.append(output.unsure)
         return output.logits
 
     reduced = outputs(pixels, weight, run)
-    speeds = _speeds(model, batch)
+    unsure = torch.cat(second)
+    again = unsure.double().mean().item()
+    # as many second passes as on average
+    chosen = torch.cat([unsure.nonzero()[: round(again * size), 0], (~unsure).nonzero()[:, 0]])[:size]
+    speeds = _speeds(model, pixels[chosen.to(pixels.device)].to(weight))
     macs = torch.cat(costs).double().mean().item() / model.dense_macs
     pays = speeds[2] > max(speeds[:2]) and macs < 1
     if not pays:
@@ -174,6 +183,7 @@ def reported(
         reported=agreement(dense, reduced, half.classes),
         macs=macs,
         keep_ratio=tuple(torch.cat(ratios, 1).mean(1).tolist()),
+        second_pass=again,
         images_per_second=speeds,
         decision=found.decision,
         pays=pays,

@@ -12,6 +12,7 @@ from .shared import (
     batches,
     checkpoint,
     colormap,
+    confidence,
     device,
     image_size,
     json,
@@ -47,6 +48,7 @@ def interpret(command: argparse.ArgumentParser) -> None:
         help="share of the dense MACs, met on average over the photos by other thresholds (default: the model's own)",
     )
     spread(command)
+    confidence(command)
     add("-m", "--method", default="interpreter", choices=EVERY, help="of the heat map (default: %(default)s)")
     add(
         "-g",
@@ -152,6 +154,7 @@ def evaluate(command: argparse.ArgumentParser) -> None:
     add("--classes", nargs="+", default=[], help="use only these, in the model's order (default: the model's own)")
     threshold(command)
     spread(command)
+    confidence(command)
     add(
         "--budget",
         action=List,

@@ -85,6 +85,12 @@ def spread(command: argparse.ArgumentParser) -> None:
     command.add_argument("--spread", type=float, metavar="S", help=text)
 
 
+def confidence(command: argparse.ArgumentParser) -> None:
+    """Add ``--confidence``."""
+    text = "a second pass with every patch if the two best classes are closer than C, from 0 (never) to 1 (always)"
+    command.add_argument("--confidence", type=float, metavar="C", help=f"{text} (default: the model's own)")
+
+
 def image_size(command: argparse.ArgumentParser) -> None:
     """Add ``--image-size``."""
     text = "resize photos to this side, or height and width, in pixels (default: the model's own)"

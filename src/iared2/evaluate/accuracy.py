@@ -16,6 +16,7 @@ from ..device import timed
 from ..measure import by_video, counts, view_keys
 from ..model.decide import at_random
 from ..model.reduced import Output, ReducedVisionTransformer
+from ..model.second_pass import same_pass
 
 
 @dataclass
@@ -105,7 +106,7 @@ def evaluate(
     def dense(x: Tensor) -> Output:
         everything = torch.ones(model.num_groups, len(x), 1, dtype=torch.bool, device=x.device)
         macs = torch.full((len(x),), model.dense_macs, device=x.device)
-        return Output(model.backbone(x), everything, everything, macs)
+        return Output(model.backbone(x), everything, everything, macs, torch.zeros_like(macs, dtype=torch.bool))
 
     for number, batch in enumerate(batches):
         skipped += [file for file, _ in batch.skipped]
@@ -118,10 +119,8 @@ def evaluate(
             decide = model.decision.at(thresholds) if thresholds else model.decision
             with torch.inference_mode():  # a pass for the counts alone: random dropping may run before the timed one
                 num_keep = model.trace(x, decide).kept.sum(-1)
-            runs += [
-                (REDUCED + name, model.trace, x, decide),
-                (RANDOM + name, model.trace, x, at_random(num_keep, keys)),
-            ]
+            random = same_pass(decide, at_random(num_keep, keys), model.num_patches)
+            runs += [(REDUCED + name, model.trace, x, decide), (RANDOM + name, model.trace, x, random)]
         if not images:  # warm-up: the first pass includes allocations and the choice of kernels
             with torch.inference_mode():
                 for _, run, *args in runs:

@@ -43,6 +43,8 @@ def run(arguments: argparse.Namespace) -> int:
         model.threshold = arguments.threshold
     if arguments.spread is not None:
         model.spread = arguments.spread
+    if arguments.confidence is not None:
+        model.confidence = arguments.confidence
     _check(arguments, clip_length(model.pretrained_cfg))
     samples, train_samples = _open(arguments, model) if model.num_classes else _open_any(arguments, model)
     if model.num_classes and len(samples.class_names) != model.num_classes:

@@ -36,7 +36,8 @@ from ..model.dither import pattern
 from ..model.file import config_of
 from ..model.macs import linear_macs
 from ..model.reduced import ReducedVisionTransformer
-from ..runtime import Engine
+from ..model.second_pass import Replayed, same_pass
+from ..runtime import Decided, Engine
 from ..runtime.archive import EXTERNAL, FORMAT, MANIFEST
 from ..runtime.backends import loader
 
@@ -222,9 +223,16 @@ def exported(
         return Engine(path, backend, threads, precision)
 
 
-def as_arrays(decide: Decide) -> Callable[[np.ndarray, np.ndarray, int], np.ndarray]:
-    """A decision on tensors, for an engine."""
-    return lambda scores, alive, group: decide(torch.from_numpy(scores), torch.from_numpy(alive), group).numpy()
+def as_arrays(decide: Decide, num_patches: int = 0) -> Decided:
+    """A decision on tensors, for an engine. A `Decision` has one number per group."""
+
+    def keep(scores: np.ndarray, alive: np.ndarray, group: int) -> np.ndarray:
+        return decide(torch.from_numpy(scores), torch.from_numpy(alive), group).numpy()
+
+    second = same_pass(decide, decide, num_patches)
+    if not isinstance(second, Replayed):
+        return Decided(keep)
+    return Decided(keep, lambda logits: second.unsure(torch.from_numpy(logits)).numpy(), second.first)
 
 
 def _separate(attn: Any) -> None:
@@ -319,6 +327,7 @@ def _manifest(model: ReducedVisionTransformer, stem: int) -> dict[str, Any]:
         "num_keep": decision.num_keep,
         "max_tokens": decision.max_tokens,
         "spread": decision.spread,
+        "confidence": decision.confidence,
         "pattern": pattern(tuple(model.grid_size)).logit().tolist(),
         "model": _description(model),
     }

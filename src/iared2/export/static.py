@@ -4,7 +4,8 @@
 known beforehand, any batch size. `Adaptive` keeps what the threshold keeps; then the number of tokens depends on the
 image, so it takes one image at a time. For adaptive batches without torch, stages.py writes one graph per part.
 
-Both run timm's own blocks on dense tensors: with equal lengths, or a single image, nothing is ragged.
+Neither has a second pass (`Decision.confidence`): a graph does not go back. Both run timm's own blocks on dense tokens:
+with equal lengths, or a single image, nothing is ragged.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import copy
 import importlib.util
 import json
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -221,5 +223,7 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         num_keep = arguments.num_keep * (model.num_groups if len(arguments.num_keep) == 1 else 1)
         export(FixedCount(model, num_keep), arguments.output, batch_size)
+    if model.confidence and not arguments.adaptive_batch:
+        print("the graph has no second pass, as the model has (confidence): --adaptive-batch has it", file=sys.stderr)
     print(f"wrote {arguments.output}")
     return 0

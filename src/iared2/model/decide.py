@@ -4,7 +4,8 @@ A decision is a function ``(scores, alive, group) -> keep``: scores ``(B, N)``, 
 reduced.py does not know which one it runs. `Decision` is the one that is deployed, a value that a model holds and a
 file saves. Every decision here keeps a subset of ``alive``: a dropped patch never comes back.
 
-Not in the paper: `Decision.spread`, which makes the threshold depend on the position of a patch.
+Not in the paper: `Decision.spread`, which makes the threshold depend on the position of a patch, and
+`Decision.confidence`, which says whose answer is computed again with every patch (second_pass.py).
 """
 
 from __future__ import annotations
@@ -47,16 +48,20 @@ class Decision:
             grid, in (0, 1) and the same for every image and group; counts and limit order the patches by
             ``logit score − s · logit d``. 0 is the paper. With 1 and the threshold 0.5, a region keeps the share of its
             patches that is its mean score, as if they were drawn with their scores as probabilities.
+        confidence: 0…1. Images whose two largest probabilities are closer than this are `unsure`: they take a second
+            pass with every patch, from the first group that drops (second_pass.py). 0: none does.
         grid_size: over which d is laid; a model sets it. Not a part of the value.
 
     Raises:
-        InputError: thresholds and counts, a threshold that is not a number, or a count or spread that is not 0 or more.
+        InputError: thresholds and counts, a threshold that is not a number, a count or spread that is not 0 or more, or
+            a confidence outside [0, 1] or beside ``max_tokens``, which a second pass would not keep.
     """
 
     thresholds: tuple[float, ...] | None
     num_keep: tuple[int, ...] | None
     max_tokens: int | None
     spread: float
+    confidence: float
     grid_size: tuple[int, ...] | None = field(compare=False, repr=False)
 
     def __init__(
@@ -65,6 +70,7 @@ class Decision:
         num_keep: int | Sequence[int] | Tensor | None = None,
         max_tokens: int | None = None,
         spread: float = 0.0,
+        confidence: float = 0.0,
         grid_size: Sequence[int] | None = None,
     ) -> None:
         if thresholds is not None and num_keep is not None:
@@ -75,7 +81,12 @@ class Decision:
         object.__setattr__(self, "thresholds", None if thresholds is None else _thresholds(thresholds))
         object.__setattr__(self, "num_keep", None if num_keep is None else _counts("num_keep", num_keep))
         object.__setattr__(self, "max_tokens", None if max_tokens is None else _counts("max_tokens", [max_tokens])[0])
-        object.__setattr__(self, "spread", _spread(spread))
+        object.__setattr__(self, "spread", _number("spread", spread))
+        object.__setattr__(self, "confidence", _number("confidence", confidence, 1.0))
+        if self.confidence and self.max_tokens is not None:
+            raise InputError(
+                "confidence > 0 runs every patch of some images, which max_tokens forbids: give one of them"
+            )
         object.__setattr__(self, "grid_size", grid_size and tuple(grid_size))
 
     def for_model(self, grid_size: Sequence[int], num_groups: int) -> Decision:
@@ -118,6 +129,11 @@ class Decision:
             return 0
         drops = (n < num_patches if self.num_keep else n > 0 for n in numbers)
         return next((group for group, drop in enumerate(drops) if drop), len(numbers))
+
+    def unsure(self, logits: Tensor) -> Tensor:
+        """``logits (B, K) -> (B,)`` bool, the images that take a second pass; see ``confidence``."""
+        best = logits.detach().float().softmax(-1).topk(min(2, logits.shape[-1])).values
+        return best[:, 0] - best[:, 1:].sum(1) < self.confidence
 
     def standing(self, scores: Tensor) -> Tensor:
         """``(B, N)`` that orders the patches and is compared with `level`: scores, or with ``spread`` `logits`."""
@@ -174,10 +190,11 @@ def _counts(name: str, values: Any) -> tuple[int, ...]:
     return tuple(int(n) for n in numbers)
 
 
-def _spread(value: Any) -> float:
+def _number(name: str, value: Any, most: float = sys.float_info.max) -> float:
     number = _plain(value)
-    if not isinstance(number, (int, float)) or isinstance(number, bool) or not 0 <= number <= sys.float_info.max:
-        raise InputError(f"spread={value}: give a finite number, 0 or more")
+    if not isinstance(number, (int, float)) or isinstance(number, bool) or not 0 <= number <= most:
+        allowed = "a finite number, 0 or more" if most > 1 else "a number from 0 to 1"
+        raise InputError(f"{name}={value}: give {allowed}")
     return float(number)
 
 

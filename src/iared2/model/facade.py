@@ -68,6 +68,8 @@ class Facade(nn.Module):
     def decision(self, decision: Decision) -> None:
         if not isinstance(decision, Decision):
             raise InputError(f"decision={decision!r:.100}: give a Decision; numbers go to threshold or num_keep")
+        if decision.confidence and not self.num_classes:
+            raise InputError(f"confidence={decision.confidence:g} is of probabilities, and this model has no classes")
         self._decision = decision.for_model(self.grid_size, self.num_groups)
 
     @property
@@ -118,6 +120,15 @@ class Facade(nn.Module):
     def spread(self, spread: float) -> None:
         self.decision = self.decision.but(spread=spread)
 
+    @property
+    def confidence(self) -> float:
+        """Images whose answer is less sure take a second pass with every patch; 0, as in the paper: none does."""
+        return self.decision.confidence
+
+    @confidence.setter
+    def confidence(self, confidence: float) -> None:
+        self.decision = self.decision.but(confidence=confidence)
+
     # ---- the engine -----------------------------------------------------------------------------------------------
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
@@ -152,9 +163,13 @@ class Facade(nn.Module):
         return vit.pool_head(self.backbone, PackedTokens.from_dense(x, prefix, alive), pre_logits)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new head, as in timm; ``num_classes=0`` returns pooled features. Class names are forgotten."""
+        """A new head, as in timm; ``num_classes=0`` returns pooled features.
+
+        Class names are forgotten, and ``confidence``, which was one of other probabilities.
+        """
         if global_pool == "":
             raise InputError("global_pool='' returns every token, but the reduced model does not have them all")
+        self.confidence = 0.0
         self.backbone.reset_classifier(num_classes, global_pool)
         self.class_names = None
 
@@ -163,7 +178,7 @@ class Facade(nn.Module):
 
         The head is replaced by a `text.TextClassifier`, which keeps the projection of CLIP (a linear head). Everything
         that knows classes knows these: `Predictor`, files, `accelerate`, export. Calling it again replaces them, and
-        `reset_classifier` removes them.
+        `reset_classifier` removes them. ``confidence``, one of other probabilities, is set to 0.
 
         Args:
             names: of the K classes, all different.
@@ -181,7 +196,7 @@ class Facade(nn.Module):
         head = text.set_head(self.backbone, len(matrix))
         for buffer, value in ((head.text_features, matrix), (head.logit_scale, scale), (head.logit_bias, bias)):
             buffer.copy_(torch.as_tensor(value))
-        self.class_names = tuple(names)
+        self.confidence, self.class_names = 0.0, tuple(names)
 
     def get_classifier(self) -> nn.Module:
         """The backbone's head."""

@@ -60,6 +60,7 @@ CONFIG: dict[str, Any] = {
     "num_keep": list[int] | None,
     "max_tokens": int | None,
     "spread": float,
+    "confidence": float,
     "class_names": list[str] | None,
     "text_classes": int | None,
     "pretrained_cfg": dict,
@@ -103,7 +104,7 @@ def save_policy(model: ReducedVisionTransformer, path: Path | str) -> None:
     check_values(tensors, path)
     config = {**config_of(model), FINGERPRINT: fingerprint(model.backbone)}
     if config["text_classes"]:  # they are not the policy's
-        config |= {"text_classes": None, "class_names": None}
+        config |= {"text_classes": None, "class_names": None, "confidence": 0.0}
     write(path, tensors, config)
 
 
@@ -229,6 +230,7 @@ def config_of(model: ReducedVisionTransformer) -> dict[str, Any]:
         "num_keep": model.num_keep,
         "max_tokens": model.max_tokens,
         "spread": model.spread,
+        "confidence": model.confidence,
         "class_names": model.class_names,
         "text_classes": text_classes,
         "pretrained_cfg": {key: cfg.get(key) for key in PRETRAINED_CFG},
@@ -254,7 +256,7 @@ def check(config: dict[str, Any]) -> dict[str, Any]:
     """
     # the first files did not have all of these
     late = {"interpreter": "sigmoid", "dropped": "gone", "num_keep": None, "max_tokens": None, "spread": 0.0}
-    late |= {"text_classes": None}
+    late |= {"confidence": 0.0, "text_classes": None}
     config |= late | config
     if missing := CONFIG.keys() - config.keys():
         raise InputError(f"{min(missing)} is missing")

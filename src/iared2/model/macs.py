@@ -81,6 +81,13 @@ def dense_macs(backbone: Any, num_patches: int) -> int:
     return int(blocks_macs(backbone.blocks, tokens) + head_macs(backbone, tokens)) + embed_macs(backbone, num_patches)
 
 
+def second_pass_macs(model: ReducedVisionTransformer, first: int, num_patches: int) -> int:
+    """MACs per image of a second pass (second_pass.py): the groups from ``first`` on with every patch, and the head."""
+    tokens = torch.tensor(num_patches + model.backbone.num_prefix_tokens)
+    blocks = [model.backbone.blocks[i] for group in model.groups[first:] for i in group]
+    return int(blocks_macs(blocks, tokens) + head_macs(model.backbone, tokens))
+
+
 def reduced_macs(model: ReducedVisionTransformer, num_kept: Tensor, num_patches: int) -> Tensor:
     """``(B,)`` int64, each image counted separately; see `ReducedVisionTransformer.count_macs`."""
     backbone = model.backbone

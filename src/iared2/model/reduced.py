@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import backbone as vit
-from . import calibrate, file, macs
+from . import calibrate, file, macs, second_pass
 from .block import attentions
 from .decide import Decide, Decision, on_grid
 from .facade import Facade
@@ -26,19 +26,21 @@ from .tokens import PackedTokens
 
 @dataclass(frozen=True)
 class Output:
-    """The result of one forward pass.
+    """The result of a forward pass.
 
     Attributes:
-        logits: ``(B, K)``.
+        logits: ``(B, K)``, of the last pass where there are two (second_pass.py); scores and kept are of the first.
         scores: ``(D, B, N)`` float32 informativeness in (0, 1); 0 where the patch was already dropped.
         kept: ``(D, B, N)`` bool, the patches on which the blocks of each group ran.
-        macs: ``(B,)`` int64 MACs (multiply-adds) per image, including the interpreters.
+        macs: ``(B,)`` int64 MACs (multiply-adds) per image, including the interpreters and a second pass.
+        unsure: ``(B,)`` bool, the images that took a second pass.
     """
 
     logits: Tensor
     scores: Tensor
     kept: Tensor
     macs: Tensor
+    unsure: Tensor
 
     @property
     def keep_ratio(self) -> Tensor:
@@ -64,8 +66,8 @@ class ReducedVisionTransformer(Facade, HubModel):
     Attributes:
         decision: a `Decision`, replaced as a whole. Set it at any time: it trades accuracy against compute. A
             ``decide`` that is passed to a call takes its place.
-        threshold, thresholds, num_keep, max_tokens, spread: shorthands for parts of the decision. Setting ``threshold``
-            resets ``num_keep``, and vice versa; both keep the rest.
+        threshold, thresholds, num_keep, max_tokens, spread, confidence: shorthands for parts of the decision.
+            ``threshold`` resets ``num_keep``, and vice versa; both keep the rest.
         dropped: see above.
         engine: how blocks run: "auto" takes oneDNN's fused layers for inference on a CPU and the plain layers
             elsewhere; "plain", "onednn" (refuses where it cannot) or "compiled" (``torch.compile``, for a GPU).
@@ -112,15 +114,15 @@ class ReducedVisionTransformer(Facade, HubModel):
             images: normalised by ``pretrained_cfg``; clips are ``(B, in_chans, T, height, width)``.
             decide: the decision; by default ``model.decision``.
         """
-        return self.head(self.reduce(self.embed(images), decide=decide)[0])
+        return second_pass.run(self, self.embed(images), decide).logits
 
     @torch.compiler.disable
     def trace(self, images: Tensor, decide: Decide | None = None, keys: Tensor | None = None) -> Output:
         """A forward pass that also returns scores, decisions and MACs; arguments: see `forward`, `embed`."""
-        packed, scores, kept = self.reduce(self.embed(images, keys), decide=decide)
-        all_kept = torch.stack(kept)
-        cost = self.count_macs(all_kept.sum(-1), all_kept.shape[-1])
-        return Output(self.head(packed), torch.stack(scores), all_kept, cost)
+        found = second_pass.run(self, self.embed(images, keys), decide)
+        kept = torch.stack(found.kept)
+        cost = self.count_macs(kept.sum(-1), kept.shape[-1]) + found.macs
+        return Output(found.logits, torch.stack(found.scores), kept, cost, found.unsure)
 
     def embed(self, images: Tensor, keys: Tensor | None = None) -> PackedTokens:
         """Images to tokens, none dropped. With ``keys (B,)``, random draws are a function of the image (keyed.py)."""
@@ -131,8 +133,7 @@ class ReducedVisionTransformer(Facade, HubModel):
     ) -> tuple[PackedTokens, list[Tensor], list[Tensor]]:
         """The loop of the paper, over all groups or some.
 
-        Returns:
-            The remaining tokens, and for each group its scores ``(B, N)`` and the patches it kept ``(B, N)``.
+        Returns the remaining tokens, and for each group its scores ``(B, N)`` and the patches it kept ``(B, N)``.
         """
         scores, kept = [], []
         decide = on_grid(decide or self.decision, packed.grid_size)
@@ -170,8 +171,8 @@ class ReducedVisionTransformer(Facade, HubModel):
 
     def forward_features(self, images: Tensor) -> Tensor:
         """``(B, S, C)`` normalised tokens at their positions, as in timm; rows of dropped patches are zero."""
-        packed = self.reduce(self.embed(images))[0]
-        return packed.to_dense(self.backbone.norm(packed.x))
+        passes = second_pass.run(self, self.embed(images))
+        return passes.last(lambda packed: packed.to_dense(self.backbone.norm(packed.x)))
 
     def head(self, packed: PackedTokens) -> Tensor:
         """``(B, K)`` logits from the remaining tokens, in the order of the images."""

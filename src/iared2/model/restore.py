@@ -64,7 +64,7 @@ def decision_of(config: dict[str, Any]) -> Decision:
         InputError: the numbers are no decision.
     """
     threshold = config["threshold"] if config["num_keep"] is None else None
-    return Decision(threshold, config["num_keep"], config["max_tokens"], config["spread"])
+    return Decision(threshold, config["num_keep"], config["max_tokens"], config["spread"], config["confidence"])
 
 
 def configure(model: Model, config: dict[str, Any]) -> Model:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -23,6 +23,7 @@ from torch import Tensor
 from ..errors import InputError
 from .calibrate import BATCH_SIZE, at_shares, gmacs_of, solve
 from .decide import Decision, keep_all
+from .macs import second_pass_macs
 
 if TYPE_CHECKING:
     from .reduced import ReducedVisionTransformer
@@ -40,6 +41,7 @@ class Schedule:
         shares: of the patches alive after each group, D numbers that do not rise.
         decision: thresholds, or counts, that keep them.
         macs: mean MACs of an image, as a share of the dense model's.
+        first_macs: the same without second passes.
         agreement: share of the images with the dense model's prediction; without classes, NaN.
         divergence: mean of `divergence`.
         output: ``(B, K)``, what the model says so. Not a part of the value.
@@ -48,6 +50,7 @@ class Schedule:
     shares: tuple[float, ...]
     decision: Decision
     macs: float
+    first_macs: float
     agreement: float
     divergence: float
     output: Tensor = field(compare=False, repr=False)
@@ -147,17 +150,39 @@ def tried(
     num_patches, classes = sample[0].num_patches, model.num_classes > 0
     if equal_counts:
         counts = [round(share * num_patches) for share in shares]
-        decision = model.decision.but(thresholds=None, num_keep=counts)
+        decision = model.decision.but(thresholds=None, num_keep=counts, confidence=0.0)
         ends = [model.reduce(packed, decide=decision)[0] for packed in sample]
         kept = torch.tensor(counts)[:, None]
     else:
         thresholds, kept, ends = at_shares(model, sample, shares, to_the_end=True)
-        decision = model.decision.at(thresholds)
+        decision = model.decision.but(thresholds=thresholds, num_keep=None, confidence=0.0)
     reduced = torch.cat([model.head(packed) for packed in ends])
     agreement = (reduced.argmax(1) == dense.argmax(1)).double().mean().item() if classes else math.nan
     cost = model.count_macs(kept, num_patches).double().mean().item() / model.dense_macs
     far = divergence(dense, reduced, classes=classes).double().mean().item()
-    return Schedule(tuple(shares), decision, cost, agreement, far, reduced)
+    return Schedule(tuple(shares), decision, cost, cost, agreement, far, reduced)
+
+
+def with_second_pass(model: ReducedVisionTransformer, found: Schedule, dense: Tensor, number: int) -> Schedule:
+    """A schedule in which so many images, the least sure ones, take a second pass (second_pass.py).
+
+    Nothing is run: these images then have the dense model's output. Where images are equally sure, all or none do.
+    """
+    best = found.output.detach().float().softmax(1).topk(min(2, found.output.shape[1])).values
+    margin = (best[:, 0] - best[:, 1:].sum(1)).sort().values.double()
+    edges = torch.cat([margin.new_zeros(1), (margin[1:] + margin[:-1]) / 2, margin.new_ones(1)])
+    decision = found.decision.but(confidence=edges[number].item())
+    unsure = decision.unsure(found.output)
+    output = torch.where(unsure[:, None], dense.to(found.output), found.output)
+    again = second_pass_macs(model, decision.first_drop(model.num_patches), model.num_patches) / model.dense_macs
+    return replace(
+        found,
+        decision=decision,
+        macs=found.first_macs + again * unsure.double().mean().item(),
+        agreement=(output.argmax(1) == dense.argmax(1)).double().mean().item(),
+        divergence=divergence(dense, output).double().mean().item(),
+        output=output,
+    )
 
 
 def _starts(num_groups: int) -> list[Tensor]:

@@ -21,7 +21,8 @@ from ..device import usable_device
 from ..errors import InputError, missing
 from ..export.stages import as_arrays, exported
 from ..model import backbone as vit
-from ..model import onednn
+from ..model import onednn, second_pass
+from ..model.macs import second_pass_macs
 from ..model.reduced import ReducedVisionTransformer
 from ..model.restore import described
 from ..pretrained.checkpoint import BOX
@@ -177,13 +178,15 @@ class BatchPredictor:
         model = self.model
         if self._served is None:
             weight = next(model.parameters())
-            packed, *traced = model.reduce(
-                model.embed(images.to(weight.device, weight.dtype, non_blocking=True)), decide=self.decision
-            )
-            logits, (scores, kept) = model.head(packed), map(torch.stack, traced)
+            images = images.to(weight.device, weight.dtype, non_blocking=True)
+            passes = second_pass.run(model, model.embed(images), self.decision)
+            logits, scores, kept = passes.logits, torch.stack(passes.scores), torch.stack(passes.kept)
+            macs = passes.macs
         else:
-            output = self._served(images.numpy(), as_arrays(self.decision))
+            output = self._served(images.numpy(), as_arrays(self.decision, model.num_patches))
             logits, scores, kept = map(torch.from_numpy, (output.logits, output.scores, output.kept))
+            first = max(self._served.stem, self.decision.first_drop(model.num_patches))
+            macs = torch.from_numpy(output.unsure) * second_pass_macs(model, first, model.num_patches)
             if logits.shape[1] != model.num_classes:
                 raise InputError(
                     f"{self._file}: has {logits.shape[1]} classes, not {model.num_classes}; export it again"
@@ -192,10 +195,10 @@ class BatchPredictor:
         rows = {
             "top5": self._top5(logits),
             "kept": _lists(counts.T.cpu().numpy().astype(np.int32), pa.list_(pa.int32())),
-            "macs": pa.array(model.count_macs(counts, kept.shape[-1]).cpu().numpy()),
+            "macs": pa.array((model.count_macs(counts, kept.shape[-1]) + macs).cpu().numpy()),
         }
         if self.embedding:
-            features = vit.head(model.backbone, packed, pre_logits=True)
+            features = passes.last(lambda packed: vit.head(model.backbone, packed, pre_logits=True))
             rows["embedding"] = _lists(features.float().cpu().numpy(), schema.field("embedding").type)
         if self.scores:
             halves = scores.transpose(0, 1).half().contiguous().cpu().numpy()
@@ -228,7 +231,7 @@ def _described(engine: Engine) -> ReducedVisionTransformer:
         **{name: tuple(cfg[name]) for name in ("input_size", "mean", "std")},
         **{name: getattr(model, name) for name in ("num_groups", "num_patches", "class_names")},
         **{name: getattr(backbone, name) for name in ("num_prefix_tokens", "embed_dim")},
-        **{name: getattr(decision, name) for name in ("thresholds", "num_keep", "max_tokens", "spread")},
+        **{name: getattr(decision, name) for name in ("thresholds", "num_keep", "max_tokens", "spread", "confidence")},
         "merges": model.dropped == "merged",
     }
     for name, value in said.items():

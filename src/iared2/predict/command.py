@@ -36,7 +36,7 @@ CALIBRATION_PHOTOS = 512
 
 def run(args: argparse.Namespace) -> int:
     """Run the command. Returns the exit status."""
-    names = "checkpoint image_size threshold budget spread method group colormap json device recursive"
+    names = "checkpoint image_size threshold budget spread confidence method group colormap json device recursive"
     return interpret(args.photo, args.output, **{name: getattr(args, name) for name in names.split()})
 
 
@@ -49,6 +49,7 @@ def interpret(
     threshold: float | Sequence[float] | None = None,
     budget: float | None = None,
     spread: float | None = None,
+    confidence: float | None = None,
     method: str = "interpreter",
     group: int | None = None,
     colormap: str = "jet",
@@ -66,8 +67,8 @@ def interpret(
         image_size: side, or height and width, in pixels, to which photos are resized; the model's own if None.
         threshold: one number or one per group; the model's own if None.
         budget: share of the dense MACs, in (0, 1], met on average over the first ``CALIBRATION_PHOTOS`` photos by the
-            thresholds.
-        spread: see `model.decide.Decision`; the model's own if None.
+            thresholds. Second passes come on top of it.
+        spread, confidence: see `model.decide.Decision`; the model's own if None.
         method: of the heat map, see `explain.methods.heatmap`.
         group: the group whose scores make the heat map, from 1; if None, see `explain.heatmap.default_group`.
         colormap: a colormap of matplotlib.
@@ -97,6 +98,8 @@ def interpret(
         model.set_input_size(image_size)
     if spread is not None:
         model.spread = spread
+    if confidence is not None:
+        model.confidence = confidence
     if group is not None and not 1 <= group <= model.num_groups:
         raise InputError(f"there is no group {group}; the model has groups 1 to {model.num_groups}")
     if model.is_video and (budget is not None or method != "interpreter"):
@@ -173,7 +176,7 @@ def _thresholds(predictor: Predictor, files: Sequence[Path], budget: float) -> l
 
 
 def summary(result: Result, folder: Path | None) -> str:
-    """A summary in five lines; in four without a folder."""
+    """A summary in five lines; in four without a folder. A second pass takes one more."""
     best = ", ".join(f"{name} {100 * p:.1f} %" for name, p in result.top5[:1]) or "no classes"
     best += "".join(f" (with every patch: {name} {100 * p:.1f} %)" for name, p in (result.dense_top5 or ())[:1])
     kept = " > ".join(f"{ratio:.2f}" for ratio in (1, *result.keep_ratio))
@@ -182,6 +185,7 @@ def summary(result: Result, folder: Path | None) -> str:
         f"{result.file}: {best}",
         f"  patches       {kept} of {result.kept.shape[1]}",
         f"  MACs          {result.cost} ({change:+.1f} %)",
+        *(["  second pass   with every patch, since the first was not sure"] if result.second_pass else []),
         f"  forward pass  {result.milliseconds:.1f} ms",
         *([f"  results       {', '.join(map(str, result.files(folder)))}"] if folder else []),
     ]

@@ -44,6 +44,7 @@ class Result:
         grid: rows and columns of patches that cover the photo, see ``explain.heatmap.grid_of``.
         thresholds: one per group; for a model with counts, the lowest score that was kept, 0 if all were.
         macs, dense_macs: MACs of this result, and of the dense model without interpreters.
+        second_pass: the probabilities are from a second pass with every patch (`Decision.confidence`).
         milliseconds: time of the forward pass alone, after a warm-up, without reading and resizing; of a batch, its
             share.
         model: the model, for `result.json`: architecture, input size, checkpoint.
@@ -60,6 +61,7 @@ class Result:
     thresholds: tuple[float, ...]
     macs: int
     dense_macs: int
+    second_pass: bool
     milliseconds: float
     model: dict[str, Any]
     file: str | None = None
@@ -119,6 +121,7 @@ class Result:
             ],
             "macs": self.macs,
             "dense_macs": self.dense_macs,
+            "second_pass": self.second_pass,
             "milliseconds": round(self.milliseconds, 3),
             "model": self.model,
             "versions": {name: version(name) for name in ("iared2", "torch", "timm")}
@@ -216,8 +219,9 @@ class BasePredictor:
             "thresholds": tuple(thresholds or own),
             "macs": int(output.macs[i]),
             "dense_macs": self.model.dense_macs,
+            "second_pass": bool(output.unsure[i]),
             "milliseconds": 1000 * seconds,
-            "model": self._about | ({"spread": decision.spread} if decision.spread else {}),
+            "model": self._about | {name: x for name in ("spread", "confidence") if (x := getattr(decision, name))},
         }
 
     def on_device(self, one: Tensor) -> Tensor:

@@ -34,6 +34,21 @@ Decide = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
 
 
 @dataclass(frozen=True)
+class Decided:
+    """A function that decides, and with ``unsure`` a second pass, as `model.second_pass.Replayed` has it.
+
+    Attributes:
+        decide: the function.
+        unsure: ``logits (B, K) -> (B,)`` bool, the images that are computed again with every patch.
+        first: the group from which they are: the first one that drops patches.
+    """
+
+    decide: Decide
+    unsure: Callable[[np.ndarray], np.ndarray] | None = None
+    first: int = 0
+
+
+@dataclass(frozen=True)
 class Output:
     """The result for one batch.
 
@@ -41,6 +56,7 @@ class Output:
         logits: ``(B, K)`` float32.
         scores: ``(D, B, N)`` float32 informativeness in (0, 1); 0 where the patch was already dropped.
         kept: ``(D, B, N)`` bool, the patches on which the blocks of each group ran.
+        unsure: ``(B,)`` bool, the images whose logits are from a second pass; scores and kept are of the first.
         padding: share of the work in the groups' graphs that is padding, in 0…0.05 (`layout.MAX_PADDING`).
         calls: of the groups' graphs.
     """
@@ -48,6 +64,7 @@ class Output:
     logits: np.ndarray
     scores: np.ndarray
     kept: np.ndarray
+    unsure: np.ndarray
     padding: float
     calls: int
 
@@ -56,8 +73,9 @@ class Engine:
     """An exported model that takes batches of images of any number and keeps another number of patches of each.
 
     Its decision is that of the model when it was exported, and may be replaced: ``thresholds`` (D numbers) or
-    ``num_keep``, ``max_tokens`` and ``spread``, as in `model.decide.Decision`. The first groups, in which the model
-    dropped nothing when it was exported, are one graph (``stem`` is their number), so a decision cannot drop there.
+    ``num_keep``, ``max_tokens``, ``spread`` and ``confidence``, as in `model.decide.Decision`. The first groups, in
+    which the model dropped nothing when it was exported, are one graph (``stem`` is their number), so a decision cannot
+    drop there.
 
     Args:
         path: file of ``iared2 export --adaptive-batch``.
@@ -99,6 +117,7 @@ class Engine:
         self.num_keep = about.numbers("num_keep", int, groups, 0) if about.get("num_keep") is not None else None
         self.max_tokens = about.whole("max_tokens", 0, 1 << 31) if about.get("max_tokens") is not None else None
         self.spread = about.numbers("spread", float, 1, 0)[0]
+        self.confidence = about.numbers("confidence", float, 1, 0, 1)[0]
         self.pattern = np.array(about.numbers("pattern", float, self.num_patches), np.float32)
         if threshold is not None:
             values = np.asarray(threshold, np.float64).ravel().tolist()
@@ -117,12 +136,13 @@ class Engine:
         groups = range(self.stem, self.num_groups)
         return ["stem.onnx", *(f"group{group + 1}.onnx" for group in groups), "head.onnx"]
 
-    def __call__(self, images: np.ndarray, decide: Decide | None = None) -> Output:
+    def __call__(self, images: np.ndarray, decide: Decide | Decided | None = None) -> Output:
         """Classify a batch.
 
         Args:
             images: ``(B, in_chans, height, width)``, or clips, normalised with ``mean`` and ``std``; B ≥ 1.
-            decide: the decision, in place of the engine's own. A dropped patch does not come back.
+            decide: the decision, in place of the engine's own. A dropped patch does not come back; a function alone has
+                no second pass.
 
         Raises:
             InputError: images of another shape, or graphs that return other shapes than the manifest says.
@@ -131,7 +151,20 @@ class Engine:
         if images.shape[1:] != self.input_size or not len(images):
             raise InputError(f"the model takes images (B, {', '.join(map(str, self.input_size))}), not {images.shape}")
         with self._lock:  # a stage has one set of buffers
-            return self._run(images, decide or self.decide)
+            if decide is None:
+                decide = Decided(self.decide, self._unsure if self.confidence else None, self._first_drop())
+            return self._run(images, decide if isinstance(decide, Decided) else Decided(decide))
+
+    def _unsure(self, logits: np.ndarray) -> np.ndarray:
+        """See `model.decide.Decision.unsure`."""
+        odds = np.exp(logits - logits.max(1, keepdims=True))
+        best = np.sort(odds / odds.sum(1, keepdims=True), 1)[:, :-3:-1]
+        return best[:, 0] - best[:, 1:].sum(1) < self.confidence
+
+    def _first_drop(self) -> int:
+        numbers = self.thresholds or self.num_keep or ()
+        drops = [n < self.num_patches if self.num_keep else n > 0 for n in numbers]
+        return [*drops, True].index(True)
 
     def decide(self, scores: np.ndarray, alive: np.ndarray, group: int) -> np.ndarray:
         """The deployed decision; see `Decide` and, for what it computes, `model.decide.Decision`."""
@@ -152,7 +185,7 @@ class Engine:
                 keep = alive & (standing > (math.log(threshold / (1 - threshold)) if self.spread else threshold))
         return keep if self.max_tokens is None else top_k(standing, keep, self.max_tokens)
 
-    def _run(self, images: np.ndarray, decide: Decide) -> Output:
+    def _run(self, images: np.ndarray, decided: Decided) -> Output:
         batch, prefix, patches, stem = len(images), self.num_prefix_tokens, self.num_patches, self.stem
         x, given = _shaped(
             self._stages[0]({"images": images}),
@@ -161,43 +194,70 @@ class Engine:
         )
         x, alive, given = x.reshape(-1, self.embed_dim), np.ones((batch, patches), bool), given.copy()
         for group in range(stem):
-            if not self._keep(given[group], alive, group, decide).all():
+            if not self._keep(given[group], alive, group, decided.decide).all():
                 raise InputError(
                     f"group {group + 1} drops patches by this decision, and the file has groups 1 to {stem} as one"
                     f" graph: export a model that drops patches in group {group + 1}"
                 )
-        tokens = np.ones((batch, prefix + patches), bool)
-        row_of = np.arange(len(x)).reshape(batch, -1)  # (B, S): where in x a token is
-        sizes = np.ones(row_of.shape, np.float32)  # (B, S): of how many patches it is the mean
+        row_of, sizes = _whole(batch, prefix + patches)
         scores, kept, found = list(given[:stem]), [alive] * stem, given[-1]
-        work, done, calls = 0.0, 0.0, 0
+        total, first, entrance = np.zeros(3), max(stem, decided.first), x
         for group in range(stem, self.num_groups):
+            if decided.unsure and group == first:
+                entrance = x[row_of]  # (B, S, C), a copy
             scores.append(found)
-            kept.append(self._keep(found, alive, group, decide))
+            kept.append(self._keep(found, alive, group, decided.decide))
             if self.merges:
                 x = x if group > stem else x.copy()  # the runtime owns what a graph returns
                 merge(x, row_of, sizes, alive, kept[-1], prefix)
             alive = kept[-1]
-            tokens = np.concatenate([np.ones((batch, prefix), bool), alive], 1)  # (B, S)
-            lengths = tokens.sum(1)
-            order = lengths.argsort(kind="stable")
-            buckets = split(lengths[order].tolist(), self.row_cost)
-            left, found, first = np.empty((lengths.sum(), self.embed_dim), np.float32), np.zeros_like(found), 0
-            for start, end in pairwise(buckets):
-                number = order[start:end]
-                y, place = self._run_group(group, x, tokens[number], row_of[number], sizes[number])
-                rows, image, position = len(place.image), number[place.image], place.position
-                left[first : first + rows] = y[0][:rows]
-                row_of[image, position] = np.arange(first, first + rows)
-                if len(y) > 1:
-                    patch = position >= prefix
-                    found[image[patch], position[patch] - prefix] = y[1][place.image[patch], place.rank[patch] - prefix]
-                first += rows
-                work, done = work + place.work, done + place.done
-            x, calls = left, calls + len(buckets) - 1
-        return Output(
-            self._head(x, tokens, row_of), np.stack(scores), np.stack(kept), 1 - work / done if done else 0.0, calls
-        )
+            x, found, cost = self._blocks(group, x, alive, row_of, sizes)
+            total += cost
+        logits, unsure = self._head(x, alive, row_of), np.zeros(batch, bool)
+        if decided.unsure and first < self.num_groups:
+            unsure = decided.unsure(logits)
+        if unsure.any():
+            x, alive = entrance[unsure].reshape(-1, self.embed_dim), np.ones((unsure.sum(), patches), bool)
+            row_of, sizes = _whole(len(alive), prefix + patches)
+            for group in range(first, self.num_groups):
+                x, _, cost = self._blocks(group, x, alive, row_of, sizes)
+                total += cost
+            logits[unsure] = self._head(x, alive, row_of)
+        work, done, calls = total.tolist()
+        padding = 1 - work / done if done else 0.0
+        return Output(logits, np.stack(scores), np.stack(kept), unsure, padding, int(calls))
+
+    def _blocks(
+        self, group: int, x: np.ndarray, alive: np.ndarray, row_of: np.ndarray, sizes: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The blocks of a group on the tokens that are left, in calls of images of similar lengths.
+
+        Changes ``row_of``. Returns the rows ``(T, C)``, the scores for the next group ``(B, N)``, and work, work with
+        padding (`padded`) and calls.
+        """
+        prefix, total = self.num_prefix_tokens, np.zeros(3)
+        tokens = self._tokens(alive)
+        lengths = tokens.sum(1)
+        order = lengths.argsort(kind="stable")
+        buckets = split(lengths[order].tolist(), self.row_cost)
+        left, found = np.empty((lengths.sum(), self.embed_dim), np.float32), np.zeros(alive.shape, np.float32)
+        first = 0
+        for start, end in pairwise(buckets):
+            number = order[start:end]
+            y, place = self._run_group(group, x, tokens[number], row_of[number], sizes[number])
+            rows, image, position = len(place.image), number[place.image], place.position
+            left[first : first + rows] = y[0][:rows]
+            row_of[image, position] = np.arange(first, first + rows)
+            if len(y) > 1:
+                patch = position >= prefix
+                found[image[patch], position[patch] - prefix] = y[1][place.image[patch], place.rank[patch] - prefix]
+            first += rows
+            total += place.work, place.done, 1
+        return left, found, total
+
+    def _tokens(self, alive: np.ndarray) -> np.ndarray:
+        """``alive (B, N) -> (B, S)`` bool, with the prefix tokens, which stay."""
+        return np.concatenate([np.ones((len(alive), self.num_prefix_tokens), bool), alive], 1)
 
     def _keep(self, scores: np.ndarray, alive: np.ndarray, group: int, decide: Decide) -> np.ndarray:
         """As `ReducedVisionTransformer.decide`: an image whose head pools patches keeps at least one."""
@@ -230,8 +290,8 @@ class Engine:
         shapes = [entering.shape, (shape[0], shape[1] - self.num_prefix_tokens)][: 1 if last else 2]
         return _shaped(self._stages[1 + group - self.stem](inputs), *shapes), place
 
-    def _head(self, x: np.ndarray, tokens: np.ndarray, row_of: np.ndarray) -> np.ndarray:
-        head = self._stages[-1]
+    def _head(self, x: np.ndarray, alive: np.ndarray, row_of: np.ndarray) -> np.ndarray:
+        head, tokens = self._stages[-1], self._tokens(alive)
         if not self.pools:  # then only the prefix tokens are read
             return _classified(head, x[row_of[:, : self.num_prefix_tokens]])
         lengths = tokens.sum(1)
@@ -243,6 +303,11 @@ class Engine:
                 rows = rows.repeat(SHORTEST, 1)
             found |= dict(zip(number.tolist(), _classified(head, x[rows]), strict=True))
         return np.stack([found[image] for image in range(len(tokens))])
+
+
+def _whole(batch: int, tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of images of which nothing was dropped, ``(B, S)``: where their rows are, and of how many patches each is."""
+    return np.arange(batch * tokens).reshape(batch, tokens), np.ones((batch, tokens), np.float32)
 
 
 def _loaded(load: Callable[[bytes], Stage], graph: bytes, name: str) -> Stage:

@@ -19,6 +19,7 @@ from ... import keyed
 from ...device import peak_memory, synchronize, timed
 from ...model.decide import Decide, at_random, top_k
 from ...model.reduced import ReducedVisionTransformer
+from ...model.second_pass import Replayed, same_pass
 from .baselines import masked, padded
 from .workload import Workload
 
@@ -120,13 +121,15 @@ def our_ways(model: ReducedVisionTransformer, workload: Workload) -> Ways:
     decide, num_keep, gmacs = workload.decide, workload.num_keep, workload.gmacs
     keys = keyed.sample_keys(0, 0, torch.arange(len(workload.images))).to(workload.images.device)
     dense = model.dense_macs / 1e9
+    random = same_pass(decide, at_random(num_keep, keys), model.num_patches)
+    best = same_pass(decide, lambda scores, alive, group: top_k(scores, alive, num_keep[group]), model.num_patches)
     ways: dict[str, tuple[Way, float]] = {
         OURS: (lambda x: model(x, decide), gmacs),
         WHOLE: (partial(undropped, model), dense),
-        RANDOM: (lambda x: model(x, at_random(num_keep, keys)), gmacs),
-        TOP_K: (lambda x: model(x, lambda scores, alive, group: top_k(scores, alive, num_keep[group])), gmacs),
+        RANDOM: (lambda x: model(x, random), gmacs),
+        TOP_K: (lambda x: model(x, best), gmacs),
     }
-    if model.dropped == "gone":  # these two do not merge
+    if model.dropped == "gone" and not isinstance(decide, Replayed):  # these two do not merge, and have one pass
         ways[MASKED] = (lambda x: masked(model, x, decide)), dense
         ways[PADDED] = (lambda x: padded(model, x, decide)), _padded_gmacs(model, num_keep)
     return ways

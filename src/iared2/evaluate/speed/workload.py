@@ -12,6 +12,7 @@ from ... import keyed
 from ...errors import InputError
 from ...model.decide import Decide
 from ...model.reduced import ReducedVisionTransformer
+from ...model.second_pass import Replayed
 
 SITE_COUNTS, SITE_DRAWN = 0, 1
 
@@ -24,11 +25,11 @@ class Workload:
     """``(B, in_chans, height, width)``, or clips ``(B, in_chans, T, height, width)``; on the device and in the
     precision of the model."""
     decide: Decide
-    """The decision on these images, as cheap as a threshold."""
+    """The decision on these images, as cheap as a threshold, and who takes a second pass."""
     num_keep: Tensor
     """``(D, B)`` int64, patches kept by each group."""
     gmacs: float
-    """Mean 10⁹ MACs per image, including the interpreters."""
+    """Mean 10⁹ MACs per image, including the interpreters and second passes."""
 
 
 def drawn(
@@ -83,9 +84,12 @@ def draw(
 def by_the_policy(model: ReducedVisionTransformer, images: Tensor) -> Workload:
     """A workload decided by the model's own thresholds on real images."""
     with torch.inference_mode():
-        kept = model.trace(images).kept
+        output = model.trace(images)
     # recorded: scores of a baseline may differ in the last digit, or by the policy token without a class token
-    return _workload(model, images, lambda scores, alive, group: alive & kept[group])
+    decide: Decide = lambda scores, alive, group: alive & output.kept[group]  # noqa: E731
+    if model.confidence:
+        decide = Replayed(decide, lambda logits: output.unsure, model.decision.first_drop(model.num_patches))
+    return _workload(model, images, decide)
 
 
 def _workload(model: ReducedVisionTransformer, images: Tensor, decide: Decide) -> Workload:
