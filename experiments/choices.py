@@ -7,6 +7,10 @@ labels: with one count for all photos, and for a policy also with counts that di
 model's answers that are kept is measured on photos that nothing was chosen on: the validation photos of DATA, and with
 ``--sharp`` a parquet file of larger photos.
 
+With ``--first-pass 0.9``, schedules are searched for that part of each budget, and the rest of it goes to second passes
+with every patch for the photos whose answers are the least sure (model/second_pass.py). The confidence that says so is
+set on the measured photos, without their answers, as thresholds are. The table is then OUT/second.json.
+
 The untrained choices are those of ``model/baselines.py``, and attention with `Decision.spread`; dropped patches are
 gone, or merged into kept ones. A policy is a file of ``model.save_policy``. Rows are written to OUT/rows.json after
 each choice, and a killed run goes on where it was. The table is OUT/choices.json and OUT/choices.md.
@@ -24,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from lab import Table, interval
+from lab import Table, interval, second_passes
 from torch import Tensor
 
 import iared2
@@ -97,12 +101,12 @@ class Photos:
                 break
         self.images, self.labels, self.keys = (torch.cat(parts)[:number] for parts in zip(*found, strict=True))
 
-    def answers(self, model: ReducedVisionTransformer, decide: Any) -> tuple[Tensor, Tensor]:
-        """Predictions ``(n,)`` and MACs ``(n,)``."""
+    def outputs(self, model: ReducedVisionTransformer, decide: Any) -> tuple[Tensor, Tensor]:
+        """Logits ``(n, K)`` and MACs ``(n,)``."""
         with torch.inference_mode():
             parts = zip(self.images.split(BATCH), self.keys.split(BATCH), strict=True)
             found = [model.trace(images, decide, keys) for images, keys in parts]
-        return torch.cat([out.logits.argmax(1) for out in found]), torch.cat([out.macs for out in found])
+        return torch.cat([out.logits for out in found]), torch.cat([out.macs for out in found])
 
 
 def at(model: ReducedVisionTransformer, schedule: Schedule, images: Tensor, macs: float) -> Decision:
@@ -125,6 +129,7 @@ def main() -> None:
     parser.add_argument("--policy", type=Path, nargs="*", default=[], help="files of model.save_policy")
     parser.add_argument("--only", nargs="*", help="names of choices; default: all")
     parser.add_argument("--macs", type=float, nargs="*", default=[0.65, 0.5, 0.38])
+    parser.add_argument("--first-pass", type=float, help="part of each budget, below 1; the rest is for second passes")
     parser.add_argument("--trials", type=int, default=40)
     parser.add_argument("--search-photos", type=int, default=200)
     parser.add_argument("--photos", type=int, default=1000)
@@ -145,8 +150,8 @@ def main() -> None:
     file = arguments.output / "rows.json"
     rows = json.loads(file.read_text()) if file.exists() else {}
     model = ready(model)
-    dense = {name: photos.answers(model, keep_all)[0] for name, photos in measured_on.items()}
-    top1 = (dense["photos"] == measured_on["photos"].labels).double().mean().item()
+    dense = {name: photos.outputs(model, keep_all)[0] for name, photos in measured_on.items()}
+    top1 = (dense["photos"].argmax(1) == measured_on["photos"].labels).double().mean().item()
     print(f"dense: top-1 {100 * top1:.1f} of {len(dense['photos'])} photos", flush=True)
 
     for name, make in choices(arguments, classes):
@@ -155,23 +160,30 @@ def main() -> None:
         start, model = time.monotonic(), ready(make())
         row: dict[str, Any] = {"schedules": {}, "measured": {}}
         for macs in arguments.macs:
+            once = macs * (arguments.first_pass or 1)
             found = [
-                search(model, chosen_on.images, macs, trials=arguments.trials, equal_counts=equal)
+                search(model, chosen_on.images, once, trials=arguments.trials, equal_counts=equal)
                 for equal in ((True, False) if name.startswith(LEARNED) else (True,))
             ]
             best = min(found, key=lambda schedule: schedule.divergence)
             row["schedules"][f"{macs:g}"] = best.shares, best.decision.num_keep is not None, best.divergence
             for kind, photos in measured_on.items():
-                answers, cost = photos.answers(model, at(model, best, photos.images, macs))
+                decision = at(model, best, photos.images, once)
+                out, cost = photos.outputs(model, decision)
+                if arguments.first_pass:
+                    first = decision.first_drop(model.num_patches)
+                    again, each = second_passes(model, out, cost, macs, first)
+                    out[again], cost[again] = dense[kind][again], cost[again] + each
+                answers = out.argmax(1)
                 row["measured"][f"{macs:g} {kind}"] = {
                     "macs": cost.double().mean().item() / model.dense_macs,
-                    "kept": (answers == dense[kind]).int().tolist(),
+                    "kept": (answers == dense[kind].argmax(1)).int().tolist(),
                     **({"top1": (answers == photos.labels).double().mean().item()} if kind == "photos" else {}),
                 }
         row["seconds"] = time.monotonic() - start
         rows[name] = row
         file.write_text(json.dumps(rows) + "\n")
-        table(rows).write(arguments.output, "choices")
+        table(rows, arguments.first_pass).write(arguments.output, "second" if arguments.first_pass else "choices")
 
 
 def ready(model: ReducedVisionTransformer) -> ReducedVisionTransformer:
@@ -183,7 +195,7 @@ def ready(model: ReducedVisionTransformer) -> ReducedVisionTransformer:
     return model
 
 
-def table(rows: dict[str, Any]) -> Table:
+def table(rows: dict[str, Any], first_pass: float | None = None) -> Table:
     """Share of the dense answers that each choice keeps; of a policy, also the difference to the best untrained one."""
     some = next(iter(rows.values()))
     columns, budgets = list(some["measured"]), list(some["schedules"])
@@ -207,8 +219,10 @@ def table(rows: dict[str, Any]) -> Table:
     heads += [f"{column.split()[1]}, {100 * float(column.split()[0]):.0f} %" for column in columns]
     off = max(abs(row["measured"][c]["macs"] - float(c.split()[0])) for row in rows.values() for c in columns)
     return Table(
-        "Share of the dense answers that are kept, in percent, by kind of photo and share of the MACs.",
-        "python experiments/choices.py --data DATA --sharp SHARP --backbone BACKBONE",
+        "Share of the dense answers that are kept, in percent, by kind of photo and share of the MACs"
+        + (", with second passes." if first_pass else "."),
+        "python experiments/choices.py --data DATA --sharp SHARP --backbone BACKBONE"
+        + (f" --first-pass {first_pass:g}" if first_pass else ""),
         ["choice", *heads],
         cells,
         [

@@ -26,6 +26,7 @@ from iared2.measure import view_keys
 from iared2.model.baselines import KINDS as BASELINES
 from iared2.model.calibrate import thresholds_for
 from iared2.model.decide import Decide, by_share
+from iared2.model.macs import second_pass_macs
 from iared2.train.curriculum import build_model, train
 from iared2.train.recipe import Recipe, read_recipe
 from iared2.train.state import load_state
@@ -203,6 +204,23 @@ def interval(difference: np.ndarray) -> tuple[float, float]:
     draws = np.random.default_rng(0).integers(len(difference), size=(BOOTSTRAP, len(difference)))
     low, high = np.quantile(100 * difference[draws].mean(1), [0.025, 0.975])
     return float(low), float(high)
+
+
+def second_passes(
+    model: ReducedVisionTransformer, logits: Tensor, macs: Tensor, budget: float, first: int
+) -> tuple[Tensor, int]:
+    """The least sure of some photos, as many as a second pass from a group on may have, and the MACs of each.
+
+    Args:
+        model: its sizes.
+        logits: ``(n, K)`` of the first pass.
+        macs: ``(n,)`` of it.
+        budget: mean MACs of both passes, as a share of the dense model's.
+        first: the group.
+    """
+    best, each = logits.float().softmax(1).topk(2).values, second_pass_macs(model, first, model.num_patches)
+    number = int((budget * model.dense_macs * len(logits) - macs.sum().item()) / each)
+    return (best[:, 0] - best[:, 1]).argsort()[: max(number, 0)], each
 
 
 def versus(a: Sequence[Measured], b: Sequence[Measured]) -> str:

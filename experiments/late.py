@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 from choices import LEARNED, choices, dense_model
-from lab import Table, interval
+from lab import Table, interval, second_passes
 from safetensors.torch import load_file, save_file
 from timm.layers import DropPath
 from timm.models.eva import Eva
@@ -45,7 +45,6 @@ from iared2.measure import RANDOM_EPOCH
 from iared2.model import backbone as vit
 from iared2.model.decide import keep_all
 from iared2.model.file import fingerprint
-from iared2.model.macs import second_pass_macs
 from iared2.model.tokens import PackedTokens
 from iared2.train.augment import AugmentConfig
 from iared2.train.finetune import Dense, FinetuneStage
@@ -160,13 +159,11 @@ def measure(
     With ``macs``, a share of the dense model's, photos take a second pass until that many are used.
     """
     out, cost = answers(model, data, first, decide, torch.arange(len(data.x)))
-    dense, again = data.logits, second_pass_macs(model, first, model.num_patches)
+    dense = data.logits
     if macs is not None:
-        best = out.softmax(1).topk(2).values
-        number = int((macs * model.dense_macs * len(out) - cost.sum().item()) / again)
-        rows = (best[:, 0] - best[:, 1]).argsort()[: max(number, 0)]
+        rows, each = second_passes(model, out, cost, macs, first)
         out[rows] = answers(model, data, first, keep_all, rows)[0]
-        cost[rows] += again
+        cost[rows] += each
     divergence = torch.nn.functional.kl_div(out.log_softmax(1), dense.log_softmax(1), log_target=True, reduction="none")
     return {
         "kept": (out.argmax(1) == dense.argmax(1)).int().tolist(),

@@ -252,6 +252,14 @@ def test_choices_from_command_to_table(data: Path, tmp_path: Path, monkeypatch: 
         assert (len(row["0.7 photos"]["kept"]), len(row["0.7 sharp"]["kept"])) == (20, 10)
     assert "on spread" in table["rows"][2][2] or "on shift" in table["rows"][2][2]
 
+    command[command.index("-o") + 1] = str(tmp_path / "twice")
+    monkeypatch.setattr(sys, "argv", [*command, "--first-pass", "0.8"])
+    choices.main()
+    twice = json.loads((tmp_path / "twice" / "rows.json").read_text())["spread"]["measured"]["0.7 photos"]
+    # 56 % in the first pass, and one photo of 20 costs 5 % or less in the second
+    assert 0.65 <= twice["macs"] <= 0.71
+    assert "second passes" in (tmp_path / "twice" / "second.md").read_text()
+
 
 @pytest.mark.slow
 def test_late_from_command_to_table(data: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
@@ -287,6 +295,16 @@ def test_late_from_command_to_table(data: Path, tmp_path: Path, monkeypatch: Any
     table = json.loads((tmp_path / "out" / "late.json").read_text())
     assert [row[0] for row in table["rows"]] == ["spread, merged", "learned: seed0"]
     assert "on spread, merged" in table["notes"][2]
+
+    # of four photos, one costs half of a pass more: with second passes, the frozen model keeps more answers
+    command[command.index("-o") + 1] = str(tmp_path / "twice")
+    monkeypatch.setattr(sys, "argv", [*command, "--macs", "0.9", "--epochs", "1"])
+    late.main()
+    twice = json.loads((tmp_path / "twice" / "rows.json").read_text())["spread, merged"]["frozen"]
+    once = rows["spread, merged"]["frozen"]
+    assert once["macs"] < twice["macs"] <= 0.9
+    assert all(a <= b for a, b in zip(once["kept"], twice["kept"], strict=True))
+    assert twice["divergence"] < once["divergence"]
 
 
 def test_resizing_counts_photos_of_the_models_classes(tmp_path: Path, monkeypatch: Any) -> None:
