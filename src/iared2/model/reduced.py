@@ -29,7 +29,7 @@ class Output:
     """The result of a forward pass.
 
     Attributes:
-        logits: ``(B, K)``, of the last pass where there are two (second_pass.py); scores and kept are of the first.
+        logits: ``(B, K)``, of the last pass; scores and kept are of the first (second_pass.py).
         scores: ``(D, B, N)`` float32 informativeness in (0, 1); 0 where the patch was already dropped.
         kept: ``(D, B, N)`` bool, the patches on which the blocks of each group ran.
         macs: ``(B,)`` int64 MACs (multiply-adds) per image, including the interpreters and a second pass.
@@ -121,7 +121,7 @@ class ReducedVisionTransformer(Facade, HubModel):
         """A forward pass that also returns scores, decisions and MACs; arguments: see `forward`, `embed`."""
         found = second_pass.run(self, self.embed(images, keys), decide)
         kept = torch.stack(found.kept)
-        cost = self.count_macs(kept.sum(-1), kept.shape[-1]) + found.macs
+        cost = self.count_macs(kept.sum(-1), kept.shape[-1]) + found.macs(self)
         return Output(found.logits, torch.stack(found.scores), kept, cost, found.unsure)
 
     def embed(self, images: Tensor, keys: Tensor | None = None) -> PackedTokens:
@@ -131,10 +131,7 @@ class ReducedVisionTransformer(Facade, HubModel):
     def reduce(
         self, packed: PackedTokens, groups: range | None = None, decide: Decide | None = None
     ) -> tuple[PackedTokens, list[Tensor], list[Tensor]]:
-        """The loop of the paper, over all groups or some.
-
-        Returns the remaining tokens, and for each group its scores ``(B, N)`` and the patches it kept ``(B, N)``.
-        """
+        """The loop, over all groups or some -> the remaining tokens, and of each group scores and kept ``(B, N)``."""
         scores, kept = [], []
         decide = on_grid(decide or self.decision, packed.grid_size)
         for group in groups if groups is not None else range(self.num_groups):

@@ -63,7 +63,7 @@ class Passes:
         scores, kept: ``(B, N)`` for each group, of the first pass.
         unsure: ``(B,)`` bool, the images that took a second pass.
         again: their tokens after it, in their order; None if there are none.
-        macs: ``(B,)`` int64, of the second pass.
+        first: the group from which the second pass runs; D where there is none.
     """
 
     logits: Tensor
@@ -72,12 +72,16 @@ class Passes:
     kept: list[Tensor]
     unsure: Tensor
     again: PackedTokens | None
-    macs: Tensor
+    first: int
 
     def last(self, of: Callable[[PackedTokens], Tensor]) -> Tensor:
         """``of(tokens) (B, ...)`` of the last pass of each image."""
         found = of(self.ends)
         return found if self.again is None else found.index_copy(0, self.unsure.nonzero()[:, 0], of(self.again))
+
+    def macs(self, model: ReducedVisionTransformer) -> Tensor:
+        """``(B,)`` int64 MACs of the second pass."""
+        return self.unsure * second_pass_macs(model, self.first, self.ends.num_patches)
 
 
 def run(model: ReducedVisionTransformer, packed: PackedTokens, decide: Decide | None = None) -> Passes:
@@ -96,8 +100,7 @@ def run(model: ReducedVisionTransformer, packed: PackedTokens, decide: Decide | 
             for group in range(first, groups):
                 again = model.run_blocks(again, group)
             logits = logits.index_copy(0, images, model.head(again))
-    macs = unsure * second_pass_macs(model, first, packed.num_patches)
-    return Passes(logits, ends, scores + more_scores, kept + more_kept, unsure, again, macs)
+    return Passes(logits, ends, scores + more_scores, kept + more_kept, unsure, again, first)
 
 
 def _second(decide: Decide, packed: PackedTokens, groups: int) -> tuple[int, Callable[[Tensor], Tensor] | None]:

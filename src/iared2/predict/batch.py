@@ -181,7 +181,7 @@ class BatchPredictor:
             images = images.to(weight.device, weight.dtype, non_blocking=True)
             passes = second_pass.run(model, model.embed(images), self.decision)
             logits, scores, kept = passes.logits, torch.stack(passes.scores), torch.stack(passes.kept)
-            macs = passes.macs
+            macs = passes.macs(model)
         else:
             output = self._served(images.numpy(), as_arrays(self.decision, model.num_patches))
             logits, scores, kept = map(torch.from_numpy, (output.logits, output.scores, output.kept))
