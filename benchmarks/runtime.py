@@ -55,7 +55,7 @@ class Drawn:
     def batch(self, batch_size, seed):
         """Images, and the decision on them."""
         images = torch.randn(batch_size, *self.model.pretrained_cfg["input_size"], generator=torch.manual_seed(0))
-        return images.numpy(), as_arrays(draw(self.model, batch_size, *self.given, seed))
+        return images.numpy(), as_arrays(self.model, draw(self.model, batch_size, *self.given, seed))
 
 
 class Photos:

@@ -147,7 +147,8 @@ def main() -> None:
     if arguments.sharp:
         sharp = open_samples(DataConfig(path=str(arguments.sharp)), "eval", whole=True)
         measured_on["sharp"] = Photos(sharp, model, arguments.sharp_photos)
-    file = arguments.output / "rows.json"
+    title = "second" if arguments.first_pass else "choices"
+    file = arguments.output / ("second_rows.json" if arguments.first_pass else "rows.json")
     rows = json.loads(file.read_text()) if file.exists() else {}
     model = ready(model)
     dense = {name: photos.outputs(model, keep_all)[0] for name, photos in measured_on.items()}
@@ -183,7 +184,7 @@ def main() -> None:
         row["seconds"] = time.monotonic() - start
         rows[name] = row
         file.write_text(json.dumps(rows) + "\n")
-        table(rows, arguments.first_pass).write(arguments.output, "second" if arguments.first_pass else "choices")
+        table(rows, arguments.first_pass).write(arguments.output, title)
 
 
 def ready(model: ReducedVisionTransformer) -> ReducedVisionTransformer:

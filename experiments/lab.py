@@ -25,7 +25,7 @@ from iared2.errors import InputError
 from iared2.measure import view_keys
 from iared2.model.baselines import KINDS as BASELINES
 from iared2.model.calibrate import thresholds_for
-from iared2.model.decide import Decide, by_share
+from iared2.model.decide import Decide, by_share, margin
 from iared2.model.macs import second_pass_macs
 from iared2.train.curriculum import build_model, train
 from iared2.train.recipe import Recipe, read_recipe
@@ -218,9 +218,9 @@ def second_passes(
         budget: mean MACs of both passes, as a share of the dense model's.
         first: the group.
     """
-    best, each = logits.float().softmax(1).topk(2).values, second_pass_macs(model, first, model.num_patches)
+    each = second_pass_macs(model, first, model.num_patches)
     number = int((budget * model.dense_macs * len(logits) - macs.sum().item()) / each)
-    return (best[:, 0] - best[:, 1]).argsort()[: max(number, 0)], each
+    return margin(logits).argsort()[: max(number, 0)], each
 
 
 def versus(a: Sequence[Measured], b: Sequence[Measured]) -> str:

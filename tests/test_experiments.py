@@ -255,7 +255,7 @@ def test_choices_from_command_to_table(data: Path, tmp_path: Path, monkeypatch: 
     command[command.index("-o") + 1] = str(tmp_path / "twice")
     monkeypatch.setattr(sys, "argv", [*command, "--first-pass", "0.8"])
     choices.main()
-    twice = json.loads((tmp_path / "twice" / "rows.json").read_text())["spread"]["measured"]["0.7 photos"]
+    twice = json.loads((tmp_path / "twice" / "second_rows.json").read_text())["spread"]["measured"]["0.7 photos"]
     # 56 % in the first pass, and one photo of 20 costs 5 % or less in the second
     assert 0.65 <= twice["macs"] <= 0.71
     assert "second passes" in (tmp_path / "twice" / "second.md").read_text()

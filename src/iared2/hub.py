@@ -76,7 +76,9 @@ def create(name: str, pretrained: bool = False, **kwargs: Any) -> ReducedVisionT
         model = _trained(cfg, pretrained, kwargs)
     else:
         model = from_timm(backbone, pretrained=pretrained, pretrained_cfg=replace(cfg, architecture=backbone), **kwargs)
-    for key, value in decision.items():
+    confidence = decision.pop("confidence", model.confidence)
+    model.confidence = 0.0  # which does not go with every other part
+    for key, value in {**decision, "confidence": confidence}.items():
         setattr(model, key, value)
     return model
 

@@ -89,6 +89,18 @@ def test_one_photo(predictor: Predictor) -> None:
     assert answer["prepare"].interactive
 
 
+def test_a_second_pass_is_said(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = predictor.model.decision
+    assert "Second pass" not in ask(predictor, examples()[1:2])["facts"]
+    try:
+        predictor.model.confidence = 1.0
+        answer = ask(predictor, examples()[1:2])
+    finally:
+        predictor.model.decision = before
+    assert "Second pass" in answer["facts"]
+    assert answer["after"] == pytest.approx(answer["before"], abs=1e-4)
+
+
 def test_an_example_until_there_is_a_photo(predictor: Predictor) -> None:
     assert "chelsea.jpg" in ask(predictor, None)["facts"]
     assert "chelsea.jpg" in ask(predictor, [])["facts"]

@@ -59,6 +59,17 @@ def test_the_three_variants(model):
     assert json.loads(json.dumps(result.to_dict()))["variants"][1]["top1"] == 100
 
 
+def test_a_second_pass_is_in_all_that_drops(model):
+    twice = copy.deepcopy(model)
+    twice.confidence = 1.0
+    with torch.no_grad():
+        once, again = evaluate(model, batches(model)), evaluate(twice, batches(twice))
+    assert [variant.top1 for variant in again.variants] == [100.0] * 3
+    for before, after in zip(once.variants, again.variants, strict=True):
+        assert after.keep_ratio == before.keep_ratio
+        assert (after.gmacs > before.gmacs) == ("dense" not in before.name)
+
+
 def test_budgets_are_measured_beside_the_models_own(model):
     thresholds = [float(model.trace(images(8)).scores[0].median()) + 1e-4, 0, 0]
     with torch.no_grad():

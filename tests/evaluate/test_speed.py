@@ -116,6 +116,15 @@ def test_real_images_and_the_own_policy(checkpoint, tmp_path, capsys):
     assert main([*args, "--batch-size", "4", "--json"]) == 0
     _, result = printed(capsys)
     assert "drawn" not in result["title"]
+    model = iared2.load(checkpoint)
+    model.confidence = 1.0
+    model.save(tmp_path / "twice.safetensors")
+    args[args.index("-c") + 1] = str(tmp_path / "twice.safetensors")
+    assert main([*args, "--batch-size", "4", "--json"]) == 0
+    _, twice = printed(capsys)
+    once, twice = ({row["name"]: row["gmacs"] for row in found["speed"][0]["rows"]} for found in (result, twice))
+    assert twice["ours"] == twice["random, same counts"] > once["ours"]
+    assert once.keys() - twice.keys() == {"masked", "padded to the longest"}  # which have one pass
     assert main([*args, "--batch-size", "40"]) == 1
     assert "fewer than 40 images" in capsys.readouterr().err
 

@@ -74,6 +74,10 @@ def test_who_takes_it(threshold):
     one.decision = Decision(0.5, confidence=0.9)
     with torch.no_grad():
         assert not one.trace(images).unsure.any(), "one class is always sure"
+        model.backbone.head.weight *= 1000  # margins that round to 1
+        assert model.trace(images).unsure.all() == (threshold != 0.0)
+        model.backbone.reset_classifier(0)  # behind our back
+        assert not model.trace(images).unsure.any()
 
 
 def test_other_choices_have_the_same_pass():
@@ -84,12 +88,16 @@ def test_other_choices_have_the_same_pass():
     with torch.no_grad():
         once = model.trace(images, random)
         decision = model.decision.but(confidence=between(margins(once.logits), 3))
-        both = same_pass(decision, random, 24)
+        both = same_pass(model, decision, random)
         twice = model.trace(images, both)
     assert torch.equal(twice.unsure, margins(once.logits) < decision.confidence)
     assert torch.equal(twice.kept, once.kept)
-    assert same_pass(model.decision, random, 24) is random
-    assert same_pass(both, keep_all, 24).first == 1
+    early = same_pass(model, model.decision.but(confidence=1.0), lambda scores, alive, group: alive & (scores > 0.5))
+    with torch.no_grad(), pytest.raises(InputError, match="drops patches before"):
+        model.trace(images, early)
+    assert same_pass(model, model.decision, random) is random
+    assert same_pass(model, Decision(0.0, confidence=0.5), random) is random, "it drops nothing"
+    assert same_pass(model, both, keep_all).first == 1
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.1, float("nan"), "much", True])

@@ -69,6 +69,23 @@ def test_rows_are_those_of_the_predictor(model, photos):
     assert len({tuple(row["kept"]) for row in rows}) > 1, "photos that are told apart"
 
 
+def test_a_second_pass(model, photos):
+    twice = copy.deepcopy(model)
+    predictor = Predictor(twice)
+    margins = sorted(p.top5[0][1] - p.top5[1][1] for p in map(predictor, photos))
+    twice.confidence = sum(margins[:2]) / 2
+    rows = BatchPredictor(twice, "cpu", embedding=True)({"image": photos}).to_pylist()
+    assert sorted(row["second_pass"] for row in rows) == [False, False, True]
+    for photo, row in zip(photos, rows, strict=True):
+        expected = predictor(photo)
+        assert (row["macs"], row["second_pass"]) == (expected.macs, expected.second_pass)
+        assert row["top5"][0]["probability"] == pytest.approx(expected.top5[0][1], abs=1e-6)
+        with torch.inference_mode():
+            inputs = predictor.prepare(photo.convert("RGB"))
+            features = twice.forward_head(twice.forward_features(inputs), pre_logits=True)[0]
+        assert row["embedding"] == pytest.approx(features.tolist(), abs=1e-5)
+
+
 def test_every_kind_of_photo_has_the_same_row(model, photos):
     rgb = [photo.convert("RGB") for photo in photos]
     predict = BatchPredictor(model, "cpu", scores=True)
@@ -91,7 +108,7 @@ def test_a_bad_photo_is_a_row_with_its_error(model, photos):
     assert table.take([1, 3]).equals(good)
     for row in (0, 2, 4):
         *rest, error = table.slice(row, 1).to_pylist()[0].values()
-        assert rest == [None] * 5
+        assert rest == [None] * 6
         assert error
     assert table["error"].to_pylist()[2] == "there is no photo"
     none = predict({"image": [b"", b"x"]})
@@ -115,7 +132,7 @@ def test_other_columns_stay(model, photos):
         "macs": [1, 2],
     }
     table = BatchPredictor(model, "cpu")(batch)
-    assert table.column_names == ["path", "box", "words", "top5", "kept", "macs", "error"]
+    assert table.column_names == ["path", "box", "words", "top5", "kept", "macs", "second_pass", "error"]
     assert table["path"].to_pylist() == ["a", "b"]
     assert table["box"].to_pylist() == [[0] * 4] * 2
     assert table["words"].to_pylist() == [["x"], ["y", "z"]]
@@ -164,7 +181,7 @@ def test_datasets_map(tmp_path: Path, model):
     data = data.cast_column("image", datasets.Image(decode=False))  # decoding would stop at the bad one
     predict = BatchPredictor(model, "cpu", scores=True)
     found = data.map(predict, batched=True, batch_size=2)
-    assert found.column_names == ["box", "label", "top5", "kept", "macs", "scores", "error"]
+    assert found.column_names == ["box", "label", "top5", "kept", "macs", "second_pass", "scores", "error"]
     assert found["label"][:] == [3, 1, 4, 1, 5]
     assert_close(found.remove_columns(["box", "label"]).to_list(), predict({"image": cells}).to_pylist())
     again = data.map(BatchPredictor(model, "cpu", scores=True), batched=True, batch_size=2)

@@ -135,6 +135,21 @@ def test_another_image_size(checkpoint: Path, capsys: pytest.CaptureFixture[str]
     assert not Path("bad").exists()
 
 
+def test_a_second_pass_is_told(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["interpret", "-p", "photos/cat.png", "-c", str(checkpoint)]
+    assert main([*command, "-o", "one"]) == 0
+    assert "second pass" not in capsys.readouterr().out
+    assert main([*command, "-o", "two", "--confidence", "1"]) == 0
+    assert "second pass   with every patch" in capsys.readouterr().out
+    one, two = (json.loads(Path(folder, "result.json").read_text()) for folder in ("one", "two"))
+    assert (one["second_pass"], two["second_pass"], two["model"]["confidence"]) == (False, True, 1.0)
+    assert one["groups"] == two["groups"]
+    assert two["macs"] > two["dense_macs"] > one["macs"]
+    for found, dense in zip(two["top5"], two["dense_top5"], strict=True):
+        assert found["class"] == dense["class"]
+        assert found["probability"] == pytest.approx(dense["probability"], abs=1e-4)
+
+
 def test_what_stays_is_spread_and_the_map_is_as_it_was(checkpoint: Path) -> None:
     assert main(["interpret", "-p", "photos/cat.png", "-o", "plain", "-c", str(checkpoint), "-g", "1"]) == 0
     assert main(["interpret", "-p", "photos/cat.png", "-o", "s", "-c", str(checkpoint), "-g", "1", "--spread=1"]) == 0
@@ -205,6 +220,7 @@ def test_one_threshold_is_for_all_groups(checkpoint: Path) -> None:
 
 BAD_ARGUMENTS = {
     "spread": (["--spread", "wide"], "argument --spread: invalid float value: 'wide'"),
+    "a confidence above 1": (["--confidence", "2"], "confidence=2.0: give a number from 0 to 1"),
     "spread below 0": (["--spread=-1"], "spread=-1.0: give a finite number, 0 or more"),
     "threshold nan": (["-t", "nan"], "give one finite number, or 3"),
     "threshold text": (["-t", "half"], "argument -t/--threshold: 'half': give numbers"),

@@ -35,7 +35,7 @@ def test_command(small, tmp_path, capsys):
     engine = Engine(tmp_path / "m.zip")
     assert engine.class_names == tuple("abcdefg")
     assert engine.input_size == (3, 48, 32)
-    for name in ("thresholds", "num_keep", "max_tokens", "spread"):
+    for name in ("thresholds", "num_keep", "max_tokens", "spread", "confidence"):
         assert getattr(engine, name) == getattr(model, name)
     assert engine.mean == tuple(model.pretrained_cfg["mean"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.safetensors", "m.zip"]

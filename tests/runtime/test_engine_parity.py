@@ -16,7 +16,7 @@ import iared2
 from iared2.data.batches import model_transform
 from iared2.errors import InputError
 from iared2.export.stages import as_arrays, export_stages
-from iared2.runtime import Engine
+from iared2.runtime import Decided, Engine
 
 # torch 2.10, of itself
 pytestmark = [
@@ -121,11 +121,18 @@ def test_a_second_pass(kind, tmp_path, backend):
     assert engine.confidence == model.confidence
     with torch.no_grad():
         output = model.trace(images)
-    for found in (engine(images.numpy()), engine(images.numpy(), as_arrays(model.decision, model.num_patches))):
+    for found in (engine(images.numpy()), engine(images.numpy(), as_arrays(model, model.decision))):
         check(found, output)
         assert np.array_equal(found.unsure, output.unsure.numpy())
         assert found.unsure.sum() == 3
-    assert not engine(images.numpy(), as_arrays(model.decision.but(confidence=0.0))).unsure.any()
+    assert not engine(images.numpy(), as_arrays(model, model.decision.but(confidence=0.0))).unsure.any()
+    with pytest.raises(InputError, match="some were dropped before"):
+        engine(images.numpy(), Decided(lambda scores, alive, group: alive & (scores > 0.5), engine._unsure, 2))
+    engine.max_tokens = 8
+    with pytest.raises(InputError, match="max_tokens forbids"):
+        engine(images.numpy())
+    engine.max_tokens, engine.confidence, engine.num_keep = None, 0.0, np.array([24, 24, 9])
+    assert not engine(images.numpy()).unsure.any()
 
 
 @pytest.mark.slow
@@ -179,6 +186,8 @@ def test_bf16_is_close(small):
         {"thresholds": 0.3, "max_tokens": 6},
         {"thresholds": (0.0, 0.5, 1.0)},
         {"num_keep": 0},
+        {"num_keep": (24, 9, 4), "confidence": 1.0},
+        {"thresholds": 0.4, "confidence": 1.0},
     ],
     ids=str,
 )
@@ -186,7 +195,7 @@ def test_every_decision_is_that_of_the_model(parts, small, backend):
     model, images = copy.deepcopy(small[0]), sharp_images(5)
     model.decision = type(model.decision)(**parts)
     engine = Engine(small[1], backend, threads=1)
-    for name in ("thresholds", "num_keep", "max_tokens", "spread"):
+    for name in ("thresholds", "num_keep", "max_tokens", "spread", "confidence"):
         setattr(engine, name, getattr(model, name))
     with torch.no_grad():
         check(engine(images.numpy()), model.trace(images))

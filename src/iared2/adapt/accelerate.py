@@ -60,8 +60,12 @@ def accelerate(
             Pillow images, arrays or bytes, or ``(n, in_chans, height, width)``, normalised. One half finds the
             decision, the other one reports.
         max_drop: at most this share of photos, in (0, 1), may change their predicted class, or their nearest neighbour
-            among the photos: the upper 95 % bound on the finding half is below it. By default 0.01.
-        macs: in place of it, the mean MACs of an image, as a share of the dense model's, in (0, 1).
+            among the photos: the upper 95 % bound on the finding half is below it. It is the bound of each decision
+            that is tried, and the cheapest one is taken, so it is a little optimistic; what the other half reports is
+            not. By default 0.01. Photos of whose class the model is not sure may take a second pass with every patch
+            (`Decision.confidence`, found anew).
+        macs: in place of it, the mean MACs of an image, as a share of the dense model's, in (0, 1). Without second
+            passes, whose number depends on the photos.
         minutes: time for training the interpreters by policy gradient, with what the dense model says as the label. The
             result is used only if it is better than the untrained choice.
         device: where to run; None: where the given module is; for names and files, cuda if there is one, else cpu.
@@ -157,7 +161,7 @@ def _accelerated(
     with console.status("measuring on the other photos"):
         model.report = reported(choice, finding, found, pixels[half:], dense[half:], target, notes)
     if not model.report.pays:
-        model.threshold = 0.0
+        model.decision = model.decision.at(0.0).but(confidence=0.0)
     return model
 
 

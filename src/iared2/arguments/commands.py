@@ -45,7 +45,8 @@ def interpret(command: argparse.ArgumentParser) -> None:
         "--budget",
         type=float,
         metavar="SHARE",
-        help="share of the dense MACs, met on average over the photos by other thresholds (default: the model's own)",
+        help="share of the dense MACs, met on average over the photos by other thresholds, without second passes"
+        " (default: the model's own)",
     )
     spread(command)
     confidence(command)
@@ -159,7 +160,8 @@ def evaluate(command: argparse.ArgumentParser) -> None:
         "--budget",
         action=List,
         metavar="SHARE",
-        help="also evaluate at these shares of the dense MACs, e.g. 0.4 0.5 0.6, calibrated on training images"
+        help="also evaluate at these shares of the dense MACs, e.g. 0.4 0.5 0.6 (without second passes),"
+        " calibrated on training images"
         " (default: none)",
     )
     add("--clips", type=int, default=1, help="videos: clips per video, spread over it (default: 1)")

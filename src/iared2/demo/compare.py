@@ -72,7 +72,7 @@ class Comparison:
 
     @property
     def saved(self) -> float:
-        """Share of the dense MACs that is saved; negative if the interpreters cost more than dropping saves."""
+        """Share of the dense MACs that is saved; negative if interpreters and a second pass cost more than that."""
         return 1 - self.after.macs / self.after.dense_macs
 
     @property

@@ -83,6 +83,8 @@ def facts(one: Comparison) -> str:
         ("Patches kept", ratios, f"of {after.kept.shape[1]}, after each group"),
         ("Forward pass", f"{after.milliseconds:.1f} ms", f"{before.milliseconds:.1f} ms with every patch"),
     ]
+    if after.second_pass:
+        cells.append(("Second pass", "with every patch", "the first one was not sure; the MACs are those of both"))
     if after.top5:
         (now, sure), (then, _) = after.top5[0], before.top5[0]
         same = "the same prediction" if now == then else f"it was {then}"

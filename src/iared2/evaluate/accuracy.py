@@ -119,7 +119,7 @@ def evaluate(
             decide = model.decision.at(thresholds) if thresholds else model.decision
             with torch.inference_mode():  # a pass for the counts alone: random dropping may run before the timed one
                 num_keep = model.trace(x, decide).kept.sum(-1)
-            random = same_pass(decide, at_random(num_keep, keys), model.num_patches)
+            random = same_pass(model, decide, at_random(num_keep, keys))
             runs += [(REDUCED + name, model.trace, x, decide), (RANDOM + name, model.trace, x, random)]
         if not images:  # warm-up: the first pass includes allocations and the choice of kernels
             with torch.inference_mode():

@@ -48,8 +48,8 @@ class Decision:
             grid, in (0, 1) and the same for every image and group; counts and limit order the patches by
             ``logit score − s · logit d``. 0 is the paper. With 1 and the threshold 0.5, a region keeps the share of its
             patches that is its mean score, as if they were drawn with their scores as probabilities.
-        confidence: 0…1. Images whose two largest probabilities are closer than this are `unsure`: they take a second
-            pass with every patch, from the first group that drops (second_pass.py). 0: none does.
+        confidence: 0…1. Images whose `margin` is below this are `unsure`: they take a second pass with every patch,
+            from the first group that drops (second_pass.py). 0: none does; 1: all do, by definition.
         grid_size: over which d is laid; a model sets it. Not a part of the value.
 
     Raises:
@@ -132,8 +132,8 @@ class Decision:
 
     def unsure(self, logits: Tensor) -> Tensor:
         """``logits (B, K) -> (B,)`` bool, the images that take a second pass; see ``confidence``."""
-        best = logits.detach().float().softmax(-1).topk(min(2, logits.shape[-1])).values
-        return best[:, 0] - best[:, 1:].sum(1) < self.confidence
+        margins = margin(logits)
+        return torch.ones_like(margins, dtype=torch.bool) if self.confidence >= 1 else margins < self.confidence
 
     def standing(self, scores: Tensor) -> Tensor:
         """``(B, N)`` that orders the patches and is compared with `level`: scores, or with ``spread`` `logits`."""
@@ -205,6 +205,12 @@ def _plain(values: Any) -> Any:
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 0
+
+
+def margin(logits: Tensor) -> Tensor:
+    """``(B, K) -> (B,)`` float32, by how much the largest probability is above the next one; of one class, it is 1."""
+    best = logits.detach().float().softmax(-1).topk(min(2, logits.shape[-1])).values
+    return best[:, 0] - best[:, 1:].sum(1)
 
 
 def on_grid(decide: Decide, grid_size: tuple[int, ...]) -> Decide:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from .calibrate import BATCH_SIZE, at_shares, gmacs_of, solve
-from .decide import Decision, keep_all
+from .decide import Decision, keep_all, margin
 from .macs import second_pass_macs
 
 if TYPE_CHECKING:
@@ -168,9 +168,8 @@ def with_second_pass(model: ReducedVisionTransformer, found: Schedule, dense: Te
 
     Nothing is run: these images then have the dense model's output. Where images are equally sure, all or none do.
     """
-    best = found.output.detach().float().softmax(1).topk(min(2, found.output.shape[1])).values
-    margin = (best[:, 0] - best[:, 1:].sum(1)).sort().values.double()
-    edges = torch.cat([margin.new_zeros(1), (margin[1:] + margin[:-1]) / 2, margin.new_ones(1)])
+    margins = margin(found.output).sort().values.double()
+    edges = torch.cat([margins.new_zeros(1), (margins[1:] + margins[:-1]) / 2, margins.new_ones(1)])
     decision = found.decision.but(confidence=edges[number].item())
     unsure = decision.unsure(found.output)
     output = torch.where(unsure[:, None], dense.to(found.output), found.output)

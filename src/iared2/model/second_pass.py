@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..errors import InputError
 from .decide import Decide, Decision
 from .macs import second_pass_macs
 from .tokens import PackedTokens
@@ -32,7 +33,7 @@ class Replayed:
     Attributes:
         decide: the function.
         unsure: ``logits (B, K) -> (B,)`` bool, the images that take the second pass.
-        first: the group from which it runs.
+        first: the group from which it runs; before it, the function drops nothing.
     """
 
     decide: Decide
@@ -44,12 +45,14 @@ class Replayed:
         return self.decide(scores, alive, group)
 
 
-def same_pass(decide: Decide, other: Decide, num_patches: int) -> Decide:
-    """Another function that decides, with the second pass of a decision of D numbers, if it has one."""
+def same_pass(model: ReducedVisionTransformer, decide: Decide, other: Decide) -> Decide:
+    """``other`` decides, with the second pass of ``decide``, if it has one."""
     if isinstance(decide, Replayed):
         return replace(decide, decide=other)
-    if isinstance(decide, Decision) and decide.confidence:
-        return Replayed(other, decide.unsure, decide.first_drop(num_patches))
+    if isinstance(decide, Decision) and decide.confidence and model.num_classes:
+        first = decide.for_model(model.grid_size, model.num_groups).first_drop(model.num_patches)
+        if first < model.num_groups:
+            return Replayed(other, decide.unsure, first)
     return other
 
 
@@ -86,14 +89,16 @@ class Passes:
 
 def run(model: ReducedVisionTransformer, packed: PackedTokens, decide: Decide | None = None) -> Passes:
     """Classify the images of `ReducedVisionTransformer.embed`; without ``confidence``, in one pass."""
-    decide, groups = decide or model.decision, model.num_groups
-    first, is_unsure = _second(decide, packed, groups)
+    groups = model.num_groups
+    decide = decide or model.decision
+    twice = same_pass(model, decide, decide)
+    first = twice.first if isinstance(twice, Replayed) else groups
     entrance, scores, kept = model.reduce(packed, range(first), decide)
     ends, more_scores, more_kept = model.reduce(entrance, range(first, groups), decide)
     logits, again = model.head(ends), None
     unsure = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
-    if is_unsure:
-        unsure = is_unsure(logits)
+    if isinstance(twice, Replayed):
+        unsure = twice.unsure(logits)
         images = unsure.nonzero()[:, 0]
         if len(images):
             again = _whole(entrance, images)
@@ -103,18 +108,10 @@ def run(model: ReducedVisionTransformer, packed: PackedTokens, decide: Decide | 
     return Passes(logits, ends, scores + more_scores, kept + more_kept, unsure, again, first)
 
 
-def _second(decide: Decide, packed: PackedTokens, groups: int) -> tuple[int, Callable[[Tensor], Tensor] | None]:
-    """The group from which a second pass runs, and who takes it; D and None if nobody does."""
-    if isinstance(decide, Replayed):
-        return decide.first, decide.unsure
-    if isinstance(decide, Decision) and decide.confidence:
-        first = decide.for_model(packed.grid_size, groups).first_drop(packed.num_patches)
-        return first, decide.unsure if first < groups else None
-    return groups, None
-
-
 def _whole(packed: PackedTokens, images: Tensor) -> PackedTokens:
     """Some images of a batch of which nothing was dropped."""
+    if len(packed.x) != packed.num_images * packed.num_tokens:
+        raise InputError("a second pass begins where every patch is left: this decision drops patches before")
     return PackedTokens.from_dense(
         packed.to_dense(packed.x)[images],
         packed.num_prefix_tokens,

@@ -42,10 +42,11 @@ class BatchPredictor:
     ``dataset.map(iared2.BatchPredictor(), batched=True, batch_size=64)`` both take it.
 
     The columns: ``top5``, a list of ``{class: string, index: int32, probability: float32}``, the best first; ``kept``,
-    a list of D int32, the patches alive after each group; ``macs``, int64, including the interpreters; ``embedding``,
-    C float32, the pooled features before the classifier, on request; ``scores``, D × N float16 in (0, 1), 0 where a
-    patch was already dropped, on request; and ``error``, why a photo could not be read, in which case the others are
-    null. The rest of the batch has no influence on a row, except for rounding.
+    a list of D int32, the patches alive after each group; ``macs``, int64, including the interpreters; ``second_pass``,
+    bool, whether the classes are from a second pass with every patch (`Decision.confidence`); ``embedding``, C float32,
+    the pooled features before the classifier, on request; ``scores``, D × N float16 in (0, 1), 0 where a patch was
+    already dropped, on request; and ``error``, why a photo could not be read, in which case the others are null. The
+    rest of the batch has no influence on a row, except for rounding.
 
     Args:
         model: a model, or a checkpoint for `iared2.load`; None: the model in the box. Or, for an engine other than
@@ -131,7 +132,7 @@ class BatchPredictor:
         """The `pyarrow.Schema` of the columns, ``error`` last."""
         pa = _arrow()
         best = pa.struct([("class", pa.string()), ("index", pa.int32()), ("probability", pa.float32())])
-        fields = {"top5": pa.list_(best), "kept": pa.list_(pa.int32()), "macs": pa.int64()}
+        fields = {"top5": pa.list_(best), "kept": pa.list_(pa.int32()), "macs": pa.int64(), "second_pass": pa.bool_()}
         if self.embedding:
             fields["embedding"] = pa.list_(pa.float32(), self.model.num_features)
         if self.scores:
@@ -181,12 +182,13 @@ class BatchPredictor:
             images = images.to(weight.device, weight.dtype, non_blocking=True)
             passes = second_pass.run(model, model.embed(images), self.decision)
             logits, scores, kept = passes.logits, torch.stack(passes.scores), torch.stack(passes.kept)
-            macs = passes.macs(model)
+            macs, unsure = passes.macs(model), passes.unsure
         else:
-            output = self._served(images.numpy(), as_arrays(self.decision, model.num_patches))
+            output = self._served(images.numpy(), as_arrays(model, self.decision))
             logits, scores, kept = map(torch.from_numpy, (output.logits, output.scores, output.kept))
             first = max(self._served.stem, self.decision.first_drop(model.num_patches))
-            macs = torch.from_numpy(output.unsure) * second_pass_macs(model, first, model.num_patches)
+            unsure = torch.from_numpy(output.unsure)
+            macs = unsure * second_pass_macs(model, first, model.num_patches)
             if logits.shape[1] != model.num_classes:
                 raise InputError(
                     f"{self._file}: has {logits.shape[1]} classes, not {model.num_classes}; export it again"
@@ -195,6 +197,7 @@ class BatchPredictor:
         rows = {
             "top5": self._top5(logits),
             "kept": _lists(counts.T.cpu().numpy().astype(np.int32), pa.list_(pa.int32())),
+            "second_pass": pa.array(unsure.cpu().numpy()),
             "macs": pa.array((model.count_macs(counts, kept.shape[-1]) + macs).cpu().numpy()),
         }
         if self.embedding:

@@ -152,18 +152,25 @@ class Engine:
             raise InputError(f"the model takes images (B, {', '.join(map(str, self.input_size))}), not {images.shape}")
         with self._lock:  # a stage has one set of buffers
             if decide is None:
-                decide = Decided(self.decide, self._unsure if self.confidence else None, self._first_drop())
+                own = (self._unsure, self._first_drop()) if self.confidence else ()
+                decide = Decided(self.decide, *own)
             return self._run(images, decide if isinstance(decide, Decided) else Decided(decide))
 
     def _unsure(self, logits: np.ndarray) -> np.ndarray:
         """See `model.decide.Decision.unsure`."""
         odds = np.exp(logits - logits.max(1, keepdims=True))
         best = np.sort(odds / odds.sum(1, keepdims=True), 1)[:, :-3:-1]
-        return best[:, 0] - best[:, 1:].sum(1) < self.confidence
+        return (best[:, 0] - best[:, 1:].sum(1) < self.confidence) | (self.confidence >= 1)
 
     def _first_drop(self) -> int:
-        numbers = self.thresholds or self.num_keep or ()
-        drops = [n < self.num_patches if self.num_keep else n > 0 for n in numbers]
+        if self.max_tokens is not None:
+            raise InputError(
+                "confidence > 0 runs every patch of some images, which max_tokens forbids: give one of them"
+            )
+        if self.num_keep is not None:
+            drops = [number < self.num_patches for number in self.num_keep]
+        else:
+            drops = [threshold > 0 for threshold in self.thresholds or ()]
         return [*drops, True].index(True)
 
     def decide(self, scores: np.ndarray, alive: np.ndarray, group: int) -> np.ndarray:
@@ -204,6 +211,10 @@ class Engine:
         total, first, entrance = np.zeros(3), max(stem, decided.first), x
         for group in range(stem, self.num_groups):
             if decided.unsure and group == first:
+                if not alive.all():
+                    raise InputError(
+                        f"a second pass from group {first + 1} needs every patch, and some were dropped before"
+                    )
                 entrance = x[row_of]  # (B, S, C), a copy
             scores.append(found)
             kept.append(self._keep(found, alive, group, decided.decide))
@@ -241,17 +252,17 @@ class Engine:
         order = lengths.argsort(kind="stable")
         buckets = split(lengths[order].tolist(), self.row_cost)
         left, found = np.empty((lengths.sum(), self.embed_dim), np.float32), np.zeros(alive.shape, np.float32)
-        first = 0
+        row = 0
         for start, end in pairwise(buckets):
             number = order[start:end]
             y, place = self._run_group(group, x, tokens[number], row_of[number], sizes[number])
             rows, image, position = len(place.image), number[place.image], place.position
-            left[first : first + rows] = y[0][:rows]
-            row_of[image, position] = np.arange(first, first + rows)
+            left[row : row + rows] = y[0][:rows]
+            row_of[image, position] = np.arange(row, row + rows)
             if len(y) > 1:
                 patch = position >= prefix
                 found[image[patch], position[patch] - prefix] = y[1][place.image[patch], place.rank[patch] - prefix]
-            first += rows
+            row += rows
             total += place.work, place.done, 1
         return left, found, total
 

@@ -121,8 +121,8 @@ def our_ways(model: ReducedVisionTransformer, workload: Workload) -> Ways:
     decide, num_keep, gmacs = workload.decide, workload.num_keep, workload.gmacs
     keys = keyed.sample_keys(0, 0, torch.arange(len(workload.images))).to(workload.images.device)
     dense = model.dense_macs / 1e9
-    random = same_pass(decide, at_random(num_keep, keys), model.num_patches)
-    best = same_pass(decide, lambda scores, alive, group: top_k(scores, alive, num_keep[group]), model.num_patches)
+    random = same_pass(model, decide, at_random(num_keep, keys))
+    best = same_pass(model, decide, lambda scores, alive, group: top_k(scores, alive, num_keep[group]))
     ways: dict[str, tuple[Way, float]] = {
         OURS: (lambda x: model(x, decide), gmacs),
         WHOLE: (partial(undropped, model), dense),

@@ -30,7 +30,7 @@ def ways(
         InputError: a package is missing, or the model cannot be exported (`stages.export_stages`).
     """
     images = workload.images.float().cpu().numpy()
-    decide = as_arrays(workload.decide, model.num_patches)
+    decide = as_arrays(model, workload.decide)
     found: dict[str, tuple[Callable[[Tensor], Any], float]] = {}
     usable = [backend for backend in backends if precision in BACKENDS[backend]]
     if not usable:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from ... import keyed
 from ...errors import InputError
 from ...model.decide import Decide
 from ...model.reduced import ReducedVisionTransformer
-from ...model.second_pass import Replayed
+from ...model.second_pass import Replayed, same_pass
 
 SITE_COUNTS, SITE_DRAWN = 0, 1
 
@@ -85,10 +85,14 @@ def by_the_policy(model: ReducedVisionTransformer, images: Tensor) -> Workload:
     """A workload decided by the model's own thresholds on real images."""
     with torch.inference_mode():
         output = model.trace(images)
-    # recorded: scores of a baseline may differ in the last digit, or by the policy token without a class token
-    decide: Decide = lambda scores, alive, group: alive & output.kept[group]  # noqa: E731
-    if model.confidence:
-        decide = Replayed(decide, lambda logits: output.unsure, model.decision.first_drop(model.num_patches))
+
+    def recorded(scores: Tensor, alive: Tensor, group: int) -> Tensor:
+        # scores of a baseline may differ in the last digit, or by the policy token without a class token
+        return alive & output.kept[group]
+
+    decide = same_pass(model, model.decision, recorded)
+    if isinstance(decide, Replayed):
+        decide = replace(decide, unsure=lambda logits: output.unsure)
     return _workload(model, images, decide)
 
 
