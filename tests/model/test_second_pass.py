@@ -80,6 +80,18 @@ def test_who_takes_it(threshold):
         assert not model.trace(images).unsure.any()
 
 
+def test_images_of_another_size_have_it_too():
+    model = sharp_model((NAME, {**TINY, "dynamic_img_size": True}))
+    model.decision = Decision(num_keep=(24, 24, 24), confidence=1.0)
+    with torch.no_grad():
+        assert not model.trace(sharp_images(2)).unsure.any(), "24 patches are all of them"
+        larger = sharp_images(2, 64, 48)
+        output = model.trace(larger)
+        torch.testing.assert_close(output.logits, model(larger, keep_all), atol=1e-5, rtol=0)
+    assert output.unsure.all()
+    assert output.kept.sum(-1).eq(24).all()
+
+
 def test_other_choices_have_the_same_pass():
     model, images = sharp_model((NAME, TINY)), sharp_images(6)
     model.num_keep = (24, 12, 5)

@@ -114,7 +114,7 @@ class ReducedVisionTransformer(Facade, HubModel):
             images: normalised by ``pretrained_cfg``; clips are ``(B, in_chans, T, height, width)``.
             decide: the decision; by default ``model.decision``.
         """
-        return second_pass.run(self, self.embed(images), decide).logits
+        return second_pass.run(self, self.embed(images), decide).logits(self)
 
     @torch.compiler.disable
     def trace(self, images: Tensor, decide: Decide | None = None, keys: Tensor | None = None) -> Output:
@@ -122,7 +122,7 @@ class ReducedVisionTransformer(Facade, HubModel):
         found = second_pass.run(self, self.embed(images, keys), decide)
         kept = torch.stack(found.kept)
         cost = self.count_macs(kept.sum(-1), kept.shape[-1]) + found.macs(self)
-        return Output(found.logits, torch.stack(found.scores), kept, cost, found.unsure)
+        return Output(found.logits(self), torch.stack(found.scores), kept, cost, found.unsure)
 
     def embed(self, images: Tensor, keys: Tensor | None = None) -> PackedTokens:
         """Images to tokens, none dropped. With ``keys (B,)``, random draws are a function of the image (keyed.py)."""

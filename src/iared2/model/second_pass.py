@@ -45,12 +45,12 @@ class Replayed:
         return self.decide(scores, alive, group)
 
 
-def same_pass(model: ReducedVisionTransformer, decide: Decide, other: Decide) -> Decide:
-    """``other`` decides, with the second pass of ``decide``, if it has one."""
+def same_pass(model: ReducedVisionTransformer, decide: Decide, other: Decide, num_patches: int | None = None) -> Decide:
+    """``other`` decides, with the second pass of ``decide``, if it has one; for images of the model's size, or of N."""
     if isinstance(decide, Replayed):
         return replace(decide, decide=other)
     if isinstance(decide, Decision) and decide.confidence and model.num_classes:
-        first = decide.for_model(model.grid_size, model.num_groups).first_drop(model.num_patches)
+        first = decide.for_model(model.grid_size, model.num_groups).first_drop(num_patches or model.num_patches)
         if first < model.num_groups:
             return Replayed(other, decide.unsure, first)
     return other
@@ -61,25 +61,31 @@ class Passes:
     """What one or two passes found.
 
     Attributes:
-        logits: ``(B, K)``, of the last pass of each image.
         ends: the tokens that remain after the first pass.
         scores, kept: ``(B, N)`` for each group, of the first pass.
         unsure: ``(B,)`` bool, the images that took a second pass.
         again: their tokens after it, in their order; None if there are none.
         first: the group from which the second pass runs; D where there is none.
+        told: ``(B, K)`` logits of the first pass; None if nobody had to know how sure it was.
     """
 
-    logits: Tensor
     ends: PackedTokens
     scores: list[Tensor]
     kept: list[Tensor]
     unsure: Tensor
     again: PackedTokens | None
     first: int
+    told: Tensor | None
+
+    def logits(self, model: ReducedVisionTransformer) -> Tensor:
+        """``(B, K)`` of the last pass of each image."""
+        return self._replaced(model.head(self.ends) if self.told is None else self.told, model.head)
 
     def last(self, of: Callable[[PackedTokens], Tensor]) -> Tensor:
         """``of(tokens) (B, ...)`` of the last pass of each image."""
-        found = of(self.ends)
+        return self._replaced(of(self.ends), of)
+
+    def _replaced(self, found: Tensor, of: Callable[[PackedTokens], Tensor]) -> Tensor:
         return found if self.again is None else found.index_copy(0, self.unsure.nonzero()[:, 0], of(self.again))
 
     def macs(self, model: ReducedVisionTransformer) -> Tensor:
@@ -88,24 +94,23 @@ class Passes:
 
 
 def run(model: ReducedVisionTransformer, packed: PackedTokens, decide: Decide | None = None) -> Passes:
-    """Classify the images of `ReducedVisionTransformer.embed`; without ``confidence``, in one pass."""
+    """All groups on the images of `ReducedVisionTransformer.embed`; without ``confidence``, in one pass."""
     groups = model.num_groups
     decide = decide or model.decision
-    twice = same_pass(model, decide, decide)
+    twice = same_pass(model, decide, decide, packed.num_patches)
     first = twice.first if isinstance(twice, Replayed) else groups
     entrance, scores, kept = model.reduce(packed, range(first), decide)
     ends, more_scores, more_kept = model.reduce(entrance, range(first, groups), decide)
-    logits, again = model.head(ends), None
-    unsure = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
+    unsure, told, again = torch.zeros(packed.num_images, dtype=torch.bool, device=packed.x.device), None, None
     if isinstance(twice, Replayed):
-        unsure = twice.unsure(logits)
+        told = model.head(ends)
+        unsure = twice.unsure(told)
         images = unsure.nonzero()[:, 0]
         if len(images):
             again = _whole(entrance, images)
             for group in range(first, groups):
                 again = model.run_blocks(again, group)
-            logits = logits.index_copy(0, images, model.head(again))
-    return Passes(logits, ends, scores + more_scores, kept + more_kept, unsure, again, first)
+    return Passes(ends, scores + more_scores, kept + more_kept, unsure, again, first, told)
 
 
 def _whole(packed: PackedTokens, images: Tensor) -> PackedTokens:

@@ -181,7 +181,7 @@ class BatchPredictor:
             weight = next(model.parameters())
             images = images.to(weight.device, weight.dtype, non_blocking=True)
             passes = second_pass.run(model, model.embed(images), self.decision)
-            logits, scores, kept = passes.logits, torch.stack(passes.scores), torch.stack(passes.kept)
+            logits, scores, kept = passes.logits(model), torch.stack(passes.scores), torch.stack(passes.kept)
             macs, unsure = passes.macs(model), passes.unsure
         else:
             output = self._served(images.numpy(), as_arrays(model, self.decision))
