@@ -279,13 +279,14 @@ def test_views_count_as_one_video() -> None:
         def trace(self, clips: Tensor, decide: object = None, keys: object = None) -> Output:
             assert clips.shape == (6, 3, 4, 8, 8)
             kept = torch.arange(6)[None, :, None] >= torch.arange(6)
-            return Output(logits, kept.float(), kept, torch.arange(6))
+            return Output(logits, kept.float(), kept, torch.arange(6), torch.arange(6) == 4)
 
     clips = torch.zeros(2, 3, 3, 4, 8, 8)
     output = trace(Model(), clips)  # type: ignore[arg-type]
     assert output.logits.argmax(1).tolist() == [0, 1]
     assert output.logits.exp().sum(1).tolist() == pytest.approx([1, 1])
     assert output.macs.tolist() == [3, 12]
+    assert output.unsure.tolist() == [False, True]
     assert output.keep_ratio[0].tolist() == pytest.approx([6 / 18, 15 / 18])
     batch = Batch(clips, torch.tensor([0, 0]), torch.arange(2), [])
     result = measure(Model(), [batch], "cpu")  # type: ignore[arg-type]
