@@ -161,8 +161,7 @@ def evaluate(command: argparse.ArgumentParser) -> None:
         action=List,
         metavar="SHARE",
         help="also evaluate at these shares of the dense MACs, e.g. 0.4 0.5 0.6 (without second passes),"
-        " calibrated on training images"
-        " (default: none)",
+        " calibrated on training images (default: none)",
     )
     add("--clips", type=int, default=1, help="videos: clips per video, spread over it (default: 1)")
     add("--span", type=float, default=0.0, help="videos: seconds per clip (default: 0, all)")
