@@ -144,6 +144,11 @@ def test_a_second_pass_is_told(checkpoint: Path, capsys: pytest.CaptureFixture[s
     one, two = (json.loads(Path(folder, "result.json").read_text()) for folder in ("one", "two"))
     assert (one["second_pass"], two["second_pass"], two["model"]["confidence"]) == (False, True, 1.0)
     assert one["groups"] == two["groups"]
+    for confidence, said in ((0.0, "patches:"), (1.0, "patches, not sure, then with every patch:")):
+        model = iared2.load(checkpoint)
+        model.confidence = confidence
+        (words,) = iared2.Predictor(model)("photos/cat.png")._words()
+        assert words.startswith(f"with the kept {said}"), "what the pictures say"
     assert two["macs"] > two["dense_macs"] > one["macs"]
     for found, dense in zip(two["top5"], two["dense_top5"], strict=True):
         assert found["class"] == dense["class"]

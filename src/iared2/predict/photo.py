@@ -76,11 +76,13 @@ class Interpretation(Result):
         return figures.hierarchy_figure(self.photo, self.kept, self.grid, self._words())
 
     def _words(self) -> list[str]:
-        """The class and the cost: with all patches, if known, and with those that were kept."""
-        found = []
+        """The class and the cost: with all patches, if known, and of this result."""
+        found, own = [], "with the kept patches"
+        if self.second_pass:
+            own = "with the kept patches, not sure, then with every patch"
         for what, best, macs in (
             ("with every patch", self.dense_top5, self.dense_macs),
-            ("with the kept patches", self.top5, self.macs),
+            (own, self.top5, self.macs),
         ):
             for name, p in (best or ())[:1]:
                 share = macs / self.dense_macs
