@@ -1,35 +1,42 @@
 """Makes the model in the box from a finished run, and measures what is shipped.
 
-    python experiments/box.py RUN --data DATA -o src/iared2/box/model.safetensors --macs 0.65
+    python experiments/box.py RUN --data DATA -o src/iared2/box/model.safetensors --macs 0.65 \\
+        --first-pass 1 1 1 0.25 0.14 0.094
 
 RUN is the folder of a run of `iared2 train`, or a file of `model.save`; DATA is its data set. The thresholds are
-calibrated on training photos for a share of the dense MACs, the weights are stored in 8 bits, and the file is loaded
-again. Both models then see the validation photos. Prints a table and writes it to --json, for the model card.
+calibrated on training photos: for a share of the dense MACs, or for the shares that the first pass keeps. Then second
+passes use the rest of the budget (model/second_pass.py): the confidence for it is set on the validation photos, without
+their labels, since a model is surer of photos that it was trained on. The weights are stored in 8 bits, and the file is
+loaded again. The full weights, unless they have 8 bits already, and the shipped ones then see the validation photos.
+Prints a table and writes it to --json, for the model card.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from lab import Table, interval, shares
+from lab import Table, interval, second_passes, shares
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
 import iared2
+from iared2 import ReducedVisionTransformer
 from iared2.atomic import to_json, write
 from iared2.data.batches import Batch, eval_batches, model_transform
 from iared2.data.images import DataConfig, Samples, open_samples
 from iared2.device import usable_device
 from iared2.errors import InputError, printable
 from iared2.keyed import permutation
+from iared2.model.decide import margin
+from iared2.model.macs import second_pass_macs
 
 FIGURES = Path(__file__).resolve().parents[1] / "docs" / "figures" / "box.json"
 CALIBRATION_IMAGES = 512
@@ -41,8 +48,16 @@ def some(samples: Samples, count: int) -> Samples:
     return replace(samples, rows=samples.rows[rows], labels=samples.labels[rows])
 
 
-def make(run: str, data: str, output: Path, macs: float, images: int, device: torch.device) -> Any:
-    """Calibrate the model of a run, save it in 8 bits, and return it in full precision."""
+def make(
+    run: str,
+    data: str,
+    output: Path,
+    macs: float,
+    first_pass: Sequence[float] | None,
+    images: int,
+    device: torch.device,
+) -> ReducedVisionTransformer:
+    """Calibrate the model of a run for one pass, save it in 8 bits, and return it in full precision."""
     model = iared2.load(run).to(device)
     share = model.pretrained_cfg.get("holdout") or 0.0
     samples = open_samples(DataConfig(path=data, classes=model.class_names or (), holdout=share), "train")
@@ -50,76 +65,115 @@ def make(run: str, data: str, output: Path, macs: float, images: int, device: to
         raise InputError(f"{data} has {len(samples.class_names)} classes, the model {model.num_classes}")
     model.class_names = samples.class_names
     model.backbone.pretrained_cfg = {**model.pretrained_cfg, "tag": "", "license": "apache-2.0"}  # not timm's
+    model.confidence = 0.0
     sample = some(samples, images)
     (batch,) = eval_batches(sample, model_transform(model.pretrained_cfg), batch_size=len(sample))
-    model.calibrate(batch.images.to(device), gmacs=macs * model.dense_macs / 1e9)
+    budget = {"keep": first_pass} if first_pass else {"gmacs": macs * model.dense_macs / 1e9}
+    model.calibrate(batch.images.to(device), **budget)
     model.save(output, int8=True)
     return model
 
 
+@dataclass(frozen=True)
 class Answers:
-    """What one model says of the photos, dense and reduced."""
+    """What a model says of n photos: dense, in the first pass, and in both.
 
-    def __init__(self, model: iared2.ReducedVisionTransformer) -> None:
-        self.model = model
-        self.found: list[list[Tensor]] = []
+    Attributes:
+        dense, first, reduced: ``(n, K)`` logits.
+        kept: ``(n, D)`` shares of the patches alive, in the first pass.
+        first_macs, macs: ``(n,)`` of the first pass, and of both.
+    """
 
-    def add(self, images: Tensor) -> None:
-        """The answers for one more batch."""
-        out = self.model.trace(images)
-        parts = self.model.backbone(images).argmax(1), out.logits.argmax(1), out.kept.float().mean(-1).T, out.macs
-        self.found.append([part.cpu() for part in parts])
+    dense: Tensor
+    first: Tensor
+    reduced: Tensor
+    kept: Tensor
+    first_macs: Tensor
+    macs: Tensor
 
-    def all(self) -> list[np.ndarray]:
-        """Dense and reduced answers ``(n,)``, shares kept ``(n, D)``, MACs ``(n,)``."""
-        return [torch.cat(parts).numpy() for parts in zip(*self.found, strict=True)]
+    @property
+    def unsure(self) -> Tensor:
+        """``(n,)`` bool, the photos that take a second pass."""
+        return self.macs > self.first_macs
 
 
 @torch.inference_mode()
-def measure(models: Iterable[Any], batches: Iterable[Batch], bf16: bool) -> tuple[np.ndarray, list[list[np.ndarray]]]:
-    """The labels ``(n,)``, and the answers of each model."""
-    answers, labels = [Answers(model) for model in models], []
+def measure(models: Sequence[ReducedVisionTransformer], batches: Iterable[Batch], bf16: bool) -> tuple[Any, Any]:
+    """The labels ``(n,)``, and the answers of each model, which makes one pass."""
+    found: list[list[Any]] = [[] for _ in models]
+    labels = []
     for batch in batches:
-        device = next(answers[0].model.parameters()).device
-        labels.append(batch.labels.numpy())
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            for one in answers:
-                one.add(batch.images.to(device))
-    return np.concatenate(labels), [one.all() for one in answers]
+        labels.append(batch.labels)
+        for model, rows in zip(models, found, strict=True):
+            images = batch.images.to(next(model.parameters()).device)
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+                out, dense = model.trace(images), model.backbone(images)
+            kept = out.kept.float().mean(-1).T
+            rows.append([part.cpu() for part in (dense, out.logits, out.logits, kept, out.macs, out.macs)])
+    answers = [Answers(*map(torch.cat, zip(*rows, strict=True))) for rows in found]
+    return torch.cat(labels), answers
+
+
+def confidence_for(model: ReducedVisionTransformer, once: Answers, macs: float) -> float:
+    """The confidence with which second passes use what the first passes leave of a budget."""
+    first = model.decision.first_drop(model.num_patches)
+    rows, _ = second_passes(model, once.first, once.first_macs, macs, first)
+    if not len(rows):
+        raise InputError(f"the first pass takes all of {macs:.1%} of the MACs: give smaller shares, or more MACs")
+    margins = margin(once.first).sort().values
+    return margins[len(rows) - 1 : len(rows) + 1].double().mean().item()
+
+
+def with_second_pass(model: ReducedVisionTransformer, once: Answers) -> Answers:
+    """The answers by the model's confidence. Nothing is run: the second pass is the dense model."""
+    unsure = model.decision.unsure(once.first)
+    each = second_pass_macs(model, model.decision.first_drop(model.num_patches), model.num_patches)
+    reduced = torch.where(unsure[:, None], once.dense, once.first)
+    return replace(once, reduced=reduced, macs=once.first_macs + each * unsure)
 
 
 def describe(
-    labels: np.ndarray,
-    full: list[np.ndarray],
-    shipped: list[np.ndarray],
-    model: Any,
-    size: int,
-    command: str,
-    bf16: bool,
+    labels: Tensor, answers: dict[str, Answers], model: ReducedVisionTransformer, size: int, command: str, bf16: bool
 ) -> Table:
-    """The table of the model card."""
-    right = [[part == labels for part in one[:2]] for one in (full, shipped)]
-    dense_macs, alive = model.dense_macs, shares([1.0] * model.num_groups)
-    rows = []
-    for name, dense, reduced, (_, _, kept, macs) in zip(
-        ("full precision", "as shipped, 8 bits"), *zip(*right, strict=True), (full, shipped), strict=True
-    ):
-        rows.append([f"dense backbone, {name}", f"{100 * dense.mean():.2f}", alive, f"{dense_macs / 1e9:.3f}", "100 %"])
-        cost = [f"{macs.mean() / 1e9:.3f}", f"{100 * macs.mean() / dense_macs:.1f} %"]
-        rows.append([f"reduced, {name}", f"{100 * reduced.mean():.2f}", shares(kept.mean(0).tolist()), *cost])
+    """The table of the model card. ``answers`` are of the full precision, if there is one, and as shipped."""
+    dense_macs, rows, notes = model.dense_macs, [], []
 
-    def against(a: np.ndarray, b: np.ndarray) -> str:
-        difference = a.astype(float) - b
+    def add(name: str, logits: Tensor, kept: list[float], macs: float) -> np.ndarray:
+        right = (logits.argmax(1) == labels).numpy().astype(float)
+        cost = [f"{macs / 1e9:.3f}", f"{100 * macs / dense_macs:.1f} %"]
+        rows.append([name, f"{100 * right.mean():.2f}", shares(kept), *cost])
+        return right
+
+    right = {}
+    for name, one in answers.items():
+        kept = one.kept.double().mean(0).tolist()
+        right["dense", name] = add(f"dense backbone, {name}", one.dense, [1.0] * model.num_groups, dense_macs)
+        if model.confidence:
+            add(f"first pass alone, {name}", one.first, kept, one.first_macs.double().mean().item())
+        right["reduced", name] = add(f"reduced, {name}", one.reduced, kept, one.macs.double().mean().item())
+
+    def against(difference: np.ndarray) -> str:
         return "{:+.2f} points ({:+.2f} … {:+.2f})".format(100 * difference.mean(), *interval(difference))
 
-    (full_dense, full_reduced), (dense, reduced) = right
-    same = [100 * (a == b).mean() for a, b in zip(full[:2], shipped[:2], strict=True)]
-    notes = [
-        f"As shipped, reduced against dense: {against(reduced, dense)}, with the 95 % interval over photos.",
-        f"8 bits against full precision: dense {against(dense, full_dense)}, {same[0]:.1f} % of the answers are equal;"
-        f" reduced {against(reduced, full_reduced)}, {same[1]:.1f} % are equal.",
-        f"The file has {size / 1e6:.1f} MB. Its {model.decision!r}.",
-    ]
+    *full, shipped = answers
+    lost = against(right["reduced", shipped] - right["dense", shipped])
+    same = (answers[shipped].reduced.argmax(1) == answers[shipped].dense.argmax(1)).double().mean().item()
+    notes.append(
+        f"As shipped, reduced against dense: {lost}, with the 95 % interval over photos; {100 * same:.1f} % of the"
+        " answers are equal."
+    )
+    if model.confidence:
+        again = answers[shipped].unsure.double().mean().item()
+        notes.append(f"{100 * again:.1f} % of the photos take a second pass with every patch.")
+    for name in full:
+        parts = []
+        for kind in ("dense", "reduced"):
+            said = [getattr(answers[one], kind).argmax(1) for one in (name, shipped)]
+            difference = against(right[kind, shipped] - right[kind, name])
+            equal = 100 * (said[0] == said[1]).double().mean().item()
+            parts.append(f"{kind} {difference}, {equal:.1f} % of the answers are equal")
+        notes.append(f"8 bits against full precision: {'; '.join(parts)}.")
+    notes.append(f"The file has {size / 1e6:.1f} MB. Its {model.decision!r}.")
     title = f"The model in the box, its shipped weights, on {len(labels):,} validation photos"
     title += f" ({'bf16 autocast' if bf16 else 'float32'})."
     return Table(
@@ -134,6 +188,9 @@ def main() -> int:
     parser.add_argument("--data", required=True, help="the data set of the run, with a validation split")
     parser.add_argument("-o", "--output", type=Path, required=True, help="the file to write")
     parser.add_argument("--macs", type=float, default=0.65, help="share of the dense MACs (default: %(default)s)")
+    parser.add_argument(
+        "--first-pass", type=float, nargs="+", metavar="SHARE", help="of the patches that each group keeps in it"
+    )
     parser.add_argument("--calibration-images", type=int, default=CALIBRATION_IMAGES, help="(default: %(default)s)")
     parser.add_argument("--limit", type=int, help="validation photos at most, drawn evenly (default: all)")
     parser.add_argument("--batch-size", type=int, default=64)
@@ -144,27 +201,39 @@ def main() -> int:
     try:
         if not 0 < arguments.macs <= 1 or min(arguments.calibration_images, arguments.batch_size) < 1:
             raise InputError("--macs: give a share of the dense MACs in (0, 1]; counts are 1 or more")
-        device = usable_device(arguments.device)
-        full = make(
-            arguments.run, arguments.data, arguments.output, arguments.macs, arguments.calibration_images, device
-        )
-        shipped = iared2.load(arguments.output).to(device)
-        samples = open_samples(DataConfig(path=arguments.data, classes=shipped.class_names or ()), "eval")
-        samples = some(samples, arguments.limit or len(samples))
-        batches = eval_batches(samples, model_transform(shipped.pretrained_cfg), batch_size=arguments.batch_size)
-        steps, console = -(-len(samples) // arguments.batch_size), Console(stderr=True)
-        progress = track(batches, "measuring", steps, console=console, disable=not console.is_terminal)
-        labels, (before, after) = measure([full, shipped], progress, arguments.bf16)
+        table = run(arguments, usable_device(arguments.device))
     except InputError as error:
         print(printable(f"error: {error}"), file=sys.stderr)
         return 1
-    command = f"python experiments/box.py RUN --data DATA -o src/iared2/box/model.safetensors --macs {arguments.macs:g}"
-    command += f" --limit {arguments.limit}" * bool(arguments.limit) + " --bf16" * arguments.bf16
-    size = arguments.output.stat().st_size
-    table = describe(labels, before, after, shipped, size, command, arguments.bf16)
     write(arguments.json, to_json({"experiment": arguments.json.stem, **table.__dict__}) + "\n", parents=True)
     print(table.markdown())
     return 0
+
+
+def run(arguments: argparse.Namespace, device: torch.device) -> Table:
+    """Make the file and measure it."""
+    output, keep = arguments.output, arguments.first_pass
+    images = arguments.calibration_images
+    full = make(arguments.run, arguments.data, output, arguments.macs, keep, images, device)
+    shipped = iared2.load(output).to(device)
+    models = {"full precision": full, "as shipped, 8 bits": shipped}
+    if all(map(torch.equal, full.state_dict().values(), shipped.state_dict().values())):
+        del models["full precision"]
+    samples = open_samples(DataConfig(path=arguments.data, classes=shipped.class_names or ()), "eval")
+    samples = some(samples, arguments.limit or len(samples))
+    batches = eval_batches(samples, model_transform(shipped.pretrained_cfg), batch_size=arguments.batch_size)
+    steps, console = -(-len(samples) // arguments.batch_size), Console(stderr=True)
+    progress = track(batches, "measuring", steps, console=console, disable=not console.is_terminal)
+    labels, found = measure(list(models.values()), progress, arguments.bf16)
+    answers = dict(zip(models, found, strict=True))
+    if keep:
+        full.confidence = shipped.confidence = confidence_for(shipped, found[-1], arguments.macs)
+        full.save(output, int8=True)
+        answers = {name: with_second_pass(shipped, one) for name, one in answers.items()}
+    command = f"python experiments/box.py RUN --data DATA -o src/iared2/box/model.safetensors --macs {arguments.macs:g}"
+    command += f" --first-pass {' '.join(f'{share:g}' for share in keep)}" if keep else ""
+    command += f" --limit {arguments.limit}" * bool(arguments.limit) + " --bf16" * arguments.bf16
+    return describe(labels, answers, shipped, output.stat().st_size, command, arguments.bf16)
 
 
 if __name__ == "__main__":

@@ -130,6 +130,7 @@ def test_box_from_a_run_to_a_file_that_describes_itself(
         "vit_small_patch14_dinov2", groups=4, num_classes=42, **{**SMALL, "depth": 8}, interpreter="attention"
     )
     model.spread = 1.0
+    torch.nn.init.normal_(model.backbone.head.weight, std=0.1)  # so that some answers are surer
     model.save(run / "model.safetensors")
     command = ["box.py", str(run), "--data", str(data), "-o", str(file), "--json", str(figures), "--macs", "0.7"]
     monkeypatch.setattr(sys, "argv", [*command, "--calibration-images", "32", "--batch-size", "16"])
@@ -161,9 +162,40 @@ def test_box_from_a_run_to_a_file_that_describes_itself(
     assert table["title"].split("weights, on ")[1].startswith("42 validation photos")
     assert f"`{table['command']}`" in capsys.readouterr().out
 
-    monkeypatch.setattr(sys, "argv", [*command, "--macs", "0.001"])
-    assert box.main() == 1
-    assert "cannot be met" in capsys.readouterr().err
+    second = ["--macs", "0.8", "--first-pass", "1", "1", "0.4", "0.3", "--calibration-images", "32"]
+    monkeypatch.setattr(sys, "argv", [*command, *second])
+    assert box.main() == 0
+    shipped = iared2.load(file)
+    with torch.inference_mode():
+        out, dense = shipped.trace(batch.images), shipped.backbone(batch.images)
+    answers = out.logits.argmax(1)
+    table = json.loads(figures.read_text())
+    _, _, _, whole, _, both = table["rows"]
+    assert 0 < out.unsure.double().mean() < 1
+    assert whole[1] == f"{100 * (dense.argmax(1) == batch.labels).double().mean():.2f}"
+    assert both[1] == f"{100 * (answers == batch.labels).double().mean():.2f}"
+    share = out.macs.double().mean().item() / shipped.dense_macs
+    assert 0.8 - 1 / 42 < share <= 0.8, "second passes use what the first leave, to one photo"
+    assert both[4] == f"{100 * share:.1f} %"
+    assert f"{100 * (answers == dense.argmax(1)).double().mean():.1f} % of the answers are equal" in table["notes"][0]
+    assert f"{100 * out.unsure.double().mean():.1f} % of the photos" in table["notes"][1]
+
+    again = tmp_path / "again.safetensors"
+    monkeypatch.setattr(sys, "argv", [*command, *second, "-o", str(again)])
+    sys.argv[1] = str(file)
+    assert box.main() == 0
+    first, twice = (iared2.load(one).state_dict() for one in (file, again))
+    assert all(torch.equal(first[name], twice[name]) for name in first), "8 bits of 8 bits are the same"
+    table = json.loads(figures.read_text())
+    assert [row[0] for row in table["rows"]] == [
+        f"{kind}, as shipped, 8 bits" for kind in ("dense backbone", "first pass alone", "reduced")
+    ]
+    assert not any("full precision" in note for note in table["notes"])
+
+    for wrong, what in ((["--macs", "0.001"], "cannot be met"), ([*second, "--macs", "0.5"], "takes all of 50.0%")):
+        monkeypatch.setattr(sys, "argv", [*command, *wrong])
+        assert box.main() == 1
+        assert what in capsys.readouterr().err
 
 
 def test_boxes_of_the_free_photos(experiments: Any) -> None:
