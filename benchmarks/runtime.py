@@ -30,7 +30,8 @@ from iared2.errors import InputError
 from iared2.evaluate.speed.command import machine
 from iared2.evaluate.speed.runtimes import NAMES, dense_graph
 from iared2.evaluate.speed.workload import draw
-from iared2.export.stages import as_arrays, export_stages
+from iared2.export.served import as_arrays
+from iared2.export.stages import export_stages
 from iared2.pretrained.build import from_timm
 from iared2.pretrained.checkpoint import load
 from iared2.runtime import BACKENDS, Engine

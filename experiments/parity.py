@@ -20,7 +20,7 @@ import iared2
 from iared2 import ReducedVisionTransformer
 from iared2.data.photo_batches import photo_batches
 from iared2.data.unlabelled import open_photos
-from iared2.export.stages import exported
+from iared2.export.served import exported
 from iared2.model.reduced import Output
 
 MARGINS = (1e-4, 1e-5, 1e-6)

@@ -51,6 +51,30 @@ def test_is_what_the_predictor_says(predictor: Predictor, files: list[Path]) -> 
     assert np.array_equal(one.overlay(), after.overlay())
 
 
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning", "ignore:The given buffer is not")
+@pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
+def test_a_runtime_says_the_same(predictor: Predictor, files: list[Path], engine: str) -> None:
+    pytest.importorskip(engine, reason=f"{engine} is missing: pip install 'iared2[test]'")
+    model = predictor.model
+    model.threshold = (0.0, 0.501, 0.502)
+    margins = [float(p[0][1] - p[1][1]) for p in (predictor(file).top5 for file in files)]
+    model.confidence = (min(margins) + max(margins)) / 2
+    served = Predictor(model, engine=engine)
+    threshold = float(np.median(predictor(COFFEE).scores[0])) + 1e-5
+    for choice in (Choice(), Choice(rule="threshold", threshold=threshold), Choice(method="random")):
+        both = [compare(one, files, choice)[0] for one in (predictor, served)]
+        assert {one.after.second_pass for one in both[0]} == {True, False}
+        for mine, other in zip(*both, strict=True):
+            for expected, found in ((mine.before, other.before), (mine.after, other.after)):
+                np.testing.assert_allclose(found.scores, expected.scores, atol=1e-4)
+                assert np.array_equal(found.kept, expected.kept)
+                assert (found.macs, found.second_pass) == (expected.macs, expected.second_pass)
+                assert [name for name, _ in found.top5] == [name for name, _ in expected.top5]
+                probabilities = [[p for _, p in one.top5] for one in (found, expected)]
+                np.testing.assert_allclose(*probabilities, atol=1e-5)
+            np.testing.assert_allclose(other.heat, mine.heat, atol=1e-2)
+
+
 def test_every_group(predictor: Predictor, files: list[Path]) -> None:
     after = predictor(COFFEE)
     for group in range(3):

@@ -348,6 +348,21 @@ def test_the_command_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == [((), {"host": "0.0.0.0", "port": 80, "root_path": "/x", "max_file_size": 5})]
 
 
+def test_the_command_with_a_runtime(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], like_the_box: Path
+) -> None:
+    monkeypatch.setattr("iared2.export.served.exported", lambda model, engine, *args, **kwargs: engine)
+    made = []
+    monkeypatch.setattr(demo, "build", made.append)
+    monkeypatch.setattr(demo, "serve", lambda *args, **kwargs: None)
+    assert main(["demo", "-c", str(like_the_box), "--engine", "openvino"]) == 0
+    assert made[0]._served == "openvino"
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert main(["demo", "-c", str(like_the_box), "--engine", "onnxruntime"]) == 1
+    assert "onnxruntime" in capsys.readouterr().err
+
+
 def test_without_gradio(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.delitem(sys.modules, "iared2.demo.page")

@@ -15,7 +15,8 @@ from tiny import sharp_images, sharp_model
 import iared2
 from iared2.data.batches import model_transform
 from iared2.errors import InputError
-from iared2.export.stages import as_arrays, export_stages
+from iared2.export.served import as_arrays
+from iared2.export.stages import export_stages
 from iared2.runtime import Decided, Engine
 
 # torch 2.10, of itself

@@ -14,6 +14,7 @@ from .shared import (
     colormap,
     confidence,
     device,
+    engine,
     image_size,
     json,
     spread,
@@ -76,13 +77,7 @@ def predict(command: argparse.ArgumentParser) -> None:
     add("--split", help="of hf:NAME (default: all)")
     batches(command)
     add("--shard-size", type=int, default=4096, help="photos per Parquet file (default: %(default)s)")
-    add(
-        "--engine",
-        choices=["torch", "openvino", "onnxruntime"],
-        default="torch",
-        help="what runs the model; the others are for CPUs, and also take a FILE.zip of iared2 export as -c"
-        " (default: %(default)s)",
-    )
+    engine(command, "what runs the model; the others are for CPUs, and also take a FILE.zip of iared2 export as -c")
     device(command, None)
 
 
@@ -286,4 +281,5 @@ def demo(command: argparse.ArgumentParser) -> None:
     add("--port", type=int, default=7860, help="of the page (default: %(default)s)")
     add("--root-path", help="path of the page behind a reverse proxy, e.g. /iared2 (default: none, no proxy)")
     add("--max-file-size", type=int, default=20, metavar="MB", help="maximum size of an upload (default: %(default)s)")
+    engine(command, "what runs the model; the others are for CPUs, and take half a minute more to start")
     device(command)

@@ -73,6 +73,12 @@ def device(command: argparse.ArgumentParser, default: str | None = "cpu") -> Non
     command.add_argument("--device", default=default, help=f"cpu, cuda, cuda:1, … (default: {default or CUDA})")
 
 
+def engine(command: argparse.ArgumentParser, help: str) -> None:
+    """Add ``--engine``."""
+    engines = ["torch", "openvino", "onnxruntime"]
+    command.add_argument("--engine", choices=engines, default="torch", help=f"{help} (default: %(default)s)")
+
+
 def threshold(command: argparse.ArgumentParser) -> None:
     """Add ``-t``."""
     text = "keep patches that score above T: one number, or one per group (default: the model's own)"

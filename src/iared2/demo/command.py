@@ -20,7 +20,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise missing("the page", error.name, "demo") from None
     checkpoint = arguments.checkpoint
     # visitors need not know where the server keeps its files
-    predictor = Predictor(load(checkpoint), arguments.device, checkpoint and Path(checkpoint).name)
+    predictor = Predictor(load(checkpoint), arguments.device, checkpoint and Path(checkpoint).name, arguments.engine)
     predictor.model.pack_weights()
     options = {name: getattr(arguments, name) for name in ("host", "port", "root_path", "max_file_size")}
     try:

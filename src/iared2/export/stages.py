@@ -18,10 +18,8 @@ import json
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.layers import Attention
@@ -31,15 +29,11 @@ from ..atomic import whole
 from ..errors import InputError, missing
 from ..model import backbone as vit
 from ..model.block import after_attention, attentions, before_attention, head_dim, is_touched
-from ..model.decide import Decide
 from ..model.dither import pattern
 from ..model.file import config_of
 from ..model.macs import linear_macs
 from ..model.reduced import ReducedVisionTransformer
-from ..model.second_pass import Replayed, same_pass
-from ..runtime import Decided, Engine
 from ..runtime.archive import EXTERNAL, FORMAT, MANIFEST
-from ..runtime.backends import loader
 
 MAX_WEIGHTS = (1 << 31) - (1 << 24)
 ANY = torch.export.Dim.DYNAMIC
@@ -210,29 +204,6 @@ def export_stages(model: ReducedVisionTransformer, path: Path | str, stem: int |
         folder.writestr(MANIFEST, about)
         for name, graph in graphs.items():
             folder.writestr(name, graph)
-
-
-def exported(
-    model: ReducedVisionTransformer, backend: str, threads: int, precision: str = "fp32", stem: int | None = None
-) -> Engine:
-    """The engine of a model, by way of a temporary file. Arguments and errors: of `Engine` and `export_stages`."""
-    loader(backend, threads, precision)  # what is missing is missed before an export, which takes half a minute
-    with TemporaryDirectory() as folder:
-        path = Path(folder, "model.zip")
-        export_stages(model, path, stem)
-        return Engine(path, backend, threads, precision)
-
-
-def as_arrays(model: ReducedVisionTransformer, decide: Decide) -> Decided:
-    """A decision on tensors for the engine of a model, which is asked for its sizes alone."""
-
-    def keep(scores: np.ndarray, alive: np.ndarray, group: int) -> np.ndarray:
-        return decide(torch.from_numpy(scores), torch.from_numpy(alive), group).numpy()
-
-    second = same_pass(model, decide, decide)
-    if not isinstance(second, Replayed):
-        return Decided(keep)
-    return Decided(keep, lambda logits: second.unsure(torch.from_numpy(logits)).numpy(), second.first)
 
 
 def _separate(attn: Any) -> None:

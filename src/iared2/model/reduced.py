@@ -6,7 +6,6 @@ Owns the loop and the groups. Blocks, scores and decisions are defined in the ne
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,31 +20,8 @@ from .facade import Facade
 from .hugging_face import HubModel
 from .interpreter import MultiHeadInterpreter
 from .merge import merge
+from .second_pass import Output
 from .tokens import PackedTokens
-
-
-@dataclass(frozen=True)
-class Output:
-    """The result of a forward pass.
-
-    Attributes:
-        logits: ``(B, K)``, of the last pass; scores and kept are of the first (second_pass.py).
-        scores: ``(D, B, N)`` float32 informativeness in (0, 1); 0 where the patch was already dropped.
-        kept: ``(D, B, N)`` bool, the patches on which the blocks of each group ran.
-        macs: ``(B,)`` int64 MACs (multiply-adds) per image, including the interpreters and a second pass.
-        unsure: ``(B,)`` bool, the images that took a second pass.
-    """
-
-    logits: Tensor
-    scores: Tensor
-    kept: Tensor
-    macs: Tensor
-    unsure: Tensor
-
-    @property
-    def keep_ratio(self) -> Tensor:
-        """``(D, B)`` share of an image's patches alive after each group, 0…1."""
-        return self.kept.float().mean(-1)
 
 
 class ReducedVisionTransformer(Facade, HubModel):
@@ -119,10 +95,7 @@ class ReducedVisionTransformer(Facade, HubModel):
     @torch.compiler.disable
     def trace(self, images: Tensor, decide: Decide | None = None, keys: Tensor | None = None) -> Output:
         """A forward pass that also returns scores, decisions and MACs; arguments: see `forward`, `embed`."""
-        found = second_pass.run(self, self.embed(images, keys), decide)
-        kept = torch.stack(found.kept)
-        cost = self.count_macs(kept.sum(-1), kept.shape[-1]) + found.macs(self)
-        return Output(found.logits(self), torch.stack(found.scores), kept, cost, found.unsure)
+        return second_pass.run(self, self.embed(images, keys), decide).output(self)
 
     def embed(self, images: Tensor, keys: Tensor | None = None) -> PackedTokens:
         """Images to tokens, none dropped. With ``keys (B,)``, random draws are a function of the image (keyed.py)."""

@@ -27,6 +27,30 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Output:
+    """The result of a forward pass.
+
+    Attributes:
+        logits: ``(B, K)``, of the last pass; scores and kept are of the first.
+        scores: ``(D, B, N)`` float32 informativeness in (0, 1); 0 where the patch was already dropped.
+        kept: ``(D, B, N)`` bool, the patches on which the blocks of each group ran.
+        macs: ``(B,)`` int64 MACs (multiply-adds) per image, including the interpreters and a second pass.
+        unsure: ``(B,)`` bool, the images that took a second pass.
+    """
+
+    logits: Tensor
+    scores: Tensor
+    kept: Tensor
+    macs: Tensor
+    unsure: Tensor
+
+    @property
+    def keep_ratio(self) -> Tensor:
+        """``(D, B)`` share of an image's patches alive after each group, 0…1."""
+        return self.kept.float().mean(-1)
+
+
+@dataclass(frozen=True)
 class Replayed:
     """A function that decides which patches stay, with a second pass as a `Decision` has it.
 
@@ -88,9 +112,12 @@ class Passes:
     def _replaced(self, found: Tensor, of: Callable[[PackedTokens], Tensor]) -> Tensor:
         return found if self.again is None else found.index_copy(0, self.unsure.nonzero()[:, 0], of(self.again))
 
-    def macs(self, model: ReducedVisionTransformer) -> Tensor:
-        """``(B,)`` int64 MACs of the second pass."""
-        return self.unsure * second_pass_macs(model, self.first, self.ends.num_patches)
+    def output(self, model: ReducedVisionTransformer) -> Output:
+        """All that there is to say."""
+        kept = torch.stack(self.kept)
+        again = self.unsure * second_pass_macs(model, self.first, self.ends.num_patches)
+        macs = model.count_macs(kept.sum(-1), kept.shape[-1]) + again
+        return Output(self.logits(model), torch.stack(self.scores), kept, macs, self.unsure)
 
 
 def run(model: ReducedVisionTransformer, packed: PackedTokens, decide: Decide | None = None) -> Passes:

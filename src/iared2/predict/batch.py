@@ -19,10 +19,9 @@ from ..data.batches import model_transform
 from ..data.photo_batches import read_images
 from ..device import usable_device
 from ..errors import InputError, missing
-from ..export.stages import as_arrays, exported
+from ..export import served
 from ..model import backbone as vit
 from ..model import onednn, second_pass
-from ..model.macs import second_pass_macs
 from ..model.reduced import ReducedVisionTransformer
 from ..model.restore import described
 from ..pretrained.checkpoint import BOX
@@ -110,7 +109,7 @@ class BatchPredictor:
         self.engine = engine
         if engine != "torch" and not self._file:
             stem = self.decision.first_drop(loaded.num_patches)
-            self._served = exported(loaded, engine, torch.get_num_threads(), stem=stem)
+            self._served = served.exported(loaded, engine, torch.get_num_threads(), stem=stem)
         elif loaded is not model and not self._file:
             loaded.pack_weights()
 
@@ -181,30 +180,20 @@ class BatchPredictor:
             weight = next(model.parameters())
             images = images.to(weight.device, weight.dtype, non_blocking=True)
             passes = second_pass.run(model, model.embed(images), self.decision)
-            logits, scores, kept = passes.logits(model), torch.stack(passes.scores), torch.stack(passes.kept)
-            macs, unsure = passes.macs(model), passes.unsure
+            output = passes.output(model)
         else:
-            output = self._served(images.numpy(), as_arrays(model, self.decision))
-            logits, scores, kept = map(torch.from_numpy, (output.logits, output.scores, output.kept))
-            first = max(self._served.stem, self.decision.first_drop(model.num_patches))
-            unsure = torch.from_numpy(output.unsure)
-            macs = unsure * second_pass_macs(model, first, model.num_patches)
-            if logits.shape[1] != model.num_classes:
-                raise InputError(
-                    f"{self._file}: has {logits.shape[1]} classes, not {model.num_classes}; export it again"
-                )
-        counts = kept.sum(-1)
+            output = served.trace(self._served, model, images, self.decision)
         rows = {
-            "top5": self._top5(logits),
-            "kept": _lists(counts.T.cpu().numpy().astype(np.int32), pa.list_(pa.int32())),
-            "second_pass": pa.array(unsure.cpu().numpy()),
-            "macs": pa.array((model.count_macs(counts, kept.shape[-1]) + macs).cpu().numpy()),
+            "top5": self._top5(output.logits),
+            "kept": _lists(output.kept.sum(-1).T.cpu().numpy().astype(np.int32), pa.list_(pa.int32())),
+            "second_pass": pa.array(output.unsure.cpu().numpy()),
+            "macs": pa.array(output.macs.cpu().numpy()),
         }
         if self.embedding:
             features = passes.last(lambda packed: vit.head(model.backbone, packed, pre_logits=True))
             rows["embedding"] = _lists(features.float().cpu().numpy(), schema.field("embedding").type)
         if self.scores:
-            halves = scores.transpose(0, 1).half().contiguous().cpu().numpy()
+            halves = output.scores.transpose(0, 1).half().contiguous().cpu().numpy()
             rows["scores"] = _lists(halves, schema.field("scores").type)
         numbers = iter(range(len(images)))
         places = pa.array([next(numbers) if error is None else None for error in errors], pa.int64())

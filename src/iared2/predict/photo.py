@@ -125,11 +125,12 @@ class Predictor(BasePredictor):
         model: ReducedVisionTransformer | str | Path | None = None,
         device: str | torch.device = "cpu",
         checkpoint: str | Path | None = None,
+        engine: str = "torch",
         *,
         allow_urls: bool = False,
     ) -> None:
         """Prepare the model for calls: see `BasePredictor` and the class."""
-        super().__init__(model, device, checkpoint)
+        super().__init__(model, device, checkpoint, engine)
         self.allow_urls = allow_urls
 
     @overload

@@ -10,6 +10,7 @@ import math
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,6 +25,7 @@ from ..data.batches import model_transform
 from ..device import timed, usable_device
 from ..errors import InputError, printable
 from ..explain.heatmap import default_group, grid_of, lowest_kept, score_map
+from ..export import served
 from ..model.decide import Decide
 from ..model.reduced import Output, ReducedVisionTransformer
 from ..pretrained.checkpoint import load
@@ -162,6 +164,7 @@ class BasePredictor:
         model: ReducedVisionTransformer | str | Path | None = None,
         device: str | torch.device = "cpu",
         checkpoint: str | Path | None = None,
+        engine: str = "torch",
     ) -> None:
         """Prepare the model for calls.
 
@@ -171,10 +174,13 @@ class BasePredictor:
                 box.
             device: anything that `torch.device` takes.
             checkpoint: the source of the model, only for `result.json`.
+            engine: what runs the forward passes: "torch", or "openvino" or "onnxruntime" in float32 on the CPU, with
+                the threads of torch (`runtime.Engine`). The model is exported first, in about half a minute for a
+                ViT-S, and its weights may not change then.
 
         Raises:
             InputError: the device is missing, the model cannot be loaded, or it does not take RGB photos
-                (`VideoPredictor`: RGB clips).
+                (`VideoPredictor`: RGB clips). Or the engine is missing, or has no such device or not these layers.
         """
         if not isinstance(model, ReducedVisionTransformer):
             checkpoint = checkpoint or model
@@ -184,6 +190,11 @@ class BasePredictor:
         size = list(cfg["input_size"][1:])
         self.device = usable_device(device)
         self.model = model.eval().to(self.device)
+        self._served = None
+        if engine != "torch":
+            if self.device.type != "cpu":
+                raise InputError(f"the engine {engine} runs on the CPU: leave out the device, or the engine")
+            self._served = served.exported(model, engine, torch.get_num_threads(), stem=0)  # any group may drop
         self._about = {
             "architecture": cfg.get("architecture") or type(model.backbone).__name__,
             "input_size": size,
@@ -231,10 +242,11 @@ class BasePredictor:
     @torch.inference_mode()
     def _trace(self, inputs: Tensor, decide: Decide) -> tuple[Output, float]:
         """One forward pass and its seconds."""
+        trace = partial(served.trace, self._served, self.model) if self._served else self.model.trace
         if not self._warm:
-            self.model.trace(inputs, decide)  # the first pass includes allocations and the choice of kernels
+            trace(inputs, decide)  # the first pass includes allocations and the choice of kernels
             self._warm = True
-        return timed(self.device, self.model.trace, inputs, decide)
+        return timed(self.device, trace, inputs, decide)
 
     def _top5(self, logits: Tensor) -> list[tuple[str, float]]:
         if not self.model.num_classes:  # the output is features, not logits

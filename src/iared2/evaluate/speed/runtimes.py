@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...export.stages import as_arrays, exported
+from ...export.served import as_arrays, exported
 from ...model.reduced import ReducedVisionTransformer
 from ...runtime import BACKENDS
 from ...runtime.backends import loader

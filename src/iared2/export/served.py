@@ -1,0 +1,63 @@
+"""A model served by `runtime.Engine`: the same decisions and the same `Output`, computed by another runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..model.decide import Decide
+from ..model.macs import second_pass_macs
+from ..model.reduced import Output, ReducedVisionTransformer
+from ..model.second_pass import Replayed, same_pass
+from ..runtime import Decided, Engine
+from ..runtime.backends import loader
+from .stages import export_stages
+
+
+def exported(
+    model: ReducedVisionTransformer, backend: str, threads: int, precision: str = "fp32", stem: int | None = None
+) -> Engine:
+    """The engine of a model, by way of a temporary file. Arguments and errors: of `Engine` and `export_stages`."""
+    loader(backend, threads, precision)  # what is missing is missed before an export, which takes half a minute
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "model.zip")
+        export_stages(model, path, stem)
+        return Engine(path, backend, threads, precision)
+
+
+def as_arrays(model: ReducedVisionTransformer, decide: Decide) -> Decided:
+    """A decision on tensors for the engine of a model, which is asked for its sizes alone."""
+
+    def keep(scores: np.ndarray, alive: np.ndarray, group: int) -> np.ndarray:
+        return decide(torch.from_numpy(scores), torch.from_numpy(alive), group).numpy()
+
+    second = same_pass(model, decide, decide)
+    if not isinstance(second, Replayed):
+        return Decided(keep)
+    return Decided(keep, lambda logits: second.unsure(torch.from_numpy(logits)).numpy(), second.first)
+
+
+def trace(engine: Engine, model: ReducedVisionTransformer, images: Tensor, decide: Decide) -> Output:
+    """``model.trace(images, decide)``, computed by the model's engine.
+
+    Args:
+        engine: of the model; it has the weights.
+        model: of which the sizes alone are used.
+        images: ``(B, in_chans, height, width)`` on the CPU.
+        decide: the decision; it may not drop patches in the first ``engine.stem`` groups.
+
+    Raises:
+        InputError: as `Engine`; or the engine has another number of classes than the model.
+    """
+    decided = as_arrays(model, decide)
+    found = engine(images.float().numpy(), decided)
+    if found.logits.shape[1:] != (expected := model.num_classes or model.num_features,):
+        raise InputError(f"{engine.path}: has {found.logits.shape[1]} classes, not {expected}; export it again")
+    logits, scores, kept, unsure = map(torch.from_numpy, (found.logits, found.scores, found.kept, found.unsure))
+    again = second_pass_macs(model, max(engine.stem, decided.first), model.num_patches)
+    return Output(logits, scores, kept, model.count_macs(kept.sum(-1), kept.shape[-1]) + unsure * again, unsure)
