@@ -4,11 +4,11 @@
         --first-pass 1 1 1 0.25 0.14 0.094
 
 RUN is the folder of a run of `iared2 train`, or a file of `model.save`; DATA is its data set. The thresholds are
-calibrated on training photos: for a share of the dense MACs, or for the shares that the first pass keeps. Then second
-passes use the rest of the budget (model/second_pass.py): the confidence for it is set on the validation photos, without
-their labels, since a model is surer of photos that it was trained on. The weights are stored in 8 bits, and the file is
-loaded again. The full weights, unless they have 8 bits already, and the shipped ones then see the validation photos.
-Prints a table and writes it to --json, for the model card.
+calibrated on training photos: for a share of the dense MACs, or with --first-pass for the shares that the first pass
+keeps. Then second passes use the rest of the budget (model/second_pass.py): the confidence for it is set on the
+validation photos, without their labels, since a model is surer of photos that it was trained on. The weights are
+stored in 8 bits, and loaded again. The full weights, unless they have 8 bits already, and the shipped ones then see
+the validation photos. Writes the file, and a table to --json for the model card.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -51,13 +52,12 @@ def some(samples: Samples, count: int) -> Samples:
 def make(
     run: str,
     data: str,
-    output: Path,
     macs: float,
     first_pass: Sequence[float] | None,
     images: int,
     device: torch.device,
 ) -> ReducedVisionTransformer:
-    """Calibrate the model of a run for one pass, save it in 8 bits, and return it in full precision."""
+    """The model of a run, calibrated for one pass."""
     model = iared2.load(run).to(device)
     share = model.pretrained_cfg.get("holdout") or 0.0
     samples = open_samples(DataConfig(path=data, classes=model.class_names or (), holdout=share), "train")
@@ -70,7 +70,6 @@ def make(
     (batch,) = eval_batches(sample, model_transform(model.pretrained_cfg), batch_size=len(sample))
     budget = {"keep": first_pass} if first_pass else {"gmacs": macs * model.dense_macs / 1e9}
     model.calibrate(batch.images.to(device), **budget)
-    model.save(output, int8=True)
     return model
 
 
@@ -109,8 +108,11 @@ def measure(models: Sequence[ReducedVisionTransformer], batches: Iterable[Batch]
             with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
                 out, dense = model.trace(images), model.backbone(images)
             kept = out.kept.float().mean(-1).T
-            rows.append([part.cpu() for part in (dense, out.logits, out.logits, kept, out.macs, out.macs)])
-    answers = [Answers(*map(torch.cat, zip(*rows, strict=True))) for rows in found]
+            rows.append([part.cpu() for part in (dense, out.logits, kept, out.macs)])
+    answers = []
+    for rows in found:
+        dense, first, kept, macs = map(torch.cat, zip(*rows, strict=True))
+        answers.append(Answers(dense, first, first, kept, macs, macs))
     return torch.cat(labels), answers
 
 
@@ -120,8 +122,10 @@ def confidence_for(model: ReducedVisionTransformer, once: Answers, macs: float) 
     rows, _ = second_passes(model, once.first, once.first_macs, macs, first)
     if not len(rows):
         raise InputError(f"the first pass takes all of {macs:.1%} of the MACs: give smaller shares, or more MACs")
-    margins = margin(once.first).sort().values
-    return margins[len(rows) - 1 : len(rows) + 1].double().mean().item()
+    if len(rows) == len(once.first):
+        return 1.0
+    margins = margin(once.first).sort().values.double()
+    return min(margins[len(rows) - 1 : len(rows) + 1].mean().item(), 1 - 1e-9)  # 1 would be all photos
 
 
 def with_second_pass(model: ReducedVisionTransformer, once: Answers) -> Answers:
@@ -214,8 +218,12 @@ def run(arguments: argparse.Namespace, device: torch.device) -> Table:
     """Make the file and measure it."""
     output, keep = arguments.output, arguments.first_pass
     images = arguments.calibration_images
-    full = make(arguments.run, arguments.data, output, arguments.macs, keep, images, device)
-    shipped = iared2.load(output).to(device)
+    full = make(arguments.run, arguments.data, arguments.macs, keep, images, device)
+    if keep and len(keep) != full.num_groups:
+        raise InputError(f"--first-pass: give {full.num_groups} shares, one per group")
+    with TemporaryDirectory() as folder:
+        full.save(Path(folder, output.name), int8=True)
+        shipped = iared2.load(Path(folder, output.name)).to(device)
     models = {"full precision": full, "as shipped, 8 bits": shipped}
     if all(map(torch.equal, full.state_dict().values(), shipped.state_dict().values())):
         del models["full precision"]
@@ -228,8 +236,8 @@ def run(arguments: argparse.Namespace, device: torch.device) -> Table:
     answers = dict(zip(models, found, strict=True))
     if keep:
         full.confidence = shipped.confidence = confidence_for(shipped, found[-1], arguments.macs)
-        full.save(output, int8=True)
         answers = {name: with_second_pass(shipped, one) for name, one in answers.items()}
+    full.save(output, int8=True)
     command = f"python experiments/box.py RUN --data DATA -o src/iared2/box/model.safetensors --macs {arguments.macs:g}"
     command += f" --first-pass {' '.join(f'{share:g}' for share in keep)}" if keep else ""
     command += f" --limit {arguments.limit}" * bool(arguments.limit) + " --bf16" * arguments.bf16

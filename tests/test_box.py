@@ -64,10 +64,11 @@ def test_is_what_commands_use(model: iared2.ReducedVisionTransformer, tmp_path: 
 
 
 def test_reduces(model: iared2.ReducedVisionTransformer) -> None:
-    """Fewer patches after each group, at fewer MACs, and other decisions on other photos."""
+    """Fewer patches after each group, at fewer MACs in one pass, and other decisions on other photos."""
     results = [iared2.Predictor(model)(photo) for photo in PHOTOS]
     for result in results:
         assert (np.diff(result.keep_ratio) <= 0).all()
-        assert result.macs < 0.9 * result.dense_macs
+        assert result.macs < (1.1 if result.second_pass else 0.6) * result.dense_macs
         assert np.isfinite(result.scores).all()
+    assert sum(result.second_pass for result in results) < len(PHOTOS) / 2
     assert len({result.kept.tobytes() for result in results}) == len(PHOTOS)

@@ -61,7 +61,7 @@ def test_a_runtime_says_the_same(predictor: Predictor, files: list[Path], engine
     model.confidence = (min(margins) + max(margins)) / 2
     served = Predictor(model, engine=engine)
     threshold = float(np.median(predictor(COFFEE).scores[0])) + 1e-5
-    for choice in (Choice(), Choice(rule="threshold", threshold=threshold), Choice(method="random")):
+    for choice in (Choice(), Choice(rule="threshold", threshold=threshold)):
         both = [compare(one, files, choice)[0] for one in (predictor, served)]
         assert {one.after.second_pass for one in both[0]} == {True, False}
         for mine, other in zip(*both, strict=True):
@@ -72,7 +72,7 @@ def test_a_runtime_says_the_same(predictor: Predictor, files: list[Path], engine
                 assert [name for name, _ in found.top5] == [name for name, _ in expected.top5]
                 probabilities = [[p for _, p in one.top5] for one in (found, expected)]
                 np.testing.assert_allclose(*probabilities, atol=1e-5)
-            np.testing.assert_allclose(other.heat, mine.heat, atol=1e-2)
+            np.testing.assert_allclose(other.heat, mine.heat, atol=1e-3)
 
 
 def test_every_group(predictor: Predictor, files: list[Path]) -> None:

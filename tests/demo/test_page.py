@@ -360,7 +360,7 @@ def test_the_command_with_a_runtime(
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     assert main(["demo", "-c", str(like_the_box), "--engine", "onnxruntime"]) == 1
-    assert "onnxruntime" in capsys.readouterr().err
+    assert "needs the package onnxruntime" in capsys.readouterr().err
 
 
 def test_without_gradio(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -68,6 +68,13 @@ class TestModels:
         with pytest.raises(InputError, match="no checkpoint"):
             Predictor(tmp_path / "none.safetensors")
 
+    @pytest.mark.parametrize("engine", ["openVINO", "", None])
+    def test_run_in_an_engine_that_there_is(self, predictor, engine):
+        with pytest.raises(InputError, match="should be one of torch, openvino, onnxruntime"):
+            Predictor(predictor.model, engine=engine)
+        with pytest.raises(InputError, match="should be one of torch, openvino, onnxruntime"):
+            iared2.BatchPredictor(predictor.model, engine=engine)
+
     def test_of_timm_are_refused_with_what_to_do(self, predictor):
         with pytest.raises(InputError, match=r"a VisionTransformer drops no patches: give iared2\.from_timm\(model\)"):
             Predictor(predictor.model.backbone)

@@ -15,7 +15,7 @@ from tiny import sharp_images, sharp_model
 import iared2
 from iared2.data.batches import model_transform
 from iared2.errors import InputError
-from iared2.export.served import as_arrays
+from iared2.export.served import as_arrays, trace
 from iared2.export.stages import export_stages
 from iared2.runtime import Decided, Engine
 
@@ -126,6 +126,9 @@ def test_a_second_pass(kind, tmp_path, backend):
         check(found, output)
         assert np.array_equal(found.unsure, output.unsure.numpy())
         assert found.unsure.sum() == 3
+    served = trace(engine, model, images, model.decision)
+    for name in ("kept", "macs", "unsure"):
+        assert torch.equal(getattr(served, name), getattr(output, name))
     assert not engine(images.numpy(), as_arrays(model, model.decision.but(confidence=0.0))).unsure.any()
     if engine.stem == 1:
         drops = lambda scores, alive, group: alive & (scores > 0.5 * (group > 0))  # noqa: E731
@@ -136,6 +139,21 @@ def test_a_second_pass(kind, tmp_path, backend):
         engine(images.numpy())
     engine.max_tokens, engine.confidence, engine.num_keep = None, 0.0, np.array([24, 24, 9])
     assert not engine(images.numpy()).unsure.any()
+
+
+def test_a_model_without_classes_is_served_and_one_of_other_classes_is_not(tmp_path, backend):
+    model, images = sharp_model(("vit_base_patch16_siglip_224", {**SIZE, "num_classes": 0})), sharp_images(3)
+    model.num_keep = (18, 9, 4)
+    export_stages(model, tmp_path / "m.zip")
+    engine = Engine(tmp_path / "m.zip", backend, threads=1)
+    with torch.no_grad():
+        expected = model.trace(images)
+    found = trace(engine, model, images, model.decision)
+    torch.testing.assert_close(found.logits, expected.logits, atol=1e-4, rtol=0)
+    assert torch.equal(found.macs, expected.macs)
+    model.reset_classifier(5)
+    with pytest.raises(InputError, match="has 48 outputs, and 5 were expected: export it again"):
+        trace(engine, model, images, model.decision)
 
 
 @pytest.mark.slow

@@ -21,7 +21,8 @@ def run(arguments: argparse.Namespace) -> int:
     checkpoint = arguments.checkpoint
     # visitors need not know where the server keeps its files
     predictor = Predictor(load(checkpoint), arguments.device, checkpoint and Path(checkpoint).name, arguments.engine)
-    predictor.model.pack_weights()
+    if arguments.engine == "torch":
+        predictor.model.pack_weights()
     options = {name: getattr(arguments, name) for name in ("host", "port", "root_path", "max_file_size")}
     try:
         serve(build(predictor), **options)

@@ -18,6 +18,20 @@ from ..runtime import Decided, Engine
 from ..runtime.backends import loader
 from .stages import export_stages
 
+ENGINES = ("torch", "openvino", "onnxruntime")
+
+
+def check_engine(engine: str, device: torch.device) -> None:
+    """Refuse an engine that there is not, and a device that it does not run on.
+
+    Raises:
+        InputError: names the engines.
+    """
+    if engine not in ENGINES:
+        raise InputError(f"engine={engine!r} should be one of {', '.join(ENGINES)}")
+    if engine != "torch" and device.type != "cpu":
+        raise InputError(f"the engine {engine} runs on the CPU, not on {device}: leave out one of them")
+
 
 def exported(
     model: ReducedVisionTransformer, backend: str, threads: int, precision: str = "fp32", stem: int | None = None
@@ -57,7 +71,10 @@ def trace(engine: Engine, model: ReducedVisionTransformer, images: Tensor, decid
     decided = as_arrays(model, decide)
     found = engine(images.float().numpy(), decided)
     if found.logits.shape[1:] != (expected := model.num_classes or model.num_features,):
-        raise InputError(f"{engine.path}: has {found.logits.shape[1]} classes, not {expected}; export it again")
+        raise InputError(
+            f"the exported model has {found.logits.shape[1]} outputs, and {expected} were expected: export it again, or"
+            " make a new predictor of a model that was changed"
+        )
     logits, scores, kept, unsure = map(torch.from_numpy, (found.logits, found.scores, found.kept, found.unsure))
     again = second_pass_macs(model, max(engine.stem, decided.first), model.num_patches)
     return Output(logits, scores, kept, model.count_macs(kept.sum(-1), kept.shape[-1]) + unsure * again, unsure)

@@ -82,6 +82,7 @@ class BatchPredictor:
         if engine != "torch" and (embedding or not str(device or "cpu").startswith("cpu")):
             raise InputError(f"the engine {engine} has no embeddings and runs on the CPU: leave these options out")
         self.device = usable_device(device or ("cuda" if torch.cuda.is_available() and engine == "torch" else "cpu"))
+        served.check_engine(engine, self.device)
         onednn.forget_shapes()
         self._served: Engine | None = None
         is_file = isinstance(model, Path) or (isinstance(model, str) and model != BOX)

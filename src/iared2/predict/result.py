@@ -176,11 +176,11 @@ class BasePredictor:
             checkpoint: the source of the model, only for `result.json`.
             engine: what runs the forward passes: "torch", or "openvino" or "onnxruntime" in float32 on the CPU, with
                 the threads of torch (`runtime.Engine`). The model is exported first, in about half a minute for a
-                ViT-S, and its weights may not change then.
+                ViT-S; nothing of it but its decision may change then, and a predictor cannot be pickled or copied.
 
         Raises:
             InputError: the device is missing, the model cannot be loaded, or it does not take RGB photos
-                (`VideoPredictor`: RGB clips). Or the engine is missing, or has no such device or not these layers.
+                (`VideoPredictor`: RGB clips). Or the engine is missing, or is not for this device or these layers.
         """
         if not isinstance(model, ReducedVisionTransformer):
             checkpoint = checkpoint or model
@@ -189,11 +189,10 @@ class BasePredictor:
         cfg = model.pretrained_cfg
         size = list(cfg["input_size"][1:])
         self.device = usable_device(device)
+        served.check_engine(engine, self.device)
         self.model = model.eval().to(self.device)
         self._served = None
         if engine != "torch":
-            if self.device.type != "cpu":
-                raise InputError(f"the engine {engine} runs on the CPU: leave out the device, or the engine")
             self._served = served.exported(model, engine, torch.get_num_threads(), stem=0)  # any group may drop
         self._about = {
             "architecture": cfg.get("architecture") or type(model.backbone).__name__,
