@@ -118,6 +118,35 @@ def test_moving_from_command_to_files(experiments: Any, data: Path, tmp_path: Pa
     assert (tmp_path / "moving.png").stat().st_size > 10_000
 
 
+def test_a_policy_against_choices_of_as_many_patches(
+    experiments: Any, data: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    import paper
+
+    torch.manual_seed(0)
+    file = tmp_path / "model.safetensors"
+    model = iared2.from_timm("vit_small_patch14_dinov2", groups=3, num_classes=42, **{**SMALL, "depth": 6})
+    model.class_names = tuple(json.loads((data / "classes.json").read_text()))
+    model.spread, model.threshold = 1.0, (0.4, 0.5, 0.6)
+    model.save(file)
+    command = ["paper.py", str(file), "--data", str(data), "--backbone", str(file), "--photos", "30", "-o"]
+    monkeypatch.setattr(sys, "argv", [*command, str(tmp_path / "out"), "--calibration-photos", "20", "--macs", "0.6"])
+    paper.main()
+    rows = json.loads((tmp_path / "out" / "paper.json").read_text())["rows"]
+    names = [row[0] for row in rows]
+    assert names[:3] == ["dense, before the run", "every patch", "policy, its own thresholds"]
+    assert names[3:5] == names[-2:] == ["spread, as many", "random, as many"]
+    assert rows[0][1] == rows[1][1], "the same weights"
+    for policy, others in ((2, (3, 4)), (6, (7, 8))):
+        costs = [float(rows[row][3].rstrip(" %")) for row in (policy, *others)]
+        assert max(costs) - min(costs) <= 2
+    assert abs(float(rows[6][3].rstrip(" %")) - 60) <= 2
+    samples = paper.Photos(paper.open_samples(paper.DataConfig(path=str(data)), "eval"), model, 30)
+    with torch.no_grad():
+        expected = (model(samples.images.float()).argmax(1) == samples.labels).double().mean()
+    assert rows[2][1] == f"{100 * expected:.1f}"
+
+
 def test_box_from_a_run_to_a_file_that_describes_itself(
     experiments: Any, data: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:
