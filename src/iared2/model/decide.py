@@ -85,7 +85,8 @@ class Decision:
         object.__setattr__(self, "confidence", _number("confidence", confidence, 1.0))
         if self.confidence and self.max_tokens is not None:
             raise InputError(
-                "confidence > 0 runs every patch of some images, which max_tokens forbids: give one of them"
+                "confidence > 0 runs every patch of some images, which max_tokens forbids: set confidence=0, or no"
+                " max_tokens"
             )
         object.__setattr__(self, "grid_size", grid_size and tuple(grid_size))
 

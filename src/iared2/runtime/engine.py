@@ -165,7 +165,8 @@ class Engine:
     def _first_drop(self) -> int:
         if self.max_tokens is not None:
             raise InputError(
-                "confidence > 0 runs every patch of some images, which max_tokens forbids: give one of them"
+                "confidence > 0 runs every patch of some images, which max_tokens forbids: set confidence to 0, or"
+                " max_tokens to None"
             )
         if self.num_keep is not None:
             drops = [number < self.num_patches for number in self.num_keep]
