@@ -25,6 +25,7 @@ ORDER = (
     "reference_dense_112",
     "reference_dense",
     "reference",
+    "reference_paper",
     "tiny_imagenet_backbone",
     "tiny_imagenet",
     "tiny_imagenet_paper",

@@ -83,7 +83,7 @@ def main() -> None:
         for spread in (0.0, 1.0):
             model.decision = own.but(spread=spread)
             found = thresholds_for(model, calibrated_on.images, gmacs=macs * model.dense_macs / 1e9)
-            settings.append((f"at {macs:.0%} of the MACs, spread {spread:g}", model.decision.at(found)))
+            settings.append((f"at {100 * macs:g} % of the MACs, spread {spread:g}", model.decision.at(found)))
     for name, decision in settings:
         kept = add(f"policy, {name}", decision)
         counts = [round(share * model.num_patches) for share in kept]
