@@ -36,7 +36,7 @@ from iared2.data.images import DataConfig, Samples, open_samples
 from iared2.device import usable_device
 from iared2.errors import InputError, printable
 from iared2.keyed import permutation
-from iared2.model.decide import margin
+from iared2.model.decide import confidence_for
 from iared2.model.macs import second_pass_macs
 
 FIGURES = Path(__file__).resolve().parents[1] / "docs" / "figures" / "box.json"
@@ -114,18 +114,6 @@ def measure(models: Sequence[ReducedVisionTransformer], batches: Iterable[Batch]
         dense, first, kept, macs = map(torch.cat, zip(*rows, strict=True))
         answers.append(Answers(dense, first, first, kept, macs, macs))
     return torch.cat(labels), answers
-
-
-def confidence_for(model: ReducedVisionTransformer, once: Answers, macs: float) -> float:
-    """The confidence with which second passes use what the first passes leave of a budget."""
-    first = model.decision.first_drop(model.num_patches)
-    rows, _ = second_passes(model, once.first, once.first_macs, macs, first)
-    if not len(rows):
-        raise InputError(f"the first pass takes all of {macs:.1%} of the MACs: give smaller shares, or more MACs")
-    if len(rows) == len(once.first):
-        return 1.0
-    margins = margin(once.first).sort().values.double()
-    return min(margins[len(rows) - 1 : len(rows) + 1].mean().item(), 1 - 1e-9)  # 1 would be all photos
 
 
 def with_second_pass(model: ReducedVisionTransformer, once: Answers) -> Answers:
@@ -235,7 +223,11 @@ def run(arguments: argparse.Namespace, device: torch.device) -> Table:
     labels, found = measure(list(models.values()), progress, arguments.bf16)
     answers = dict(zip(models, found, strict=True))
     if keep:
-        full.confidence = shipped.confidence = confidence_for(shipped, found[-1], arguments.macs)
+        once, first = found[-1], shipped.decision.first_drop(shipped.num_patches)
+        rows, _ = second_passes(shipped, once.first, once.first_macs, arguments.macs, first)
+        if not len(rows):
+            raise InputError(f"the first pass takes all of {arguments.macs:.1%} of the MACs: give smaller shares")
+        full.confidence = shipped.confidence = confidence_for(once.first, len(rows))
         answers = {name: with_second_pass(shipped, one) for name, one in answers.items()}
     full.save(output, int8=True)
     command = f"python experiments/box.py RUN --data DATA -o src/iared2/box/model.safetensors --macs {arguments.macs:g}"

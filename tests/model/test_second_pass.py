@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import iared2
 from iared2 import InputError
-from iared2.model.decide import Decision, at_random, keep_all
+from iared2.model.decide import Decision, at_random, confidence_for, keep_all
 from iared2.model.schedule import tried, with_second_pass
 from iared2.model.second_pass import same_pass
 
@@ -153,3 +153,17 @@ def test_a_schedule_knows_what_it_gives_without_running_it(equal_counts, number)
     assert found.first_macs == first.macs
     torch.testing.assert_close(found.output, output.logits, atol=1e-4, rtol=0)
     assert found.agreement == (output.logits.argmax(1) == dense.argmax(1)).double().mean()
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_the_confidence_for_a_number_of_images(number):
+    logits = torch.tensor([[9.0, 0.0], [0.3, 0.0], [0.0, 2.0], [0.1, 0.0]])
+    unsure = Decision(confidence=confidence_for(logits, number)).unsure(logits)
+    assert unsure.tolist() == [number > place for place in (3, 1, 2, 0)]
+
+
+def test_images_of_which_the_model_is_wholly_sure_are_never_unsure_by_number():
+    """Their margin rounds to 1, and a confidence of 1 would be all images."""
+    logits = torch.tensor([[0.1, 0.0], [99.0, 0.0], [99.0, 0.0], [99.0, 0.0]])
+    assert Decision(confidence=confidence_for(logits, 2)).unsure(logits).tolist() == [True, False, False, False]
+    assert Decision(confidence=confidence_for(logits, 4)).unsure(logits).all()

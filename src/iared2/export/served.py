@@ -11,14 +11,13 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..model.decide import Decide
-from ..model.macs import second_pass_macs
-from ..model.reduced import Output, ReducedVisionTransformer
-from ..model.second_pass import Replayed, same_pass
-from ..runtime import Decided, Engine
+from ..model.reduced import ReducedVisionTransformer
+from ..model.second_pass import Output, Replayed, counted, same_pass
+from ..runtime import BACKENDS, Decided, Engine
 from ..runtime.backends import loader
 from .stages import export_stages
 
-ENGINES = ("torch", "openvino", "onnxruntime")
+ENGINES = ("torch", *BACKENDS)
 
 
 def check_engine(engine: str, device: torch.device) -> None:
@@ -76,5 +75,4 @@ def trace(engine: Engine, model: ReducedVisionTransformer, images: Tensor, decid
             " make a new predictor of a model that was changed"
         )
     logits, scores, kept, unsure = map(torch.from_numpy, (found.logits, found.scores, found.kept, found.unsure))
-    again = second_pass_macs(model, max(engine.stem, decided.first), model.num_patches)
-    return Output(logits, scores, kept, model.count_macs(kept.sum(-1), kept.shape[-1]) + unsure * again, unsure)
+    return counted(model, logits, scores, kept, unsure, max(engine.stem, decided.first))

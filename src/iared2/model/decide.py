@@ -214,6 +214,22 @@ def margin(logits: Tensor) -> Tensor:
     return best[:, 0] - best[:, 1:].sum(1)
 
 
+def confidence_for(logits: Tensor, number: int) -> float:
+    """The ``Decision.confidence`` with which so many of some images, the least sure, take a second pass.
+
+    Where images are equally sure, all or none of them do.
+
+    Args:
+        logits: ``(B, K)``.
+        number: 0…B.
+    """
+    margins = margin(logits).sort().values.double()
+    if number in (0, len(margins)):
+        return float(number > 0)
+    # 1 would be all of them
+    return min(margins[number - 1 : number + 1].mean().item(), math.nextafter(1.0, 0.0))
+
+
 def on_grid(decide: Decide, grid_size: tuple[int, ...]) -> Decide:
     """A decision for images of this grid, which need not be the model's own; a function that decides, as it is."""
     return decide.but(grid_size=grid_size) if isinstance(decide, Decision) else decide

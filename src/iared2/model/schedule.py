@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from .calibrate import BATCH_SIZE, at_shares, gmacs_of, solve
-from .decide import Decision, keep_all, margin
+from .decide import Decision, confidence_for, keep_all
 from .macs import second_pass_macs
 
 if TYPE_CHECKING:
@@ -168,9 +168,7 @@ def with_second_pass(model: ReducedVisionTransformer, found: Schedule, dense: Te
 
     Nothing is run: these images then have the dense model's output. Where images are equally sure, all or none do.
     """
-    margins = margin(found.output).sort().values.double()
-    edges = torch.cat([margins.new_zeros(1), (margins[1:] + margins[:-1]) / 2, margins.new_ones(1)])
-    decision = found.decision.but(confidence=edges[number].item())
+    decision = found.decision.but(confidence=confidence_for(found.output, number))
     unsure = decision.unsure(found.output)
     output = torch.where(unsure[:, None], dense.to(found.output), found.output)
     again = second_pass_macs(model, decision.first_drop(model.num_patches), model.num_patches) / model.dense_macs

@@ -50,6 +50,15 @@ class Output:
         return self.kept.float().mean(-1)
 
 
+def counted(
+    model: ReducedVisionTransformer, logits: Tensor, scores: Tensor, kept: Tensor, unsure: Tensor, first: int
+) -> Output:
+    """An output with the MACs of its passes, the second one from the group ``first`` on; the rest: see `Output`."""
+    patches = kept.shape[-1]
+    macs = model.count_macs(kept.sum(-1), patches) + unsure * second_pass_macs(model, first, patches)
+    return Output(logits, scores, kept, macs, unsure)
+
+
 @dataclass(frozen=True)
 class Replayed:
     """A function that decides which patches stay, with a second pass as a `Decision` has it.
@@ -113,11 +122,9 @@ class Passes:
         return found if self.again is None else found.index_copy(0, self.unsure.nonzero()[:, 0], of(self.again))
 
     def output(self, model: ReducedVisionTransformer) -> Output:
-        """All that there is to say."""
-        kept = torch.stack(self.kept)
-        again = self.unsure * second_pass_macs(model, self.first, self.ends.num_patches)
-        macs = model.count_macs(kept.sum(-1), kept.shape[-1]) + again
-        return Output(self.logits(model), torch.stack(self.scores), kept, macs, self.unsure)
+        """The result with its MACs."""
+        scores, kept = torch.stack(self.scores), torch.stack(self.kept)
+        return counted(model, self.logits(model), scores, kept, self.unsure, self.first)
 
 
 def run(model: ReducedVisionTransformer, packed: PackedTokens, decide: Decide | None = None) -> Passes:
