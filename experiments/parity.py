@@ -3,8 +3,8 @@
     python experiments/parity.py box PHOTOS [--limit 320] [--engine openvino onnxruntime]
 
 A score that rounds to the other side of its threshold changes which patches stay. So a photo counts as near if one of
-its patches has a score within a margin of the threshold at its place. And a dropped patch that is as similar to two kept
-ones may be merged into the other one; such photos are counted by their logits.
+its patches has a score within a margin of the threshold at its place. And a dropped patch that is as similar to two
+kept ones may be merged into the other one; such photos are counted by their logits.
 """
 
 from __future__ import annotations

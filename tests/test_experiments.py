@@ -428,8 +428,8 @@ def test_parity_counts_photos_near_a_threshold(tmp_path: Path, monkeypatch: Any)
     parity.main()
     table = json.loads((tmp_path / "out" / "parity.json").read_text())
     assert table["title"] == "2 photos in float32."
-    ((name, differ, logit, score),) = table["rows"]
-    assert (name, differ) == ("onnxruntime", "0")
+    ((name, differ, off, logit, score),) = table["rows"]
+    assert (name, differ, off) == ("onnxruntime", "0", "0")
     assert max(float(logit), float(score)) < 1e-4
 
 
