@@ -15,6 +15,7 @@ import iared2
 from iared2 import ReducedVisionTransformer
 
 TINY = {"img_size": (48, 32), "patch_size": 8, "embed_dim": 48, "num_heads": 3, "num_classes": 7}
+SMALL = {"img_size": 64, "patch_size": 16, "embed_dim": 48, "depth": 4, "num_heads": 3}
 
 
 def sharp_model(family: tuple[str, dict], **kwargs: Any) -> ReducedVisionTransformer:
