@@ -76,10 +76,10 @@ def create(name: str, pretrained: bool = False, **kwargs: Any) -> ReducedVisionT
         model = _trained(cfg, pretrained, kwargs)
     else:
         model = from_timm(backbone, pretrained=pretrained, pretrained_cfg=replace(cfg, architecture=backbone), **kwargs)
-    confidence = decision.pop("confidence", model.confidence)
-    model.confidence = 0.0  # which does not go with every other part
-    for key, value in {**decision, "confidence": confidence}.items():
-        setattr(model, key, value)
+    thresholds, num_keep = decision.pop("threshold", None), decision.pop("num_keep", None)
+    if thresholds is not None or num_keep is not None:  # they replace each other
+        decision |= {"thresholds": thresholds, "num_keep": num_keep}
+    model.decision = model.decision.but(**decision)
     return model
 
 

@@ -140,8 +140,10 @@ def test_no_decision_changes_so_little(photos, model, monkeypatch, capsys):
 @pytest.mark.parametrize("speeds", [(20.0, 15.0, 19.0), (10.0, 21.0, 20.0)])  # timm's, or ours without dropping
 def test_where_dropping_does_not_pay_it_says_so(photos, model, monkeypatch, capsys, speeds):
     monkeypatch.setattr(report, "_speeds", lambda model, batch: speeds)
-    found = iared2.accelerate(model.backbone, photos, macs=0.7)
+    model.max_tokens = 60
+    found = iared2.accelerate(model, photos, macs=0.7)
     assert found.threshold == 0
+    assert found.max_tokens is None
     assert "dropping does not pay here" in " ".join(capsys.readouterr().out.split())
     images, _ = read(photos, model, 1000)
     with torch.inference_mode():
@@ -167,6 +169,7 @@ def test_sixteen_patches_do_not_pay(photos, monkeypatch, capsys):
         ({"macs": float("nan")}, "macs=nan"),
         ({"macs": 0.5, "minutes": -1}, "minutes"),
         ({"macs": 0.5, "limit": 3}, "limit"),
+        ({"macs": 0.5, "workers": -1}, "workers=-1"),
         ({"macs": 0.5, "device": "nowhere"}, "device"),
         ({"macs": 1e-5}, "cannot be met"),
     ],
@@ -181,6 +184,10 @@ def test_what_is_no_photo_and_what_is_no_model(model, photos):
         iared2.accelerate(model, [b"no photo"] * 20, macs=0.5)
     with pytest.raises(InputError, match=r"\(20, 3, 32, 32\)"):
         iared2.accelerate(model, torch.zeros(20, 3, 32, 32), macs=0.5)
+    with pytest.raises(InputError, match="1 photos are too few"):
+        iared2.accelerate(model, photos[0], macs=0.5)
+    with pytest.raises(InputError, match="the model takes 1: give a tensor"):
+        iared2.accelerate(sharp_model((NAME, {**SIZE, "in_chans": 1})), photos, macs=0.5)
     with pytest.raises(InputError, match="not supported"):
         iared2.accelerate(torch.nn.Linear(2, 2), photos, macs=0.5)
     with pytest.raises(InputError, match="nothing_of_the_kind"):
@@ -227,6 +234,20 @@ def test_minutes_train_the_interpreters_alone(photos, classes, monkeypatch, caps
     first = [name for name in before if name.startswith("interpreters.0.")]
     assert all(torch.equal(model.state_dict()[name], before[name]) for name in first)  # it drops nothing
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+def test_photos_too_few_to_train_on_find_a_decision(photos):
+    model = sharp_model((NAME, {**SIZE, "depth": 6}), groups=6, interpreter="attention")
+    model.calibrate(tensor(photos[:8], model), keep=(0.95, 0.9, 0.8, 0.7, 0.6, 0.5))
+    found = iared2.accelerate(model.backbone, photos[:8], macs=0.7, minutes=1)
+    assert any("4 photos are too few to train the policy of" in note for note in found.report.notes)
+    assert all(parameter.requires_grad for parameter in found.backbone.parameters())
+
+
+def test_embeddings_leave_the_classifier_of_the_given_model(photos, model):
+    found = iared2.accelerate(model.backbone, photos[:20], macs=0.9, embedding=True)
+    assert (found.num_classes, model.backbone.num_classes) == (0, 7)
+    assert isinstance(model.backbone.head, torch.nn.Linear)
 
 
 @pytest.mark.parametrize("better", [True, False])
@@ -276,6 +297,9 @@ def test_the_command(tmp_path, capsys, model):
     assert cost == pytest.approx(told["macs"], abs=0.05)
     assert "iared2.load" in capsys.readouterr().out
 
+    for output in (str(tmp_path), str(tmp_path / "new" / "m.safetensors")):
+        assert main([*command, "--macs", "0.7", "-o", output]) == 1
+        assert "give the name of a file, in a folder that is there" in capsys.readouterr().err
     assert main([*command]) == 1
     assert "598" in capsys.readouterr().err
     assert main([*command[:-4], "--json", command[1] + "/0.jpg", "--macs", "0.7", "-o", command[3]]) == 1

@@ -107,6 +107,8 @@ class TestTheBox:
         torch.testing.assert_close(model(images_of(box)), box.backbone(images_of(box)))
         assert timm.create_model(BOX, pretrained=True, max_tokens=9, confidence=0.0).max_tokens == 9
         assert timm.create_model(BOX, pretrained=True, confidence=0.3).confidence == 0.3
+        with pytest.raises(InputError, match="not both"):
+            timm.create_model(BOX, pretrained=True, threshold=0.3, num_keep=9)
         with pytest.raises(InputError, match="max_tokens forbids: set confidence=0"):
             timm.create_model(BOX, pretrained=True, max_tokens=9)
 

@@ -121,6 +121,19 @@ def test_a_threshold_ends_counts_and_leaves_the_limit():
         Decision(0.5, num_keep=3)
 
 
+def test_the_whole_of_a_decision_is_the_dense_model():
+    images = torch.rand(2, 3, 32, 32)
+    for decision in (Decision(0.5, max_tokens=3, spread=1.0), Decision(num_keep=2), Decision(1.0, confidence=1.0)):
+        model = tiny_model().eval()
+        model.decision = decision
+        model.decision = model.decision.whole()
+        out = model.trace(images)
+        assert out.kept.all()
+        assert not out.unsure.any()
+        torch.testing.assert_close(out.logits, model.backbone(images))
+        assert model.spread == decision.spread
+
+
 def tiny_model():
     size = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "num_heads": 3, "depth": 3, "num_classes": 5}
     return iared2.from_timm("deit_tiny_patch16_224", **size).eval()

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import math
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -138,12 +139,14 @@ def test_another_input_size(family, tmp_path):
     assert model.dense_macs == make((family[0], {**family[1], "img_size": (64, 48)})).dense_macs
 
 
-@pytest.mark.parametrize("size", [0, -16, 50, (48, 33), (48, 48, 48), (), 1 << 20])
+@pytest.mark.parametrize("size", [0, -16, 50, (48, 33), (48, 48, 48), (), 1 << 20, 32.0, (32.0, 32), "32"])
 def test_a_size_that_no_model_has(size):
     model = make(("deit_tiny_patch16_224", {"img_size": 32, "embed_dim": 48, "num_heads": 3, "depth": 3}))
     with pytest.raises(InputError, match="give one side, or height and width, in multiples of the patch, 16x16"):
         model.set_input_size(size)
     assert model.grid_size == (2, 2)
+    model.set_input_size(np.int64(64))
+    assert model.grid_size == (4, 4)
 
 
 def test_the_largest_is_described():

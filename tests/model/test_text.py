@@ -80,6 +80,14 @@ def test_scale_and_dtype():
         torch.testing.assert_close(half(x.bfloat16(), keep_all).float(), model(x, keep_all), rtol=0, atol=4)
 
 
+def test_a_scale_beyond_halves_is_refused_when_it_is_written(tmp_path):
+    model = with_text(scale=1e5)
+    with pytest.raises(InputError, match="logit_scale' is not finite"):
+        model.save(tmp_path / "m.safetensors", int8=True)
+    assert not (tmp_path / "m.safetensors").exists()
+    model.save(tmp_path / "m.safetensors")
+
+
 def test_they_are_replaced_and_removed():
     model, x = with_text(), sharp_images()
     model.set_text_features(["one", "two"], text(20)[3:], scale=1.0)

@@ -301,7 +301,7 @@ def test_changed_photos_are_another_run(predict, capsys):
         (["--batch-size", "0"], "--batch-size must be from 1 to 65,536"),
         (["--shard-size", "0"], "--shard-size must be from 1 to 1,048,576"),
         (["--workers", "-1"], "--workers must be from 0 to 256"),
-        (["-t", "nan"], "threshold [nan]: give one finite number, or 3, one for each group"),
+        (["-t", "nan"], "threshold=[nan]: give a finite number, or one per group"),
         (["-o", "photos"], "photos: photos are read from there; choose another output"),
         (["-o", "photos/0.jpg"], "photos/0.jpg: photos/0.jpg is a file, not a folder; choose another output"),
         (["-o", "full"], "full/x.parquet: a Parquet file of something else; choose another output"),

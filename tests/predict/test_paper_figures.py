@@ -102,7 +102,7 @@ def test_a_bad_photo_is_named_and_the_others_are_drawn(main, photos, tmp_path, c
         (["-o", "figure.tiff"], "figure.tiff: give the name of a file that ends in .png or .pdf"),
         (["-o", "cat.png/figure.png"], "is a file, not a folder"),
         (["--colormap", "rainbows"], "unknown colour map 'rainbows'"),
-        (["-t", "0.5", "0.4"], f"give one finite number, or {NUM_GROUPS}, one for each group"),
+        (["-t", "0.5", "0.4"], "one per group"),
         (["-c", "nowhere.safetensors"], "there is no checkpoint nowhere.safetensors"),
         (["--device", "cuda:99"], "device cuda:99 cannot be used here"),
         (["-m", "saliency"], "there is no method 'saliency': take one of interpreter"),

@@ -158,12 +158,15 @@ def test_a_threshold_for_one_call(predictor: Predictor, model: ReducedVisionTran
     assert result.thresholds == tuple(each)
     model.threshold = each
     assert np.array_equal(predictor(PHOTOS["coffee"]).scores, result.scores)
-    assert predictor(PHOTOS["coffee"], 0.5).macs == own.macs
+    for half in (0.5, np.float32(0.5), torch.tensor(0.5), model.decision.at(0.5)):
+        assert predictor(PHOTOS["coffee"], half).macs == own.macs
+    model.max_tokens = 3
+    assert predictor(PHOTOS["coffee"], model.decision.whole()).kept.all()
 
 
 @pytest.mark.parametrize("threshold", [[0.5, 0.5], [], float("nan"), [0.5, 0.5, float("inf")]])
 def test_wrong_thresholds(predictor: Predictor, threshold: float | list[float]) -> None:
-    with pytest.raises(InputError, match="give one finite number, or 3"):
+    with pytest.raises(InputError, match="one per group"):
         predictor(PHOTOS["coffee"], threshold)
 
 

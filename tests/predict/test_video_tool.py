@@ -82,7 +82,7 @@ def test_agrees_with_the_model(clip: Path) -> None:
     assert result.dense_macs == model.dense_macs
     assert result.top5[0][0] == str(int(output.logits.argmax()))  # and not a class of ImageNet
     assert VideoPredictor(model)(clip, 0.0).keep_ratio.tolist() == [1, 1, 1]
-    with pytest.raises(InputError, match="give one finite number, or 3"):
+    with pytest.raises(InputError, match="one per group"):
         VideoPredictor(model)(clip, [0.5, 0.5])
 
 

@@ -27,7 +27,7 @@ from ..pretrained.build import from_timm
 from ..pretrained.checkpoint import BOX, load
 from .decision import Choice, Half, Target, at_shape, choose, find
 from .photos import read
-from .policy import train
+from .policy import dropping, train
 from .report import outputs, reported
 
 MAX_DROP = 0.01
@@ -53,9 +53,10 @@ def accelerate(
     image, and are merged or dropped, whichever stays closest to the dense model. Its weights stay as they are.
 
     Args:
-        model: a timm model, used unchanged; its name, whose pretrained weights are loaded; or a file for `iared2.load`,
-            or what that returns, whose own policy is then a choice as well. Without classes (``num_classes=0``), its
-            embeddings are compared in place of its predictions.
+        model: a timm model, used unchanged, but moved to ``device``; its name, whose pretrained weights are loaded; or
+            a file for `iared2.load`, or what that returns, whose own policy is then a choice as well, and is trained if
+            there are minutes. Without classes (``num_classes=0``), its embeddings are compared in place of its
+            predictions.
         images: photos like those that the model will see: a path or several (folders, tar, parquet, ``hf:NAME``),
             Pillow images, arrays or bytes, or ``(n, in_chans, height, width)``, normalised. One half finds the
             decision, the other one reports.
@@ -69,7 +70,7 @@ def accelerate(
         minutes: time for training the interpreters by policy gradient, with what the dense model says as the label. The
             result is used only if it is better than the untrained choice.
         device: where to run; None: where the given module is; for names and files, cuda if there is one, else cpu.
-        embedding: leave the classifier out.
+        embedding: leave the classifier out; a given module keeps its own, and a copy of it is made faster.
         limit: at most so many photos, drawn at random, are read; at most 2 GB of them.
         workers: processes that read photos, for paths.
 
@@ -81,11 +82,10 @@ def accelerate(
         InputError: the model is not supported or one of clips, a number is out of its range, no photo can be read, or
             they are too few to promise ``max_drop`` (says how many are needed).
     """
-    target = _target(max_drop, macs, minutes, limit)
+    target = _target(max_drop, macs, minutes, limit, workers)
     console = Console(stderr=True)
-    own = isinstance(model, ReducedVisionTransformer)
     with console.status("loading the model"):
-        reduced, own = _opened(model)
+        reduced, own = _opened(copy.deepcopy(model) if embedding and isinstance(model, nn.Module) else model)
         if device is None and not isinstance(model, nn.Module):
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if device is not None:
@@ -101,7 +101,7 @@ def accelerate(
     return reduced
 
 
-def _target(max_drop: float | None, macs: float | None, minutes: float, limit: int) -> Target:
+def _target(max_drop: float | None, macs: float | None, minutes: float, limit: int, workers: int) -> Target:
     if max_drop is not None and macs is not None:
         raise InputError("give max_drop= or macs=, not both: one follows from the other")
     for name, value in (("max_drop", max_drop), ("macs", macs)):
@@ -111,6 +111,8 @@ def _target(max_drop: float | None, macs: float | None, minutes: float, limit: i
         raise InputError(f"minutes={minutes}: give 0 or more")
     if limit < LEAST_PHOTOS:
         raise InputError(f"limit={limit}: give {LEAST_PHOTOS} or more")
+    if workers < 0:
+        raise InputError(f"workers={workers}: give 0 or more")
     return Target(MAX_DROP if max_drop is None and macs is None else max_drop, macs)
 
 
@@ -161,7 +163,7 @@ def _accelerated(
     with console.status("measuring on the other photos"):
         model.report = reported(choice, finding, found, pixels[half:], dense[half:], target, notes)
     if not model.report.pays:
-        model.decision = model.decision.at(0.0).but(confidence=0.0)
+        model.decision = model.decision.whole()
     return model
 
 
@@ -175,7 +177,12 @@ def _trained(
     console: Console,
 ) -> tuple[Choice, Schedule]:
     """Train the policy, and keep it if it is better on the photos on which it was trained."""
-    model = choice.model
+    model, least = choice.model, len(dropping(untrained.shares))
+    if len(half.images) < least:
+        notes.append(
+            f"{len(half.images)} photos are too few to train the policy of {least} groups: nothing was trained"
+        )
+        return choice, untrained
     before = copy.deepcopy(model.interpreters.state_dict())
     training = train(model, half.images, untrained.shares, choice.equal_counts, minutes)
     model.pack_weights()

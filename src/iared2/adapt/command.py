@@ -5,19 +5,20 @@ from __future__ import annotations
 import argparse
 import sys
 from contextlib import redirect_stdout
-from pathlib import Path
 
 import torch
+from rich.markup import escape
 
-from ..predict.output import check_not_read, check_writable, console, write_json
+from ..errors import printable
+from ..predict.output import check_file, check_not_read, console, write_json
 from .accelerate import accelerate
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run ``iared2 accelerate``."""
+    check_file("-o", arguments.output)
+    check_file("--json", arguments.json)
     outputs = [path for path in (arguments.output, arguments.json) if path and path != "-"]
-    for path in outputs:
-        check_writable(Path(path).parent)
     check_not_read(outputs, [*arguments.photos, arguments.model])
     names = "max_drop", "macs", "minutes", "embedding", "limit", "workers"
     settings = {name: getattr(arguments, name) for name in names}
@@ -26,5 +27,6 @@ def run(arguments: argparse.Namespace) -> int:
         model = accelerate(arguments.model, arguments.photos, device=device, **settings)
     model.save(arguments.output)
     write_json(arguments.json, model.report.to_dict())
-    console(arguments.json).print(f"the model is in {arguments.output}: iared2.load({arguments.output!r})")
+    said = escape(printable(f"the model is in {arguments.output}: iared2.load({arguments.output!r})"))
+    console(arguments.json).print(said)
     return 0

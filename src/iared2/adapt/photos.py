@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
@@ -37,7 +38,8 @@ def read(images: Any, model: ReducedVisionTransformer, limit: int, workers: int 
         ``(n, in_chans, height, width)`` on the CPU.
 
     Raises:
-        InputError: the photos cannot be opened, none can be read, or the tensor has another shape.
+        InputError: the photos cannot be opened, none can be read, the tensor has another shape, or the model does not
+            take RGB.
     """
     size = tuple(model.pretrained_cfg["input_size"])
     limit = min(limit, MAX_BYTES // (4 * torch.Size(size).numel()))
@@ -45,9 +47,11 @@ def read(images: Any, model: ReducedVisionTransformer, limit: int, workers: int 
         if images.ndim != 4 or tuple(images.shape[1:]) != size or not len(images):
             raise InputError(f"images of shape {tuple(images.shape)}: the model takes (n, {', '.join(map(str, size))})")
         return images[permutation(0, 0, len(images))[:limit].to(images.device)].cpu(), 0
-    paths = [images] if isinstance(images, (str, Path)) else images
-    if isinstance(paths, Sequence) and paths and all(isinstance(path, (str, Path)) for path in paths):
-        images = open_photos([str(path) for path in paths])
+    if size[0] != 3:
+        raise InputError(f"photos have 3 channels, and the model takes {size[0]}: give a tensor (n, {size[0]}, H, W)")
+    images = [images] if isinstance(images, (str, Path, bytes, Image.Image)) else images
+    if isinstance(images, Sequence) and images and all(isinstance(path, (str, Path)) for path in images):
+        images = open_photos([str(path) for path in images])
     images = images if isinstance(images, (Photos, Sequence)) else list(images)
     chosen = permutation(0, 0, len(images))[:limit]
     rows, transform = chosen.sort().values.tolist(), model_transform(model.pretrained_cfg)  # tables are streams

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import keyed
 from ..model.reduced import ReducedVisionTransformer
@@ -51,21 +52,19 @@ def train(
         minutes: at most.
         seed: of order, mirroring and draws.
     """
-    asked = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     reward = RewardConfig(label="dense", divergence=1.0)
     spread = model.spread
     policy = PolicyConfig(
         keep=shares, equal_counts=equal_counts, spread=spread, joint=True, samples=SAMPLES, rloo=True, temperature=0.5
     )
-    groups = [i for i, share in enumerate(shares) if share < (1.0, *shares)[i]]
-    stage = PolicyGradientStage(model, groups, reward, policy, model.backbone).train()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=0.0)
     columns = "policy", BarColumn(), TextColumn("{task.fields[shown]}"), TimeRemainingColumn()
     start, spent, steps = time.monotonic(), 0.0, 0
     window: list[float] = []
     rewards: list[float] = []
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with _as_before(model), Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        stage = PolicyGradientStage(model, dropping(shares), reward, policy, model.backbone).train()
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=0.0)
         task = bar.add_task("policy", total=60 * minutes, shown="")
         for epoch, rows in _batches(len(images), seed):
             spent = time.monotonic() - start
@@ -86,10 +85,24 @@ def train(
             if len(window) == WINDOW:
                 rewards.append(sum(window) / WINDOW)
                 window = []
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(asked[name])
-    model.zero_grad(set_to_none=True)
     return Training(steps, tuple(rewards), spent, stopped_rising(rewards))
+
+
+def dropping(shares: Sequence[float]) -> list[int]:
+    """The groups that drop patches. A batch needs an image for each of them."""
+    return [i for i, share in enumerate(shares) if share < (1.0, *shares)[i]]
+
+
+@contextmanager
+def _as_before(model: nn.Module) -> Iterator[None]:
+    """Parameters want a gradient afterwards if they did before, and have none."""
+    asked = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    try:
+        yield
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(asked[name])
+        model.zero_grad(set_to_none=True)
 
 
 def stopped_rising(rewards: Sequence[float]) -> bool:

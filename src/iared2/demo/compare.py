@@ -22,6 +22,7 @@ from ..errors import InputError, printable
 from ..explain import figures
 from ..explain.heatmap import overlay
 from ..model.calibrate import thresholds_for
+from ..model.decide import Decision
 from ..predict.output import folder_names
 from ..predict.photo import Interpretation, Predictor
 
@@ -102,8 +103,8 @@ def compare(
             complaints.append(InputError(str(error).replace(printable(str(file)), file.name)))
     if not photos:
         return [], complaints
-    thresholds = _thresholds(predictor, list(photos.values()), choice)
-    return [_compare(predictor, file.name, photo, thresholds, choice) for file, photo in photos.items()], complaints
+    decision = _decision(predictor, list(photos.values()), choice)
+    return [_compare(predictor, file.name, photo, decision, choice) for file, photo in photos.items()], complaints
 
 
 def write_archive(comparisons: Sequence[Comparison], path: str | Path) -> None:
@@ -128,25 +129,22 @@ def _read(file: Path) -> Image.Image:
     return photo
 
 
-def _compare(
-    predictor: Predictor, name: str, photo: Image.Image, thresholds: list[float] | None, choice: Choice
-) -> Comparison:
-    passes = [[predictor(photo, t) for _ in range(PASSES)] for t in (0.0, thresholds)]
+def _compare(predictor: Predictor, name: str, photo: Image.Image, decision: Decision, choice: Choice) -> Comparison:
+    passes = [[predictor(photo, each) for _ in range(PASSES)] for each in (decision.whole(), decision)]
     fastest = [min(results, key=lambda r: r.milliseconds) for results in passes]
     before, after = (replace(result, file=name, photo=photo) for result in fastest)  # not a copy each
     if choice.method == "interpreter" and choice.group != "all":
         heat = after.heatmap(choice.group)
     else:
-        heat = predictor.heatmap(photo, choice.method, thresholds, choice.group)
+        heat = predictor.heatmap(photo, choice.method, decision, choice.group)
     return Comparison(name, before, after, heat, choice.method)
 
 
-def _thresholds(predictor: Predictor, photos: Sequence[Image.Image], choice: Choice) -> list[float] | None:
-    """None: the model's own decision."""
-    model = predictor.model
+def _decision(predictor: Predictor, photos: Sequence[Image.Image], choice: Choice) -> Decision:
+    model, own = predictor.model, predictor.model.decision
     if choice.rule in ("own", "threshold"):
-        return None if choice.rule == "own" else [choice.threshold] * model.num_groups
+        return own if choice.rule == "own" else own.at(choice.threshold)
     images = torch.cat([predictor.prepare(photo) for photo in photos])
     if choice.rule == "macs":
-        return thresholds_for(model, images, gmacs=choice.budget * model.dense_macs / 1e9)
-    return thresholds_for(model, images, keep=choice.budget)
+        return own.at(thresholds_for(model, images, gmacs=choice.budget * model.dense_macs / 1e9))
+    return own.at(thresholds_for(model, images, keep=choice.budget))

@@ -73,10 +73,10 @@ def thresholds_for(
     with torch.inference_mode():
         images = images.to(next(model.parameters()))
         sample = [model.embed(chunk) for chunk in images.split(BATCH_SIZE)]
-        shares = [] if keep is None else _numbers(keep)
+        shares = [] if keep is None else _numbers("keep", keep)
         if len(shares) > 1:
-            return _for_shares(model, sample, _falling(model, shares))
-        own = own_shares(model, sample) if shape is None else _falling(model, _numbers(shape))
+            return _for_shares(model, sample, _falling("keep", model, shares))
+        own = own_shares(model, sample) if shape is None else _falling("shape", model, _numbers("shape", shape))
         if shares:
             return _for_mean_share(model, sample, shares[0], own)
         if gmacs is not None:
@@ -85,20 +85,21 @@ def thresholds_for(
         return _for_latency(model, sample, images[:TIMED_IMAGES], latency_ms, own)
 
 
-def _numbers(keep: Any) -> list[float]:
+def _numbers(name: str, given: Any) -> list[float]:
     try:
-        shares = torch.as_tensor(keep, dtype=torch.float64).flatten().tolist()
+        shares = torch.as_tensor(given, dtype=torch.float64).flatten().tolist()
     except (TypeError, ValueError, RuntimeError):
         shares = []
     if not shares or not all(0 <= share <= 1 for share in shares):
-        raise InputError(f"keep={keep}: a share of the patches is a number from 0 to 1")
+        raise InputError(f"{name}={given}: a share of the patches is a number from 0 to 1")
     return shares
 
 
-def _falling(model: ReducedVisionTransformer, keep: list[float]) -> list[float]:
-    if len(keep) != model.num_groups or any(b > a for a, b in pairwise(keep)):
-        raise InputError(f"keep={keep}: give one share, or {model.num_groups} that do not rise, one for each group")
-    return keep
+def _falling(name: str, model: ReducedVisionTransformer, shares: list[float]) -> list[float]:
+    if len(shares) != model.num_groups or any(b > a for a, b in pairwise(shares)):
+        one = "one share, or " * (name == "keep")
+        raise InputError(f"{name}={shares}: give {one}{model.num_groups} that do not rise, one for each group")
+    return shares
 
 
 def _mean(model: ReducedVisionTransformer, shares: Sequence[float]) -> float:

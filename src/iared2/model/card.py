@@ -110,7 +110,7 @@ def figures_table(figures: Mapping[str, Any] | str | Path) -> str:
     """The figures as a table.
 
     Raises:
-        InputError: a file that is not there or no JSON object.
+        InputError: a file that is not there or no JSON object, or variants that are not those of `iared2 evaluate`.
     """
     if isinstance(figures, (str, Path)):
         try:
@@ -122,10 +122,13 @@ def figures_table(figures: Mapping[str, Any] | str | Path) -> str:
     if "variants" not in figures:
         return _table([("figure", "value"), *figures.items()])
     rows: list[tuple[Any, ...]] = [("model", "top-1 %", "patches alive after each group, %", "GMACs")]
-    for one in figures["variants"]:
-        kept = " · ".join(f"{100 * share:.0f}" for share in one["keep_ratio"])
-        rows.append((one["name"], f"{one['top1']:.2f}", kept, f"{one['gmacs']:.4f}"))
-    return f"`iared2 evaluate` on {figures['images']:,} images:\n\n{_table(rows)}"
+    try:
+        for one in figures["variants"]:
+            kept = " · ".join(f"{100 * share:.0f}" for share in one["keep_ratio"])
+            rows.append((one["name"], f"{one['top1']:.2f}", kept, f"{one['gmacs']:.4f}"))
+        return f"`iared2 evaluate` on {figures['images']:,} images:\n\n{_table(rows)}"
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"figures: not the file of `iared2 evaluate --json` ({error!r}); give that") from None
 
 
 def _examples(model: ReducedVisionTransformer, repo_id: str) -> str:

@@ -108,6 +108,10 @@ class Decision:
         """These thresholds in place of its own, or of its counts; the rest stays."""
         return self.but(thresholds=thresholds, num_keep=None)
 
+    def whole(self) -> Decision:
+        """Every patch in one pass, without a limit: the dense model."""
+        return self.but(thresholds=0.0, num_keep=None, max_tokens=None, confidence=0.0)
+
     def but(self, **parts: Any) -> Decision:
         """The same decision with other parts."""
         return replace(self, **parts)

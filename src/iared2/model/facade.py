@@ -6,6 +6,7 @@ Knows the backbone and the decision as values; does not know the loop (reduced.p
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -261,12 +262,15 @@ class Facade(nn.Module):
         """
         if self.is_video:
             raise InputError("the size of clips is fixed when their model is made")
-        size = [img_size] if isinstance(img_size, int) else list(img_size)
+        try:
+            size = [operator.index(n) for n in (img_size if isinstance(img_size, Sequence) else [img_size])]
+        except TypeError:  # a fraction, or no number
+            size = []
         size, patch = size * 2 if len(size) == 1 else size, self.backbone.patch_embed.patch_size
         if len(size) != 2 or any(not 0 < n <= MAX_SIDE or n % p for n, p in zip(size, patch, strict=True)):
             raise InputError(
-                f"images of {'x'.join(map(str, size))} pixels: give one side, or height and width, in multiples of the"
-                f" patch, {patch[0]}x{patch[1]}, up to {MAX_SIDE}"
+                f"images of {img_size} pixels: give one side, or height and width, in multiples of the patch,"
+                f" {patch[0]}x{patch[1]}, up to {MAX_SIDE}"
             )
         self.backbone.set_input_size(img_size=tuple(size))
         self.decision = self.decision  # on the new grid

@@ -90,8 +90,9 @@ def save(model: ReducedVisionTransformer, path: Path | str, half: bool = False, 
     tensors = model.state_dict()
     if half:
         tensors = {name: t.half() if t.is_floating_point() else t for name, t in tensors.items()}
-    check_values(tensors, path)
-    write(path, quantized(tensors) if int8 else tensors, config_of(model))
+    tensors = quantized(tensors) if int8 else tensors
+    check_values(tensors, path)  # as they are stored: halves overflow
+    write(path, tensors, config_of(model))
 
 
 def save_policy(model: ReducedVisionTransformer, path: Path | str) -> None:
@@ -275,8 +276,8 @@ def check(config: dict[str, Any]) -> dict[str, Any]:
     groups, names, text_classes = config["groups"], config["class_names"], config["text_classes"]
     num_classes = text_classes or args.get("num_classes")
     mean, std = (config["pretrained_cfg"].get(key) or [1.0] for key in ("mean", "std"))
-    if len(mean) != len(std) or min(std) <= 0 or (len(mean), args.get("in_chans", 3)) == (1, 3):
-        raise InputError(f"pretrained_cfg.std is {std} for a mean of {len(mean)} numbers")
+    if len(mean) != len(std) or min(std) <= 0 or (args.get("in_chans", 3) == 3 and len(mean) != 3):
+        raise InputError(f"pretrained_cfg.mean is {mean}, std {std}: give one number per channel, std above 0")
     if not 0 <= (config["pretrained_cfg"].get("holdout") or 0.0) < 1:
         raise InputError(f"pretrained_cfg.holdout is {config['pretrained_cfg']['holdout']}, not a share in [0, 1)")
     if names and len(names) != num_classes:

@@ -1,4 +1,4 @@
-"""What timm calls a model of ours, and what it wants to know about it. Imports nothing, since hub.py may run early."""
+"""What timm calls a model of ours, and what it wants to know. Imports nothing of ours: hub.py may run early."""
 
 from __future__ import annotations
 

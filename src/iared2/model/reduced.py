@@ -5,7 +5,6 @@ Owns the loop and the groups. Blocks, scores and decisions are defined in the ne
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +27,18 @@ class ReducedVisionTransformer(Facade, HubModel):
     """A timm vision transformer that drops uninformative patches at the entrance of each group.
 
     ``model.backbone`` is the timm model, untouched: ``model.backbone.load_state_dict`` takes timm weights as they are.
-    ``model.interpreters`` are ours. Threshold 0 gives the backbone's own logits.
+    ``model.interpreters`` are ours. ``model.decision.whole()`` gives the backbone's own logits.
 
     Args:
         backbone: a timm ``VisionTransformer`` or ``Eva`` with standard blocks (`backbone.check_supported`).
         groups: D; the blocks are split into D groups. If D does not divide the depth, the first ones have one more.
-        threshold: a shorthand for ``decision=Decision(threshold)``.
         interpreter: "sigmoid", the paper's, or "attention": relative scores, which start as the attention of the class
             token in the following block (docs/method.md).
         dropped: "gone", the paper's: dropped patches are removed; or "merged": into kept ones (merge.py).
-        decision: which patches stay; by default those that score above 0.5.
 
     Attributes:
-        decision: a `Decision`, replaced as a whole. Set it at any time: it trades accuracy against compute. A
-            ``decide`` that is passed to a call takes its place.
+        decision: a `Decision`, replaced as a whole; at first, patches stay that score above 0.5. Set it at any time:
+            it trades accuracy against compute. A ``decide`` that is passed to a call takes its place.
         threshold, thresholds, num_keep, max_tokens, spread, confidence: shorthands for parts of the decision.
             ``threshold`` resets ``num_keep``, and vice versa; both keep the rest.
         dropped: see above.
@@ -57,16 +54,14 @@ class ReducedVisionTransformer(Facade, HubModel):
         self,
         backbone: Any,
         groups: int = 3,
-        threshold: float | Sequence[float] | None = None,
         interpreter: str = "sigmoid",
         dropped: str = "gone",
-        decision: Decision | None = None,
     ) -> None:
         super().__init__()
         vit.check_supported(backbone)
         self.backbone, self.groups = backbone, vit.split_blocks(len(backbone.blocks), groups)
         self.interpreter, self.dropped = interpreter, dropped
-        self.decision = decision or Decision() if threshold is None else Decision(threshold)
+        self.decision = Decision()
         num_heads, like = attentions(backbone.blocks[0])[0].num_heads, next(backbone.blocks[0].parameters())
         self.interpreters = nn.ModuleList(
             MultiHeadInterpreter(backbone.embed_dim, num_heads, interpreter == "attention").to(like)

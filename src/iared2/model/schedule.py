@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from itertools import accumulate, islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -108,7 +108,7 @@ def search(
             return _shares(model, weights.tolist(), macs * model.dense_macs / 1e9, num_patches)
 
         best, parent, step = None, torch.empty(0), STEP
-        starts = [weights for weights in _starts(model.num_groups) if shares_of(weights)][:trials]
+        starts = list(islice((weights for weights in _starts(model.num_groups) if shares_of(weights)), trials))
         for trial in range(trials if starts else 0):
             if trial < len(starts):
                 weights = starts[trial]

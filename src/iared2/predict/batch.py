@@ -28,7 +28,7 @@ from ..pretrained.checkpoint import BOX
 from ..runtime import Engine
 from ..runtime.archive import is_exported
 from .photo import class_name
-from .result import check_takes, one_per_group, opened
+from .result import check_takes, decision_for, opened
 
 IMAGE_COLUMNS = ("image", "bytes", "img")
 """Where a batch has its photos, if it is not said: `ray.data.read_images`, `read_binary_files`, and many data sets."""
@@ -79,10 +79,10 @@ class BatchPredictor:
         engine: str = "torch",
     ) -> None:
         _arrow()
-        if engine != "torch" and (embedding or not str(device or "cpu").startswith("cpu")):
-            raise InputError(f"the engine {engine} has no embeddings and runs on the CPU: leave these options out")
         self.device = usable_device(device or ("cuda" if torch.cuda.is_available() and engine == "torch" else "cpu"))
         served.check_engine(engine, self.device)
+        if engine != "torch" and embedding:
+            raise InputError(f"the engine {engine} has no embeddings: leave embedding out")
         onednn.forget_shapes()
         self._served: Engine | None = None
         is_file = isinstance(model, Path) or (isinstance(model, str) and model != BOX)
@@ -98,8 +98,8 @@ class BatchPredictor:
                 loaded.set_input_size(image_size)
             loaded.eval().to(self.device)
         check_takes(loaded, "photos")
-        self.model, decision = loaded, loaded.decision
-        self.decision = decision if threshold is None else decision.at(one_per_group(threshold, loaded.num_groups))
+        self.model = loaded
+        self.decision = decision_for(loaded, threshold)
         if self._served and (drops := self.decision.first_drop(loaded.num_patches)) < self._served.stem:
             raise InputError(
                 f"group {drops + 1} drops patches by this decision, and {model} has groups 1 to {self._served.stem} as"
@@ -221,7 +221,7 @@ def _described(engine: Engine) -> ReducedVisionTransformer:
     model = described(ReducedVisionTransformer, engine.path, engine.description)
     cfg, backbone, decision = model.pretrained_cfg, model.backbone, model.decision
     said = {
-        **{name: tuple(cfg[name]) for name in ("input_size", "mean", "std")},
+        **{name: tuple(cfg.get(name) or ()) for name in ("input_size", "mean", "std")},
         **{name: getattr(model, name) for name in ("num_groups", "num_patches", "class_names")},
         **{name: getattr(backbone, name) for name in ("num_prefix_tokens", "embed_dim")},
         **{name: getattr(decision, name) for name in ("thresholds", "num_keep", "max_tokens", "spread", "confidence")},

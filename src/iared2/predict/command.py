@@ -25,10 +25,11 @@ from ..device import usable_device
 from ..errors import InputError, printable
 from ..explain.heatmap import colors
 from ..model.calibrate import thresholds_for
+from ..model.decide import Decision
 from ..pretrained.checkpoint import load
 from .output import STDOUT, check_file, check_not_read, check_writable, folder_names
 from .photo import Interpretation, Predictor
-from .result import Result
+from .result import Result, decision_for
 from .video import ClipInterpretation, VideoPredictor
 
 CALIBRATION_PHOTOS = 512
@@ -105,7 +106,7 @@ def interpret(
     if model.is_video and (budget is not None or method != "interpreter"):
         raise InputError("--budget and --method take photos, and this is a model of videos: leave them out")
     predictor = (VideoPredictor if model.is_video else Predictor)(model, torch_device, checkpoint)
-    thresholds = predictor.thresholds(threshold)
+    decision = decision_for(model, threshold)
     files = (find_videos if model.is_video else find_photos)(patterns, recursive)
     is_one = files == list(map(Path, patterns)) and len(files) == 1  # a file, not a folder or glob of one
     folders: list[Path | None] = [None] * len(files)
@@ -115,7 +116,7 @@ def interpret(
     written = [path for folder in folders if folder for path in kind.files(folder)]
     check_not_read([*written, *([json] if json and json != STDOUT else [])], [*files, checkpoint])
     if budget is not None and isinstance(predictor, Predictor):
-        thresholds = _thresholds(predictor, files, budget)
+        decision = _at_budget(predictor, files, budget)
 
     screen, lines = Console(stderr=True), []
     # Lines for stdout go through the bar only where both are the same screen, and there is no bar in a log file.
@@ -124,14 +125,14 @@ def interpret(
     def process(file: Path, folder: Path | None) -> None:
         if isinstance(predictor, VideoPredictor):
             frames = bar.add_task(escape(printable(file.name)), total=predictor.num_frames)
-            result: Result = predictor(file, thresholds, lambda n: bar.advance(frames, n))
+            result: Result = predictor(file, decision, lambda n: bar.advance(frames, n))
             bar.remove_task(frames)
         else:
-            result = predictor(file, thresholds)
-            dense = result if result.kept.all() else predictor(result.photo, 0.0)
+            result = predictor(file, decision)
+            dense = result if result.kept.all() else predictor(result.photo, decision.whole())
             result = replace(result, dense_top5=dense.top5)
             if method != "interpreter":
-                heat = predictor.heatmap(result.photo, method, thresholds)
+                heat = predictor.heatmap(result.photo, method, decision)
                 result = replace(result, method=method, heat=heat)
         if folder is not None:
             result.save(folder, None if group is None else group - 1, colormap)
@@ -165,14 +166,15 @@ def _write(json: str | None, lines: list[str]) -> None:
         write(str(json), "".join(lines))
 
 
-def _thresholds(predictor: Predictor, files: Sequence[Path], budget: float) -> list[float] | None:
-    """Those that meet a share of the dense MACs on the photos; None if none of them can be read."""
-    images = []
+def _at_budget(predictor: Predictor, files: Sequence[Path], budget: float) -> Decision:
+    """The one that meets a share of the dense MACs on the photos; the model's own if none of them can be read."""
+    model, images = predictor.model, []
     for file in files[:CALIBRATION_PHOTOS]:
         with suppress(InputError):  # it is named when its turn comes
             images.append(predictor.prepare(read_photo(file)))
-    gmacs = budget * predictor.model.dense_macs / 1e9
-    return thresholds_for(predictor.model, torch.cat(images), gmacs=gmacs) if images else None
+    if not images:
+        return model.decision
+    return model.decision.at(thresholds_for(model, torch.cat(images), gmacs=budget * model.dense_macs / 1e9))
 
 
 def summary(result: Result, folder: Path | None) -> str:

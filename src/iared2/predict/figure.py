@@ -50,8 +50,8 @@ def run(args: argparse.Namespace) -> int:
     check_not_read([output], [*photos, args.checkpoint])
     colors(args.colormap)
     predictor = Predictor(load(args.checkpoint), usable_device(args.device))
-    if (thresholds := predictor.thresholds(args.threshold)) is not None:
-        predictor.model.threshold = thresholds
+    if args.threshold is not None:
+        predictor.model.threshold = args.threshold
     titles, row = (_maps if args.figure == "maps" else _hierarchy)(predictor, args)
 
     rows, height = [], 0

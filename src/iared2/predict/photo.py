@@ -27,8 +27,9 @@ from ..data.photo import fault, find_photos, load_image, read_photo, reason, to_
 from ..errors import InputError, printable
 from ..explain import figures, methods
 from ..explain.heatmap import default_group, overlay
+from ..model.decide import Decision
 from ..model.reduced import ReducedVisionTransformer
-from .result import BasePredictor, Result, png
+from .result import BasePredictor, Result, Threshold, decision_for, png
 
 Photo = str | Path | bytes | BinaryIO | Image.Image | np.ndarray
 MAX_BYTES, TIMEOUT = 1 << 28, 30
@@ -134,15 +135,15 @@ class Predictor(BasePredictor):
         self.allow_urls = allow_urls
 
     @overload
-    def __call__(self, photo: Photo, threshold: float | Sequence[float] | None = None) -> Interpretation: ...
+    def __call__(self, photo: Photo, threshold: Threshold | None = None) -> Interpretation: ...
 
     @overload
     def __call__(
-        self, photo: list[Photo] | tuple[Photo, ...], threshold: float | Sequence[float] | None = None
+        self, photo: list[Photo] | tuple[Photo, ...], threshold: Threshold | None = None
     ) -> list[Interpretation]: ...
 
     def __call__(
-        self, photo: Photo | list[Photo] | tuple[Photo, ...], threshold: float | Sequence[float] | None = None
+        self, photo: Photo | list[Photo] | tuple[Photo, ...], threshold: Threshold | None = None
     ) -> Interpretation | list[Interpretation]:
         """Interpret one photo, or a list of photos in one batch.
 
@@ -150,8 +151,8 @@ class Predictor(BasePredictor):
             photo: a file, its contents as bytes, a binary file object, a Pillow image of any mode, or ``(H, W, 3)``
                 uint8 RGB; an address with ``allow_urls``. Any size; it is resized to the model's input as a whole,
                 never cropped. Or a list of these.
-            threshold: for this call only, one number or one per group; the model's own if None. The model is not
-                changed, so calls from several threads are independent.
+            threshold: for this call only, one number or one per group, or a `Decision`; the model's own if None. The
+                model is not changed, so calls from several threads are independent.
 
         Returns:
             The result, or a list of them.
@@ -160,13 +161,13 @@ class Predictor(BasePredictor):
             InputError: the file is not a readable photo, the array has another shape or type, or the thresholds are
                 not finite or not one per group. Nothing of a list is interpreted then.
         """
-        thresholds = self.thresholds(threshold)
+        decision = decision_for(self.model, threshold)
         if not isinstance(photo, (list, tuple)):
-            return self._batch([photo], thresholds)[0]
-        return self._batch(photo, thresholds) if photo else []
+            return self._batch([photo], decision)[0]
+        return self._batch(photo, decision) if photo else []
 
     def folder(
-        self, folder: str | Path, threshold: float | Sequence[float] | None = None, *, recursive: bool = False
+        self, folder: str | Path, threshold: Threshold | None = None, *, recursive: bool = False
     ) -> Iterator[Interpretation]:
         """Interpret the photos of a folder, one at a time, in the order of their names. For many: ``iared2 predict``.
 
@@ -186,9 +187,9 @@ class Predictor(BasePredictor):
             else:
                 yield result
 
-    def _batch(self, photos: Sequence[Photo], thresholds: list[float] | None) -> list[Interpretation]:
+    def _batch(self, photos: Sequence[Photo], decision: Decision) -> list[Interpretation]:
         images = [_as_image(photo, self.allow_urls) for photo in photos]
-        fields = self.predict(torch.cat([self.prepare(image) for image in images]), thresholds)
+        fields = self.predict(torch.cat([self.prepare(image) for image in images]), decision)
         names = [str(photo) if isinstance(photo, (str, Path)) else getattr(photo, "name", None) for photo in photos]
         files = [name if isinstance(name, str) else None for name in names]
         return [Interpretation(photo=i, file=f, **own) for i, f, own in zip(images, files, fields, strict=True)]
@@ -201,7 +202,7 @@ class Predictor(BasePredictor):
         self,
         photo: Image.Image,
         method: str,
-        threshold: float | Sequence[float] | None = None,
+        threshold: Threshold | None = None,
         group: int | Literal["all"] | None = None,
     ) -> np.ndarray:
         """What another method of explanation shows of a photo, for the reduced model: `explain.methods.heatmap`.
@@ -218,9 +219,8 @@ class Predictor(BasePredictor):
         Raises:
             InputError: an unknown method, or one whose package is missing; or the thresholds are wrong.
         """
-        model = copy.copy(self.model)  # shares the weights, but has its own thresholds
-        if (thresholds := self.thresholds(threshold)) is not None:
-            model.threshold = thresholds
+        model = copy.copy(self.model)  # shares the weights, but has its own decision
+        model.decision = decision_for(model, threshold)
         maps = methods.heatmap(model, self.prepare(photo), method, group=group)
         size = photo.height, photo.width
         return F.interpolate(maps[None], size, mode="bicubic", antialias=True).clamp(0, 1)[0, 0].cpu().numpy()

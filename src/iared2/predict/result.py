@@ -26,10 +26,13 @@ from ..device import timed, usable_device
 from ..errors import InputError, printable
 from ..explain.heatmap import default_group, grid_of, lowest_kept, score_map
 from ..export import served
-from ..model.decide import Decide
+from ..model.decide import Decide, Decision
 from ..model.reduced import Output, ReducedVisionTransformer
 from ..pretrained.checkpoint import load
 from .output import check_not_read
+
+Threshold = float | Sequence[float] | Decision
+"""What decides which patches stay: one number, one per group, or all of it."""
 
 RESULT = "result.json"
 
@@ -203,30 +206,19 @@ class BasePredictor:
         self._transform = model_transform(cfg)
         self._warm = False
 
-    def thresholds(self, threshold: float | Sequence[float] | None) -> list[float] | None:
-        """One number for each of the D groups, from one number for all; None for the decision of the model.
-
-        Raises:
-            InputError: not finite, or not one per group.
-        """
-        return None if threshold is None else one_per_group(threshold, self.model.num_groups)
-
-    def predict(self, inputs: Tensor, thresholds: list[float] | None) -> list[dict[str, Any]]:
+    def predict(self, inputs: Tensor, decision: Decision) -> list[dict[str, Any]]:
         """The fields of ``Result`` except `file`, for each photo or clip of a batch of ``on_device``."""
-        decision = self.model.decision
-        output, seconds = self._trace(inputs, decision if thresholds is None else decision.at(thresholds))
-        return [self._fields(output, i, thresholds, seconds / len(inputs)) for i in range(len(inputs))]
+        output, seconds = self._trace(inputs, decision)
+        return [self._fields(output, i, decision, seconds / len(inputs)) for i in range(len(inputs))]
 
-    def _fields(self, output: Output, i: int, thresholds: list[float] | None, seconds: float) -> dict[str, Any]:
-        decision = self.model.decision
+    def _fields(self, output: Output, i: int, decision: Decision, seconds: float) -> dict[str, Any]:
         scores, kept = output.scores[:, i], output.kept[:, i]
-        own = decision.thresholds or lowest_kept(scores, kept).tolist()
         return {
             "top5": self._top5(output.logits[i]),
             "scores": scores.cpu().numpy(),
             "kept": kept.cpu().numpy(),
             "grid": self._grid,
-            "thresholds": tuple(thresholds or own),
+            "thresholds": tuple(decision.thresholds or lowest_kept(scores, kept).tolist()),
             "macs": int(output.macs[i]),
             "dense_macs": self.model.dense_macs,
             "second_pass": bool(output.unsure[i]),
@@ -282,16 +274,15 @@ def check_takes(model: ReducedVisionTransformer, takes: str) -> None:
         raise InputError(f"the model takes images of {channels} channels, and photos and videos have 3")
 
 
-def one_per_group(threshold: float | Sequence[float], groups: int) -> list[float]:
-    """One number for each group, from one for all or from as many.
+def decision_for(model: ReducedVisionTransformer, threshold: Threshold | None) -> Decision:
+    """The decision for one call: the model's own, with other thresholds, or another one.
 
     Raises:
-        InputError: not finite, or not one per group.
+        InputError: the numbers are not finite, or not one per group.
     """
-    values = [threshold] if isinstance(threshold, (int, float)) else list(threshold)
-    if len(values) not in (1, groups) or not all(map(math.isfinite, values)):
-        raise InputError(f"threshold {threshold}: give one finite number, or {groups}, one for each group")
-    return values * (groups // len(values))
+    own = model.decision
+    decision = own if threshold is None else threshold if isinstance(threshold, Decision) else own.at(threshold)
+    return decision.for_model(model.grid_size, model.num_groups)
 
 
 def png(picture: Image.Image) -> bytes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +14,7 @@ from PIL import Image
 from ..data.clips import Video, open_video
 from ..explain.figures import PANEL_SIDES
 from . import video_figures as figures
-from .result import BasePredictor, Result, png
+from .result import BasePredictor, Result, Threshold, decision_for, png
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
@@ -103,20 +103,20 @@ class VideoPredictor(BasePredictor):
     def __call__(
         self,
         path: str | Path,
-        threshold: float | Sequence[float] | None = None,
+        threshold: Threshold | None = None,
         advance: Callable[[int], object] = lambda frames: None,
     ) -> ClipInterpretation:
         """Interpret one video.
 
         Args:
             path: the file. Any size; each frame is resized to the model's input as a whole, never cropped.
-            threshold: for this call only, one number or one per group; the model's own if None.
+            threshold: for this call only, one number or one per group, or a `Decision`; the model's own if None.
             advance: called with the number of frames after each frame.
 
         Raises:
             InputError: the file is not a readable video, or the thresholds are wrong.
         """
-        thresholds = self.thresholds(threshold)
+        decision = decision_for(self.model, threshold)
         video = open_video(path)
         indices = video.sample(self.num_frames)
         shown: list[Image.Image] = []
@@ -128,5 +128,5 @@ class VideoPredictor(BasePredictor):
                 shown.append(frame)
                 advance(1)
 
-        [fields] = self.predict(self.on_device(self._transform(frames())), thresholds)
+        [fields] = self.predict(self.on_device(self._transform(frames())), decision)
         return ClipInterpretation(video=video, indices=indices, frames=shown, file=str(path), **fields)
