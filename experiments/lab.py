@@ -46,8 +46,9 @@ class Lab:
         data: as for ``iared2 train --data``.
         backbone: the dense model that every variant starts from.
         runs: folder of the runs.
-        size: "tiny_imagenet" or "tiny_imagenet_cpu": the recipes of that name.
+        size: "tiny_imagenet", "tiny_imagenet_cpu" or "reference": the recipes of that name.
         settings: for every recipe, such as shorter stages.
+        photos: number of validation photos to measure on; all by default.
     """
 
     data: str
@@ -55,6 +56,7 @@ class Lab:
     runs: Path
     size: str
     settings: tuple[str, ...] = ()
+    photos: int | None = None
 
     def recipe(self, kind: str, settings: Sequence[str] = (), seed: int = 0) -> Recipe:
         """The recipe of ``kind`` "ours" or "paper"."""
@@ -70,11 +72,11 @@ class Lab:
             print(f"== {folder}", flush=True)
             train(recipe, folder)
             (folder / "done").touch()
-        return Trained(folder, recipe)
+        return Trained(folder, recipe, self.photos)
 
     def dense(self) -> Trained:
         """The backbone as it is before Algorithm 1."""
-        return Trained(None, self.recipe("paper"))
+        return Trained(None, self.recipe("paper"), self.photos)
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,7 @@ class Trained:
 
     folder: Path | None
     recipe: Recipe
+    photos: int | None = None
 
     @cached_property
     def model(self) -> ReducedVisionTransformer:
@@ -181,14 +184,14 @@ class Trained:
     def batches(self, part: Part, model: ReducedVisionTransformer, batch_size: int = 250) -> Iterator[Batch]:
         """Batches of a split, normalised for the model."""
         cfg = model.pretrained_cfg
-        images = split(self.recipe.data, part, cfg["input_size"][1])
+        images = split(self.recipe.data, part, cfg["input_size"][1], self.photos if part == "eval" else None)
         return images.eval_batches(cfg["mean"], cfg["std"], batch_size=batch_size)
 
 
 @cache
-def split(config: DataConfig, part: Part, size: int) -> ResidentImages | ClutteredImages:
-    """A split, decoded once per process."""
-    if config.clutter:
+def split(config: DataConfig, part: Part, size: int, number: int | None) -> ResidentImages | ClutteredImages:
+    """The first ``number`` photos of a split, decoded once per process."""
+    if config.clutter:  # few photos, used on several canvases: always all of them
         found = open_cluttered(config, part, config.clutter)
         photos, copy = found.photos, torch.arange(CANVASES).repeat_interleave(len(found))
         rows = photos.rows.repeat(CANVASES) + (copy << 32)  # a canvas is a function of the row
@@ -196,7 +199,9 @@ def split(config: DataConfig, part: Part, size: int) -> ResidentImages | Clutter
             photos.images.repeat(CANVASES, 1, 1, 1), photos.labels.repeat(CANVASES), rows, photos.skipped
         )
         return replace(found, photos=several)
-    return ResidentImages.read(open_samples(config, part), (size, size))
+    samples = open_samples(config, part)
+    few = replace(samples, rows=samples.rows[:number], labels=samples.labels[:number])
+    return ResidentImages.read(few, (size, size))
 
 
 def interval(difference: np.ndarray) -> tuple[float, float]:

@@ -190,7 +190,7 @@ class Experiments:
         for squared in (True, False):
             for tau in (0.5, 1.0, 1.5):
                 name = f"tau{tau:g}-{'squared' if squared else 'linear'}"
-                settings = [f"reward.tau={tau}", f"reward.squared={str(squared).lower()}", *SHORT]
+                settings = [f"reward.tau={tau}", f"reward.squared={str(squared).lower()}", *SHORT[self.lab.size]]
                 run = self.lab.run(name, "paper", settings)
                 rows.append(row(f"{'squared' if squared else 'linear'}, τ = {tau:g}", run.measure()))
         self.write(
@@ -327,7 +327,7 @@ class Experiments:
         config = self.lab.recipe("paper").data
         model = self.lab.dense().model
         regions = open_regions(config.path, region="bbox")
-        masks = [regions.mask(row, PHOTO) for row in open_samples(config, "eval").rows]
+        masks = [regions.mask(row, PHOTO) for row in open_samples(config, "eval").rows[: self.lab.photos]]
         pooled = F.adaptive_avg_pool2d(torch.from_numpy(np.stack(masks)).float()[:, None], model.grid_size)
         return pooled.flatten(1).numpy()
 
@@ -342,13 +342,14 @@ def main() -> int:
     parser.add_argument("table", nargs="+", choices=[*tables, "all"])
     parser.add_argument("--data", required=True, help="folder with Tiny-ImageNet's parquet files")
     parser.add_argument("--backbone", required=True, type=Path, help="model.safetensors of the backbone recipe")
-    parser.add_argument("--size", default="tiny_imagenet_cpu", choices=["tiny_imagenet", "tiny_imagenet_cpu"])
+    parser.add_argument("--size", default="tiny_imagenet_cpu", choices=list(SHORT))
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--runs", type=Path, default=Path("runs/tables"))
     parser.add_argument("-o", "--out", type=Path, default=Path("runs/tables"))
+    parser.add_argument("--photos", type=int, help="number of validation photos to measure on; default: all")
     parser.add_argument("--set", action="append", default=[], help="settings for every recipe")
     args = parser.parse_args()
-    lab = Lab(args.data, args.backbone, args.runs, args.size, tuple(args.set))
+    lab = Lab(args.data, args.backbone, args.runs, args.size, tuple(args.set), args.photos)
     experiments = Experiments(lab, args.seeds, args.out)
     try:
         for name in tables if "all" in args.table else args.table:
