@@ -20,6 +20,7 @@ PAGES = (
     ROOT / "README.md",
     ROOT / "src" / "iared2" / "box" / "README.md",
     ROOT / "docs" / "results.md",
+    ROOT / "docs" / "small.md",
     ROOT / "docs" / "speed.md",
 )
 BASELINES = "masked", "padded to the longest", "merging"
@@ -71,12 +72,11 @@ def explanations(result: dict[str, Any]) -> str:
             cells += [f"{row.milliseconds:.2f}"] * with_time
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
-    lines += [
-        f"One reduced forward pass takes {bench.forward_milliseconds:.2f} ms per image. Probability lost, agreement:",
-        f"the dense prediction after all but {100 * bench.keep_ratio:.0f} % of the patches are blanked ({bench.fill}).",
-        "",
-    ]
-    return "\n".join(lines)
+    lines.append(f"One reduced forward pass takes {bench.forward_milliseconds:.2f} ms per image.")
+    if bench.steps:
+        left = f"{100 * bench.keep_ratio:.0f} % of the patches are blanked ({bench.fill})."
+        lines.append(f"Probability lost, agreement: the dense prediction after all but {left}")
+    return "\n".join([*lines, ""])
 
 
 def speed(result: dict[str, Any]) -> str:

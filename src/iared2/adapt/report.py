@@ -103,7 +103,7 @@ class Report:
         table.add_row("GMACs per photo", f"{self.dense_gmacs:.3g}", cost)
         if self.images_per_second:
             dense, _, reduced = self.images_per_second
-            speed = f"{reduced:.1f} ({self.speed_up:.2f}×; {self.speed_up_of_dropping:.2f}× by dropping)"
+            speed = f"{reduced:.1f} ({self.speed_up:.2f}× timm, {self.speed_up_of_dropping:.2f}× ours with every patch)"
             table.add_row(f"photos/s, {self.device}, batches of {self.batch_size}", f"{dense:.1f}", speed)
         table.add_row("patches after each group", "", " ".join(f"{100 * ratio:.0f} %" for ratio in self.keep_ratio))
         if self.decision and self.decision.confidence:

@@ -27,8 +27,8 @@ INTRO = """
 # Which patches does a vision transformer need?
 
 The model splits a photo into patches. At the entrance of each of its {groups} groups of layers, a small *interpreter*
-scores every patch, and patches below the threshold are **dropped**: {fate}. The kept patches explain the
-prediction, and the dropped patches save compute. Drop a photo, then try other thresholds and budgets. The method is
+scores every patch, and patches below the threshold are **dropped**: {fate}. The scores show where the
+model looks, and dropping saves compute. Drop a photo, then try other thresholds and budgets. The method is
 [IA-RED²](https://arxiv.org/abs/2106.12620). {classes}
 """
 HELP = """
