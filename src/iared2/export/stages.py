@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import Attention
 from torch import Tensor, nn
 
@@ -81,16 +80,7 @@ class Scorer(nn.Module):
 
     def forward(self, x: Tensor, alive: Tensor | None) -> Tensor:
         """``x (b, L, C)``, and which of its patches are no padding ``(b, L − P)``; None: all -> ``(b, L − P)``."""
-        width, patches = x.shape[-1], x[:, self.prefix :]
-        x_hat = F.layer_norm(x, (width,), eps=1e-5)
-        if self.has_class_token:
-            p_hat = x_hat[:, 0]
-        else:
-            share = torch.ones_like(patches[..., :1]) if alive is None else alive[..., None].to(x.dtype)
-            p_hat = F.layer_norm((patches * share).sum(1) / share.sum(1).clamp(min=1), (width,), eps=1e-5)
-        # only a softmax over the patches reads the padding
-        mask = alive if self.interpreter.relative else None
-        return self.interpreter.compare(x_hat[:, self.prefix :], *self.interpreter.directions(p_hat), mask)
+        return self.interpreter.score_dense(x, self.prefix, self.has_class_token, alive)
 
 
 class Group(nn.Module):

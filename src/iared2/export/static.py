@@ -76,15 +76,7 @@ class _Dense(nn.Module):
 
     def score(self, x: Tensor, group: int) -> Tensor:
         """``x (B, S, C) -> (B, S − P)`` informativeness of the patches."""
-        width, interpreter = x.shape[-1], self.interpreters[group]
-        x = x.float()
-        x_hat = F.layer_norm(x, (width,), eps=1e-5)
-        if vit.has_class_token(self.backbone):
-            p_hat = x_hat[:, 0]
-        else:
-            p_hat = F.layer_norm(x[:, self.prefix :].mean(1), (width,), eps=1e-5)
-        u, bias = interpreter.directions(p_hat)
-        return interpreter.compare(x_hat[:, self.prefix :], u, bias)
+        return self.interpreters[group].score_dense(x.float(), self.prefix, vit.has_class_token(self.backbone))
 
     def standing(self, x: Tensor, ids: Tensor, group: int) -> Tensor:
         """`Decision.standing` of the patches ``ids (B, S − P)``."""

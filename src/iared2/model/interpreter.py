@@ -80,7 +80,7 @@ class MultiHeadInterpreter(nn.Module):
             width, prefix = packed.x.shape[1], packed.num_prefix_tokens
             x = packed.x.to(torch.promote_types(packed.x.dtype, torch.float32))
             if _is_padded(packed):
-                return self._padded(packed, packed.to_dense(x), has_class_token)
+                return self.score_dense(packed.to_dense(x), prefix, has_class_token, packed.alive)
             x_hat = F.layer_norm(x, (width,), eps=1e-5)  # (T, C)
             if has_class_token:
                 p_hat = x_hat.index_select(0, packed.first_rows)  # (B, C), packed order
@@ -97,15 +97,23 @@ class MultiHeadInterpreter(nn.Module):
                 scores.append(F.pad(found, (prefix, 0)).flatten())
             return packed.to_dense(scores[0] if len(scores) == 1 else torch.cat(scores))[:, prefix:]
 
-    def _padded(self, packed: PackedTokens, x: Tensor, has_class_token: bool) -> Tensor:
-        """The same from dense tokens ``x (B, S, C)``, 0 where a patch was dropped: one launch for all lengths."""
-        width, prefix, alive = x.shape[2], packed.num_prefix_tokens, packed.alive
-        normed = F.layer_norm(x, (width,), eps=1e-5)
+    def score_dense(self, x: Tensor, prefix: int, has_class_token: bool = True, alive: Tensor | None = None) -> Tensor:
+        """`forward` in one launch, for tokens that are not packed: also what is exported.
+
+        Args:
+            x: ``(B, S, C)`` float32, with ``prefix`` tokens that are no patches first.
+            alive: ``(B, S − prefix)`` bool, if not all patches are; the score of the others is 0.
+        """
+        width, patches = x.shape[2], x[:, prefix:]
+        x_hat = F.layer_norm(x, (width,), eps=1e-5)
         if has_class_token:
-            p_hat = normed[:, 0]
+            p_hat = x_hat[:, 0]
+        elif alive is None:
+            p_hat = F.layer_norm(patches.mean(1), (width,), eps=1e-5)
         else:
-            p_hat = F.layer_norm(x[:, prefix:].sum(1) / alive.sum(1, keepdim=True), (width,), eps=1e-5)
-        return self.compare(normed[:, prefix:], *self.directions(p_hat), alive)
+            share = alive[..., None].to(x.dtype)
+            p_hat = F.layer_norm((patches * share).sum(1) / share.sum(1).clamp(min=1), (width,), eps=1e-5)
+        return self.compare(x_hat[:, prefix:], *self.directions(p_hat), alive)
 
     def directions(self, p_hat: Tensor) -> tuple[Tensor, Tensor]:
         """The query, multiplied by the key matrix: ``x̂ · u + bias`` is the query-key product of a patch in every head.
