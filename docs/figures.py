@@ -152,6 +152,7 @@ def bench_command(result: dict[str, Any]) -> str:
     words += [f"--keep {' '.join(map(str, given['keep']))}"] * (given["keep"] != [0.85, 0.6, 0.35])
     words += [f"--img-size {' '.join(map(str, given['img_size'] or ()))}"] * bool(given.get("img_size"))
     words += [f"--batch-size {' '.join(map(str, given['batch_size']))}", f"--seconds {given['seconds']:g}"]
+    words += [f"--device {given['device']}"] * (given["device"] is not None)
     return " ".join(words + ["--no-compile"] * given["no_compile"])
 
 

@@ -34,6 +34,7 @@ from iared2.model.decide import Decide, keep_all
 
 VARIANTS: dict[str, tuple[str, list[str]]] = {"paper": ("paper", []), "ours": ("ours", []), "merged": ("ours", MERGED)}
 BUDGETS = (0.65, 0.5)
+SIZE = "tiny_imagenet_cpu"
 PHOTO = 64, 64  # the frame of Tiny-ImageNet's boxes
 
 
@@ -44,7 +45,9 @@ class Experiments:
         self.lab, self.seeds, self.out = lab, range(seeds), out
 
     def write(self, name: str, title: str, columns: list[str], rows: list[list[str]], notes: list[str]) -> None:
-        command = f"python experiments/tables.py {name} --data DATA --backbone BACKBONE"
+        size = "" if self.lab.size == SIZE else f" --size {self.lab.size}"
+        size += f" --photos {self.lab.photos}" if self.lab.photos else ""
+        command = f"python experiments/tables.py {name}{size} --data DATA --backbone BACKBONE"
         Table(title, command, columns, rows, notes).write(self.out, name)
 
     # ---- variants ------------------------------------------------------------------------------------------------
@@ -342,7 +345,7 @@ def main() -> int:
     parser.add_argument("table", nargs="+", choices=[*tables, "all"])
     parser.add_argument("--data", required=True, help="folder with Tiny-ImageNet's parquet files")
     parser.add_argument("--backbone", required=True, type=Path, help="model.safetensors of the backbone recipe")
-    parser.add_argument("--size", default="tiny_imagenet_cpu", choices=list(SHORT))
+    parser.add_argument("--size", default=SIZE, choices=list(SHORT))
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--runs", type=Path, default=Path("runs/tables"))
     parser.add_argument("-o", "--out", type=Path, default=Path("runs/tables"))

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import iared2
 from iared2 import cli
 from iared2.cli import COMMANDS, main
+from iared2.device import usable_device
 from iared2.evaluate.explanations.faithfulness import Fill
 from iared2.evaluate.speed.command import MODEL, PRECISIONS
 from iared2.explain.names import EVERY
@@ -78,6 +82,31 @@ def test_the_checkpoint_is_c_everywhere():
         assert (action.option_strings, action.default, action.required) == (["-c", "--checkpoint"], None, False)
         assert "in the box" in (action.help or "") or command == "bench"
     assert not any(a.dest == "checkpoint" for c, a in actions() if c == "train")
+
+
+def test_the_device_has_one_default():
+    """Except on the page, which also runs engines of the CPU."""
+    defaults = {command: action.default for command, action in actions() if action.dest == "device"}
+    assert defaults.pop("demo") == "cpu"
+    assert set(defaults.values()) == {None}
+    assert usable_device(None).type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_a_reader_of_stdout_may_end():
+    environment = {**os.environ, "PYTHONUNBUFFERED": ""}  # with a value, argparse itself would hide the error
+    for argv in (["--help"], []):
+        command = [sys.executable, "-m", "iared2.cli", *argv]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+        assert process.stdout
+        process.stdout.close()  # as head does
+        assert process.communicate()[1] == b""
+        assert process.returncode == 141
+
+
+def test_a_warning_does_not_control_the_terminal(monkeypatch):
+    monkeypatch.setattr(warnings, "formatwarning", None)
+    main(["nonsense"])
+    assert warnings.formatwarning(UserWarning("\x1b[31m.txt"), UserWarning, "", 1) == "note: \\x1b[31m.txt\n"
 
 
 def test_every_default_is_stated():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -59,9 +60,22 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns 0 on success; a user error prints one line on stderr and returns 1.
 
-    Without any argument, prints the help and returns 2, as argparse does where the command is missing.
+    Without any argument, prints the help and returns 2, as argparse does where the command is missing. If the reader of
+    stdout, such as `head`, has ended, returns 141, as shells report it.
     """
-    warnings.formatwarning = lambda message, *_, **__: f"note: {message}\n"  # without the line of code that warns
+    try:
+        try:
+            return _run(argv)
+        finally:
+            print(end="", flush=True)  # here, since a traceback of the flush at the end cannot be caught
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # which that flush then writes to
+        return 141
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    # without the line of code that warns
+    warnings.formatwarning = lambda message, *_, **__: f"note: {printable(str(message))}\n"
     argv = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):  # a file name that the terminal cannot show must not stop the command
         if hasattr(stream, "reconfigure"):

@@ -15,12 +15,14 @@ import torch
 from .errors import InputError
 
 
-def usable_device(name: str | torch.device) -> torch.device:
-    """The device, checked by a first computation.
+def usable_device(name: str | torch.device | None) -> torch.device:
+    """The device, checked by a first computation; None: cuda if there is one, else cpu.
 
     Raises:
         InputError: the device is not available.
     """
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.ones(1, device=device).item()

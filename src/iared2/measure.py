@@ -28,7 +28,7 @@ def measure(
 
     Args:
         model: in evaluation mode.
-        batches: of ``data.eval_batches``.
+        batches: of ``batches.eval_batches``.
         device: where the model is.
         decide: the decision; by default ``model.decision``.
         reduce: a sum over processes, such as ``Accelerator.reduce``.

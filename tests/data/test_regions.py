@@ -76,6 +76,14 @@ def test_boxes(boxes: Path) -> None:
             assert torch.equal(image[0] > 0.5, mask)
 
 
+def test_boxes_of_floats_are_rounded(tmp_path: Path) -> None:
+    odd = [np.add(BOXES[0], 0.4), np.add(BOXES[1], -0.4), [0, 0, np.nan, 3], [0, 0, np.inf, 3], BOXES[4]]
+    found, skipped = batches(open_regions(write_table(tmp_path / "a.parquet", bbox=pa.array([*map(list, odd)]))))
+    masks = torch.cat([batch.masks for batch in found]).numpy()
+    assert np.array_equal(masks, [box_mask(BOXES[i]) for i in (0, 1, 4)])
+    assert skipped == [("2.png", NO_REGION), ("3.png", NO_REGION)]
+
+
 @pytest.mark.parametrize("size", [(16, 24), (4, 6), (24, 24), (5, 7), (3, 30)])
 def test_the_region_goes_through_the_photos_own_resize(boxes: Path, size: tuple[int, int]) -> None:
     found, _ = batches(open_regions(boxes), size)

@@ -217,7 +217,9 @@ class TestParquet:
     def test_other_columns(self, tmp_path: Path):
         file = write_parquet(tmp_path / "train.parquet", LABELS)
         assert find_splits(str(file), "image", "box")[ALL]().labels.tolist() == [0] * 6
-        with pytest.raises(InputError, match=r"no column 'img', there is image, box, label; set data\.image_column"):
+        with pytest.raises(
+            InputError, match=r"no column 'img', there is image, box, label; give image_column or label_column"
+        ):
             find_splits(str(file), "img", "label")[ALL]()
         with pytest.raises(InputError, match="cannot be opened"):
             find_splits(str(file), "box", "label")[ALL]()

@@ -21,6 +21,7 @@ from iared2.cli import main
 from iared2.data.batches import Batch, eval_batches, model_transform, train_batches
 from iared2.data.images import DataConfig
 from iared2.data.videos import ClipConfig, VideoSamples, open_videos, train_transform, views_transform
+from iared2.evaluate import command
 from iared2.measure import measure, trace
 from iared2.model.reduced import Output
 from iared2.train.augment import AugmentConfig
@@ -90,11 +91,11 @@ def test_splits_classes_and_holdout_are_those_of_images(made: Path, tmp_path: Pa
         open_videos(DataConfig(path=str(tmp_path), classes=("rice",)), "train", 4)
 
 
-@pytest.mark.parametrize("header", ["path,label\n", ""])
+@pytest.mark.parametrize("header", ["path,label\n", "", "\ufeffpath,label\n", "\ufeff"])
 def test_a_list(made: Path, tmp_path: Path, header: str) -> None:
     rows = [f"rise/rise0.mp4,up\n{made}/fall/fall0.mp4,down\n", "rise/rise1.mp4,7\nfall/fall1.mp4,0\n"]
     for text, names, labels in zip(rows, (("down", "up"), tuple("01234567")), ([1, 0], [7, 0]), strict=True):
-        (tmp_path / "list.csv").write_text(header + text)
+        (tmp_path / "list.csv").write_text(header + text, encoding="utf-8")
         config = DataConfig(path=str(tmp_path / "list.csv"))
         samples = open_videos(config, "train", 2, ClipConfig(root=str(made)))
         assert samples.class_names == names
@@ -293,7 +294,14 @@ def test_views_count_as_one_video() -> None:
     assert (result["top1"], result["images"]) == (50.0, 2)
 
 
-def test_the_command_evaluate(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_evaluate(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "CALIBRATION_IMAGES", 8)
+    samples, thresholds = [], command.thresholds_for
+    monkeypatch.setattr(
+        command, "thresholds_for", lambda model, x, **kwargs: samples.append(x.shape) or thresholds(model, x, **kwargs)
+    )
     size = {"img_size": (4, 16, 16), "patch_size": (1, 8, 8), "embed_dim": 48, "depth": 3, "num_heads": 3}
     iared2.from_timm("timesformer_joint_small_patch16_224", num_classes=2, **size).save(tmp_path / "m.safetensors")
     arguments = ["-c", str(tmp_path / "m.safetensors"), str(made), "--workers", "0", "--budget", "0.5", "--json"]
@@ -304,7 +312,10 @@ def test_the_command_evaluate(made: Path, tmp_path: Path, capsys: pytest.Capture
     assert found["variants"][0]["gmacs"] > 0
     assert found["variants"][1]["name"] == "dense backbone"
     assert main(["evaluate", *arguments, "--clips", "2", "--crops", "3", "--span", "0.3"]) == 0
-    views = json.loads(capsys.readouterr().out)
+    out, said = capsys.readouterr()
+    views = json.loads(out)
+    assert "calibrated on 2 of" in said, "two clips of 4 frames for 8 images"
+    assert samples == [(2, 3, 4, 16, 16)] * 2, "one view of each video"
     assert views["images"] == 6
     assert views["variants"][1]["gmacs"] == pytest.approx(6 * found["variants"][1]["gmacs"])
     assert all(0 < share <= 1 for variant in views["variants"] for share in variant["keep_ratio"])

@@ -4,13 +4,16 @@ import copy
 import json
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
+from pictures import write_parquet
 from PIL import Image
 
 import iared2
 from iared2.cli import main
 from iared2.data.batches import Batch
+from iared2.evaluate import command
 from iared2.evaluate.accuracy import evaluate
 from iared2.measure import measure
 from iared2.model.baselines import baseline_scores
@@ -148,7 +151,8 @@ def test_command(model, folder, tmp_path, capsys):
     assert main([*args, "--spread", "-1"]) == 1
     assert "spread=-1.0: give a finite number, 0 or more" in capsys.readouterr().err
     assert main([*args, "--limit", "3", "--batch-size", "2", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["images"] == 3
+    result = json.loads(capsys.readouterr().out)
+    assert result["images"] + len(result["skipped"]) == 3
 
 
 def test_command_with_budgets_and_a_plot(model, folder, tmp_path, capsys):
@@ -171,7 +175,9 @@ def test_command_with_budgets_and_a_plot(model, folder, tmp_path, capsys):
         (["--device", "cuda:9"], "device cuda:9"),
         (["--json", "/no/such/folder/x.json"], "in a folder that is there"),
         (["--plot", "/no/such/folder/x.png"], "in a folder that is there"),
-        (["--plot", "x.nonsense"], "cannot write x.nonsense"),
+        (["--plot", "x.nonsense"], "--plot x.nonsense: unknown kind of picture"),
+        (["--plot", "x.png", "--json", "./x.png"], "give two names"),
+        (["--limit", "0"], "must be 1 or more"),
         (["--budget", "1.5"], "shares of the dense MACs"),
         (["--split", "nonsense"], "no split 'nonsense'"),
         (["--batch-size", "0"], "must be 1 or more"),
@@ -181,6 +187,57 @@ def test_bad_arguments_are_one_line(model, folder, tmp_path, capsys, more, messa
     model.save(tmp_path / "m.safetensors")
     assert main(["evaluate", "-c", str(tmp_path / "m.safetensors"), str(folder), "--workers", "0", *more]) == 1
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--json", "--plot"])
+def test_nothing_that_is_read_is_replaced(model, folder, tmp_path, capsys, option):
+    run = tmp_path / "run"
+    run.mkdir()
+    model.save(run / "model.safetensors")
+    photo, weights = folder / "val" / "dark" / "0.png", run / "model.safetensors"
+    (run / "link.png").symlink_to(weights)
+    (run / "metrics.png").touch()  # lies there, but is not read
+    before = photo.read_bytes(), weights.read_bytes()
+    args = ["evaluate", "-c", str(run), str(folder), "--workers", "0"]
+    for target in (photo, run / "link.png"):
+        assert main([*args, option, str(target)]) == 1
+        assert "is read, and a result would replace it" in capsys.readouterr().err
+    assert (photo.read_bytes(), weights.read_bytes()) == before
+    assert main([*args, option, str(run / "metrics.png")]) == 0
+    assert (run / "metrics.png").stat().st_size > 0
+
+
+def test_a_limit_draws_at_random(model, folder, tmp_path, monkeypatch):
+    """The first rows are of one class, since folders lie class by class."""
+    model.save(tmp_path / "m.safetensors")
+    seen, read = [], command.eval_batches
+    monkeypatch.setattr(
+        command, "eval_batches", lambda samples, *a, **k: seen.append(samples) or read(samples, *a, **k)
+    )
+    assert main(["evaluate", "-c", str(tmp_path / "m.safetensors"), str(folder), "--workers", "0", "--limit", "3"]) == 0
+    assert len(seen[0]) == 3
+    assert set(seen[0].labels) == {0, 1}
+    assert seen[0].rows.tolist() == sorted(seen[0].rows)
+
+
+def test_other_columns(model, tmp_path, capsys):
+    model.save(tmp_path / "m.safetensors")
+    file = write_parquet(tmp_path / "validation.parquet", [0, 1, 1])
+    pq.write_table(pq.read_table(file).rename_columns({"image": "photo", "label": "kind"}), file)
+    args = ["evaluate", "-c", str(tmp_path / "m.safetensors"), str(tmp_path), "--workers", "0", "--json"]
+    assert main(args) == 1
+    assert "no column 'image', there is photo, box, kind; give image_column or label_column" in capsys.readouterr().err
+    assert main([*args, "--image-column", "photo", "--label-column", "kind"]) == 0
+    assert json.loads(capsys.readouterr().out)["images"] == 3
+
+
+def test_training_images_that_cannot_be_read(model, folder, tmp_path, capsys):
+    model.save(tmp_path / "m.safetensors")
+    for file in (folder / "train").rglob("*.png"):
+        file.write_bytes(b"no image")
+    args = ["evaluate", "-c", str(tmp_path / "m.safetensors"), str(folder), "--workers", "0"]
+    assert main([*args, "--budget", "0.7"]) == 1
+    assert "image after image cannot be read" in capsys.readouterr().err
 
 
 def test_classes_go_by_name(model, folder, tmp_path, capsys):

@@ -239,7 +239,7 @@ def test_json_has_no_nan_and_replaces_nothing_that_is_read(model, data: Path, ch
     [
         (["--methods", "magic"], "no method 'magic'"),
         (["--limit", "0"], "must be 1 or more"),
-        (["--steps", "0"], "must be 1 or more"),
+        (["--steps", "-1"], "--steps and --seed 0 or more"),
         (["--json", "/no/such/folder/a.json"], "in a folder that is there"),
         (["--json", "/"], "--json /: give the name of a file"),
         (["--json", "a.png", "--plot", "a.png"], "give two names"),

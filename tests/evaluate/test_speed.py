@@ -178,6 +178,13 @@ def test_bad_arguments_are_one_line(checkpoint, capsys, more, message):
     assert "Traceback" not in error
 
 
+def test_nothing_that_is_read_is_replaced(checkpoint, capsys):
+    before = checkpoint.read_bytes()
+    assert main(["bench", "-c", str(checkpoint), "--seconds", "0", "--no-compile", "--json", str(checkpoint)]) == 1
+    assert "is read, and a result would replace it" in capsys.readouterr().err
+    assert checkpoint.read_bytes() == before
+
+
 def test_an_unknown_model_is_one_line(capsys):
     assert main(["bench", "deit_smal_patch16_224"]) == 1
     assert "no model 'deit_smal_patch16_224'" in capsys.readouterr().err

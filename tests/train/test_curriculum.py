@@ -114,6 +114,14 @@ def records(output: Path) -> list[dict]:
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_file_names_do_not_control_the_terminal(tmp_path, capsys, first):
+    log = RunLog(tmp_path, 0, main=first)
+    log.warn("skipped \x1b[31m.png")
+    log.close()
+    assert "skipped \\x1b[31m.png\n" in capsys.readouterr().err
+
+
 def test_a_run_has_all_stages_and_its_model_loads(finished):
     steps = [r for r in records(finished) if r["kind"] == "step"]
     stages = list(dict.fromkeys(r["stage"] for r in steps))
@@ -242,6 +250,7 @@ def test_a_run_of_an_earlier_version_goes_on(tmp_path, finished, folder, recipe,
     identity["reward"]["graded"] = identity["reward"].pop("soft_reward")
     identity["policy"]["leave_one_out"] = identity["policy"].pop("rloo")
     identity["policy"].pop("spread")  # a setting that it did not have, at its default
+    identity["reward"]["neighbours"] = 0  # one that there is no longer
     saved.write(output / "state.safetensors", tensors, config)
     (output / "model.safetensors").unlink()
     assert main(command(recipe, folder, output)) == 0
@@ -453,6 +462,7 @@ def test_canvases(tmp_path, folder, budget):
         (["policy.spread=-1"], "policy.spread = -1.0 should be in 0…10"),
         (["finetune.distill=1.5"], "finetune.distill = 1.5 should be in 0…1"),
         (["backbone.patch_drop=1"], "backbone.patch_drop = 1.0 should be in 0…0.99"),
+        (["finetune.augment.min_scale=1.5"], "finetune.augment.min_scale = 1.5 should be in 0.0001…1"),
     ],
 )
 def test_policies_that_cannot_be_meant(budget, pairs, message):
@@ -469,6 +479,10 @@ def test_policies_that_cannot_be_meant(budget, pairs, message):
         (["data.clutter=32", "data.resident=false"], "data.clutter = 32 is the side of the canvas; set img_size to it"),
         (["policy.decisions=gumbel", "model.timm.global_pool=avg"], "needs a head that reads the class token alone"),
         (["finetune.augment.auto_augment=rand-m9"], "set data.resident = false"),
+        (
+            ["policy.joint=true", "policy_gradient.batch_size=10", "policy_gradient.grad_accum_steps=4"],  # 3, 3, 3, 1
+            "over 2 groups; set a larger policy_gradient.batch_size",
+        ),
     ],
 )
 def test_policies_that_do_not_fit_the_model(tmp_path, folder, budget, capsys, pairs, message):

@@ -142,8 +142,7 @@ def test_without_classes_the_reward_is_the_cosine_with_the_dense_embedding():
     assert metrics["reward"].isfinite()
 
     # neighbours in place of the cosine
-    with_neighbours = replace(config, neighbours=2)
-    _, found = PolicyGradientStage(model, [2], with_neighbours, policy, model.backbone)(images, labels, keys)
+    _, found = PolicyGradientStage(model, [2], config, policy, model.backbone, neighbours=2)(images, labels, keys)
     with torch.no_grad():
         shared = overlap(model.backbone(images), model.head(ends), 2)
     assert 0 < shared.mean() < 1
@@ -151,5 +150,5 @@ def test_without_classes_the_reward_is_the_cosine_with_the_dense_embedding():
     expected = reward(keep.sum(1), 16, shared, config) - 0.5 * (1 - cosine)
     assert found["reward"].item() == pytest.approx(expected.mean().item(), abs=1e-5)
     model.reset_classifier(3)
-    with pytest.raises(InputError, match=r"reward\.neighbours"):
-        PolicyGradientStage(model, [2], with_neighbours, policy, model.backbone)
+    with pytest.raises(InputError, match="neighbours is for models without classes"):
+        PolicyGradientStage(model, [2], config, policy, model.backbone, neighbours=2)

@@ -76,5 +76,5 @@ def test_an_embedding_is_as_correct_as_its_neighbours():
     assert overlap(dense, both, 2).tolist() == [1, 1, 1, 1, 1, 0.5, 1, 1, 1, 0]
     assert overlap(dense.to("meta"), both.to("meta"), 2).dtype == torch.float32
     for k in (0, 4, 5):
-        with pytest.raises(InputError, match=r"reward\.neighbours"):
+        with pytest.raises(InputError, match=rf"neighbours = {k} of 5 images"):
             overlap(dense, dense, k)

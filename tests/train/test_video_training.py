@@ -10,6 +10,7 @@ from made import write_video
 
 import iared2
 from iared2.cli import main
+from iared2.train import trainer
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "videomae_kinetics400.toml"
 TINY = "{ img_size = [4, 32, 32], patch_size = [2, 8, 8], embed_dim = 48, depth = 3, num_heads = 3 }"
@@ -34,6 +35,8 @@ def test_a_run_on_videos_ends_with_a_model(
     name: str, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    read, sizes = trainer.eval_batches, set()
+    monkeypatch.setattr(trainer, "eval_batches", lambda *a, **k: sizes.add(k["batch_size"]) or read(*a, **k))
     torch.manual_seed(0)
     tubelet = 2 if name.startswith("videomae") else 1
     timm = TINY.replace("[2, 8, 8]", f"[{tubelet}, 8, 8]")
@@ -57,6 +60,7 @@ def test_a_run_on_videos_ends_with_a_model(
     }
     given = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     assert main(["train", str(RECIPE), "--data", str(videos), "-o", str(tmp_path / "run"), *given]) == 0
+    assert sizes == {trainer.EVAL_BATCH // (4 * 2)}, "two test clips of 4 frames"
     model = iared2.load(tmp_path / "run")
     assert model.class_names == ("down", "up")
     assert model.grid_size == (4 // tubelet, 4, 4)

@@ -86,9 +86,7 @@ def accelerate(
     console = Console(stderr=True)
     with console.status("loading the model"):
         reduced, own = _opened(copy.deepcopy(model) if embedding and isinstance(model, nn.Module) else model)
-        if device is None and not isinstance(model, nn.Module):
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device is not None:
+        if device is not None or not isinstance(model, nn.Module):
             reduced.to(usable_device(device))
     if reduced.is_video:
         raise InputError("accelerate is for models of photos, and this one takes clips")

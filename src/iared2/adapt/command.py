@@ -6,9 +6,9 @@ import argparse
 import sys
 from contextlib import redirect_stdout
 
-import torch
 from rich.markup import escape
 
+from ..device import usable_device
 from ..errors import printable
 from ..predict.output import check_file, check_not_read, console, write_json
 from .accelerate import accelerate
@@ -22,7 +22,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_not_read(outputs, [*arguments.photos, arguments.model])
     names = "max_drop", "macs", "minutes", "embedding", "limit", "workers"
     settings = {name: getattr(arguments, name) for name in names}
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = usable_device(arguments.device)
     with redirect_stdout(sys.stderr if arguments.json == "-" else sys.stdout):
         model = accelerate(arguments.model, arguments.photos, device=device, **settings)
     model.save(arguments.output)

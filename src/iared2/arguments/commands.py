@@ -60,7 +60,7 @@ def interpret(command: argparse.ArgumentParser) -> None:
     )
     colormap(command)
     json(command)
-    device(command, None)
+    device(command)
 
 
 def predict(command: argparse.ArgumentParser) -> None:
@@ -78,7 +78,7 @@ def predict(command: argparse.ArgumentParser) -> None:
     batches(command)
     add("--shard-size", type=int, default=4096, help="photos per Parquet file (default: %(default)s)")
     engine(command, "what runs the model; the others are for CPUs, and also take a FILE.zip of iared2 export as -c")
-    device(command, None)
+    device(command)
 
 
 def figure(command: argparse.ArgumentParser) -> None:
@@ -134,7 +134,7 @@ def accelerate(command: argparse.ArgumentParser) -> None:
     add("--limit", type=int, default=2000, metavar="N", help="maximum number of photos (default: %(default)s)")
     add("--workers", type=int, default=2, metavar="N", help="reading processes (default: 2)")
     json(command)
-    device(command, None)
+    device(command)
 
 
 def evaluate(command: argparse.ArgumentParser) -> None:
@@ -147,6 +147,8 @@ def evaluate(command: argparse.ArgumentParser) -> None:
     checkpoint(command)
     image_size(command)
     add("--split", default="validation", help="split to evaluate on (default: %(default)s, or test)")
+    add("--image-column", default="image", help="of parquet files and hf:NAME (default: %(default)s)")
+    add("--label-column", default="label", help="of these, or the field in KEY.json of shards (default: %(default)s)")
     add("--classes", nargs="+", default=[], help="use only these, in the model's order (default: the model's own)")
     threshold(command)
     spread(command)
@@ -164,7 +166,7 @@ def evaluate(command: argparse.ArgumentParser) -> None:
     add("--all", action="store_true", help="for a folder without splits: include the images used for training")
     add("--plot", metavar="FILE", help="plot accuracy against MACs: .png, .pdf, .svg (default: none)")
     batches(command)
-    add("--limit", type=int, metavar="N", help="maximum number of images (default: all)")
+    add("--limit", type=int, metavar="N", help="photos, or videos, drawn at random (default: all)")
     json(command)
     device(command)
 
@@ -256,7 +258,12 @@ def explain_bench(command: argparse.ArgumentParser) -> None:
     )
     add("--limit", type=int, default=1000, metavar="N", help="photos, drawn at random (default: 1000)")
     batches(command, workers=False)
-    add("--steps", type=int, default=16, help="steps of insertion and deletion (default: %(default)s)")
+    add(
+        "--steps",
+        type=int,
+        default=16,
+        help="steps of insertion and deletion; 0: no faithfulness (default: %(default)s)",
+    )
     add(
         "--fill",
         default="blur",
@@ -282,4 +289,4 @@ def demo(command: argparse.ArgumentParser) -> None:
     add("--root-path", help="path of the page behind a reverse proxy, e.g. /iared2 (default: none, no proxy)")
     add("--max-file-size", type=int, default=20, metavar="MB", help="maximum size of an upload (default: %(default)s)")
     engine(command, "what runs the model; the others are for CPUs, and take half a minute more to start")
-    device(command)
+    device(command, "cpu")  # on which every engine runs

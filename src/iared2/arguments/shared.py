@@ -6,6 +6,7 @@ Imports no torch: `iared2 COMMAND --help` answers at once. The conventions, whic
 - A list is given with spaces, ``--keep 0.6 0.4 0.2``; commas are read as well.
 - Results are a table on stdout. ``--json FILE`` writes them to a file as well; ``--json`` alone prints JSON to stdout,
   and the table to stderr.
+- ``--device`` is cuda if there is one, else cpu; of the page always cpu, which all of its engines need.
 - The help states every default.
 """
 
@@ -68,8 +69,8 @@ def checkpoint(command: argparse.ArgumentParser, text: str = f"{CHECKPOINT} (def
     command.add_argument("-c", "--checkpoint", help=text)
 
 
-def device(command: argparse.ArgumentParser, default: str | None = "cpu") -> None:
-    """Add ``--device``; None: cuda if there is one."""
+def device(command: argparse.ArgumentParser, default: str | None = None) -> None:
+    """Add ``--device``; None: cuda if there is one (`device.usable_device`)."""
     command.add_argument("--device", default=default, help=f"cpu, cuda, cuda:1, … (default: {default or CUDA})")
 
 

@@ -146,6 +146,11 @@ def clip_length(pretrained_cfg: dict[str, Any]) -> int:
     return size[1] if len(size) == 4 else 0
 
 
+def per_batch(images: int, pretrained_cfg: dict[str, Any], clips: int = 1) -> int:
+    """How many samples, 1 or more, have as many frames as so many images; ``clips`` is the number per video."""
+    return max(1, images // ((clip_length(pretrained_cfg) * clips) or 1))
+
+
 def model_transform(pretrained_cfg: dict[str, Any]) -> Transform:
     """The evaluation transform for a model: the whole image, in the size and normalisation of its ``pretrained_cfg``.
 

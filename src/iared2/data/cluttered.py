@@ -280,14 +280,14 @@ def open_cluttered(
     Args:
         config: the data set; its ``classes`` are the label set. The filling consists of all other classes or, if there
             are none, of the labelled photos themselves.
-        split: as for `data.open_samples`.
+        split: as for `images.open_samples`.
         canvas: side of a canvas in pixels; photos get 5/16 to 1/2 of it.
         photo_size: side to which all photos are resized first.
         device: where to keep them.
         max_filling: number of photos to cut from, a fixed random choice.
 
     Raises:
-        InputError: as `data.open_samples`, none of the photos can be read, or they are all of one class.
+        InputError: as `images.open_samples`, none of the photos can be read, or they are all of one class.
     """
     labelled = open_samples(config, split)
     everything = open_samples(replace(config, classes=()), split)

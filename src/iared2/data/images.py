@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -83,6 +83,11 @@ class Samples(Dataset[tuple[Any, int]]):
         """The image's file name, or its row in the table if it has none."""
         return self.reader.filename(int(self.rows[index]), absolute=True)
 
+    def draw(self, number: int) -> Samples:
+        """At most so many at random, since folders lie class by class; in their order, since tables are read so."""
+        drawn = np.sort(keyed.permutation(0, 0, len(self))[:number].numpy())
+        return replace(self, rows=self.rows[drawn], labels=self.labels[drawn])
+
 
 def open_samples(config: DataConfig, split: Literal["train", "holdout", "eval"], whole: bool = False) -> Samples:
     """Open one part of a data set. Reads names and labels, decodes no image.
@@ -110,9 +115,9 @@ def choose(
     if split == "eval" and evaluation is None and config.holdout:
         split = "holdout"
     if (chosen := evaluation if split == "eval" else train) is None:
-        setting, hint = ("eval_split", " or data.holdout") if split == "eval" else ("train_split", "")
+        setting, hint = ("eval_split", " or a holdout") if split == "eval" else ("train_split", "")
         name = getattr(config, setting)
-        raise NoSplit(f"{config.path}: no split {name!r}, there is {', '.join(splits)}; set data.{setting}{hint}")
+        raise NoSplit(f"{config.path}: no split {name!r}, there is {', '.join(splits)}; give another {setting}{hint}")
     source = chosen()
     if split == "eval" and train is not None and train is not chosen and not source.complete:
         source = _renumbered(source, train().names, config.path)
@@ -123,7 +128,7 @@ def choose(
         for new, name in enumerate(config.classes):
             old = _find_class(name, source, config.path)
             if number[old] >= 0:
-                raise InputError(f"data.classes: {name!r} is {config.classes[number[old]]!r}; name each class once")
+                raise InputError(f"classes: {name!r} is {config.classes[number[old]]!r}; name each class once")
             number[old] = new
         labels, class_names = number[labels], config.classes
     part = labels >= 0
@@ -131,7 +136,7 @@ def choose(
         part &= _held_out(source, config.holdout) == (split == "holdout")
     rows, labels = rows[part], labels[part]
     if len(rows) == 0:
-        raise InputError(f"{config.path}: no images in the {split} split; see data.classes and data.holdout")
+        raise InputError(f"{config.path}: no images in the {split} split; see classes and holdout")
     if split == "train" and labels.min() == labels.max():
         name = class_names[labels[0]]
         raise InputError(f"{config.path}: all training images are of one class, {name!r}; give two or more")
@@ -172,7 +177,7 @@ def _close(name: str, names: Iterable[str]) -> str:
 def _held_out(source: Source, share: float) -> np.ndarray:
     """``(n,)`` bool: drawn per sample, so that other samples may be added or removed."""
     if not isinstance(share, (int, float)) or not 0 <= share < 1:
-        raise InputError(f"data.holdout = {share} must be in [0, 1)")
+        raise InputError(f"holdout = {share} must be in [0, 1)")
     if not share:
         return np.zeros(len(source.labels), dtype=bool)
     names = (source.reader.filename(row).encode(errors="surrogateescape") for row in range(len(source.labels)))

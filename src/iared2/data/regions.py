@@ -22,7 +22,8 @@ from torch import Tensor
 
 from ..errors import InputError, missing
 from .images import Samples, Transform
-from .photo import files_in, find_photos, load_image, read_photo, reason, to_rgb
+from .photo import find_photos, load_image, read_photo, reason, to_rgb
+from .shards import shards_in
 from .sources import ALL, EVAL_NAMES, Table, column_names, find_splits
 
 BOX, MASK = "bbox", "mask"
@@ -161,8 +162,7 @@ def _batch(good: list[tuple[Tensor, Tensor, int]]) -> RegionBatch:
 
 
 def _open_table(root: Path, split: str, region: str | None, label: str | None, only: str) -> Regions:
-    files = [root] if root.is_file() else files_in(root, [".parquet"]) or files_in(root / "data", [".parquet"])
-    if not files or files[0].suffix != ".parquet":
+    if not (files := shards_in(root, ".parquet")):
         raise InputError(f"{root}: give a parquet file, a folder of them, a folder with images/ and masks/, or a .mat")
     columns = column_names(files[0])
     region = region or (MASK if MASK in columns else BOX)
@@ -193,10 +193,12 @@ def _open_table(root: Path, split: str, region: str | None, label: str | None, o
     return Regions(lambda i: samples[i][0], mask, samples.name, len(rows), is_box, samples.labels, samples.class_names)
 
 
-def _box(box: Sequence[int], frame: tuple[int, int]) -> np.ndarray:
-    """Inclusive corners; without width or height the box is degenerate, and not a region."""
-    left, top, right, bottom = box
+def _box(box: Sequence[float], frame: tuple[int, int]) -> np.ndarray:
+    """Inclusive corners; not finite, or without width or height, the box is degenerate, and not a region."""
     mask = np.zeros(frame, dtype=bool)
+    if not np.isfinite(box).all():
+        return mask
+    left, top, right, bottom = map(round, box)
     if right > left and bottom > top:
         mask[max(top, 0) : bottom + 1, max(left, 0) : right + 1] = True
     return mask

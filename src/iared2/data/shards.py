@@ -22,7 +22,7 @@ import numpy as np
 
 from ..atomic import whole
 from ..errors import InputError
-from .photo import photo_suffixes
+from .photo import files_in, photo_suffixes, readable
 
 VERSION = 2
 """Version of the cached index; other versions are rebuilt."""
@@ -57,6 +57,21 @@ class ShardReader:
         member = self.members[index]
         shard = self.files[member["shard"]]
         return f"{shard if absolute else shard.name}/{member['name'].decode(errors='replace')}"
+
+
+def shards_in(root: Path, suffix: str) -> list[Path]:
+    """The shards, or tables, at a path: itself, or those in the folder or in its ``data/``; none for class folders.
+
+    Raises:
+        InputError: the folder cannot be read.
+    """
+    if not root.is_dir():
+        return [root] if root.suffix == suffix else []
+    with readable():
+        folders = {entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
+    if suffix == ".tar" and not folders <= {"data"}:
+        return []  # the archive of the photos may lie beside their folders
+    return files_in(root, [suffix]) or files_in(root / "data", [suffix])
 
 
 def read_shards(files: Sequence[Path], label_field: str | None) -> ShardReader:

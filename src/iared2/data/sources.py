@@ -23,7 +23,7 @@ import numpy as np
 
 from ..errors import InputError, missing
 from .photo import files_in, photo_suffixes, readable, walk
-from .shards import read_shards
+from .shards import read_shards, shards_in
 
 ALL = "all"
 """The name of the split of a folder or file without splits."""
@@ -122,10 +122,8 @@ def find_splits(
             (".parquet", _open_parquet, r"-\d+-of-\d+.*"),  # Hugging Face's layout: train-00000-of-00005.parquet
             (".tar", _open_shards, r"[-_.]?\d+(-of-\d+)?$"),  # train-000000.tar, imagenet1k-train-0000.tar, 0000.tar
         ):
-            if suffix == ".tar" and not {folder.name for folder in _folders(root)} <= {"data"}:
-                continue  # the archive of the class folders may lie beside them
             splits: dict[str, list[Path]] = {}
-            for file in files_in(root, [suffix]) or files_in(root / "data", [suffix]):
+            for file in shards_in(root, suffix):
                 stem = re.sub(number, "", file.stem)
                 word = re.split("[-_.]", stem)[-1]
                 is_split = stem not in names and word in (*TRAIN_NAMES, *EVAL_NAMES, *names)
@@ -305,7 +303,7 @@ def check_labels(labels: np.ndarray, number: int, where: Callable[[int], str]) -
 def _check_columns(found: Sequence[str], where: str, columns: list[str]) -> None:
     if missing := [column for column in columns if column not in found]:
         raise InputError(
-            f"{where}: no column {missing[0]!r}, there is {', '.join(found)}; set data.image_column, data.label_column"
+            f"{where}: no column {missing[0]!r}, there is {', '.join(found)}; give image_column or label_column"
         )
 
 

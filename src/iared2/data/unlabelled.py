@@ -20,8 +20,8 @@ from typing import Any, BinaryIO, overload
 import numpy as np
 
 from ..errors import InputError, missing
-from .photo import files_in, photo_suffixes, readable, reason, walk
-from .shards import read_shards
+from .photo import photo_suffixes, readable, reason, walk
+from .shards import read_shards, shards_in
 from .sources import Files, Table, hub_datasets
 
 ROWS_AT_ONCE = 64
@@ -215,7 +215,7 @@ def _open_hub(path: str, column: str, split: str | None) -> Iterator[tuple[Any, 
 def _open(root: Path, column: str) -> tuple[Any, str]:
     """A reader of a folder or shard, and its stamp."""
     for suffix in (".parquet", ".tar"):
-        if files := _shards_in(root, suffix):
+        if files := shards_in(root, suffix):
             reader = ParquetPhotos(files, column) if suffix == ".parquet" else read_shards(files, None)
             return reader, "\n".join(f"{file.name} {file.stat().st_size}" for file in files)
     suffixes, left_out = photo_suffixes(), Counter[str]()
@@ -233,17 +233,6 @@ def _open(root: Path, column: str) -> tuple[Any, str]:
         kinds = ", ".join(f"{number} {suffix}" for suffix, number in left_out.most_common(5))
         warnings.warn(f"{root}: files that are no photos are left out: {kinds}", stacklevel=2)
     return Files(root, found), ""
-
-
-def _shards_in(root: Path, suffix: str) -> list[Path]:
-    """The shards at a path: itself, or those directly in the folder or in its ``data/``; none for class folders."""
-    if not root.is_dir():
-        return [root] if root.suffix == suffix else []
-    with readable():
-        folders = {entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
-    if suffix == ".tar" and not folders <= {"data"}:
-        return []  # the archive of photos may lie beside them
-    return files_in(root, [suffix]) or files_in(root / "data", [suffix])
 
 
 def _check_parquet(file: Path, column: str) -> tuple[Any, str]:

@@ -103,7 +103,7 @@ def open_videos(
             lists train.csv, val.csv …: rows ``path,label``, under such a header or none, or Kinetics'
             ``label,youtube_id,time_start,time_end,split`` with files ``ID_000012_000022.mp4`` (or ``ID.mp4``), directly
             or in a folder of their split or label. A column `split` makes the splits.
-        split, whole: see ``data.open_samples``. Only "train" takes clips at random.
+        split, whole: see ``images.open_samples``. Only "train" takes clips at random.
         frames: T, the frames of a clip.
         clips: the choice of clips.
 
@@ -207,7 +207,7 @@ def _list_splits(lists: list[Path], root: str) -> Splits:
 
 def _read_list(file: Path, root: Path) -> list[tuple[str, _Row]]:
     try:
-        with file.open(encoding="utf-8", newline="") as text:
+        with file.open(encoding="utf-8-sig", newline="") as text:
             lines = [line for line in csv.reader(text) if line]
     except (UnicodeDecodeError, csv.Error):
         raise InputError(f"{file}: not a list of videos; give a CSV file in UTF-8") from None

@@ -45,7 +45,7 @@ class Evaluation:
 
     images: int
     skipped: list[str]
-    """Number of files that could not be read."""
+    """Files that could not be read."""
     variants: list[Variant]
     """Reduced, dense, random; then reduced and random at each budget."""
 

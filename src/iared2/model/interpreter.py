@@ -105,15 +105,15 @@ class MultiHeadInterpreter(nn.Module):
             alive: ``(B, S − prefix)`` bool, if not all patches are; the score of the others is 0.
         """
         width, patches = x.shape[2], x[:, prefix:]
-        x_hat = F.layer_norm(x, (width,), eps=1e-5)
+        normed = F.layer_norm(x, (width,), eps=1e-5)
         if has_class_token:
-            p_hat = x_hat[:, 0]
+            p_hat = normed[:, 0]
         elif alive is None:
             p_hat = F.layer_norm(patches.mean(1), (width,), eps=1e-5)
         else:
             share = alive[..., None].to(x.dtype)
             p_hat = F.layer_norm((patches * share).sum(1) / share.sum(1).clamp(min=1), (width,), eps=1e-5)
-        return self.compare(x_hat[:, prefix:], *self.directions(p_hat), alive)
+        return self.compare(normed[:, prefix:], *self.directions(p_hat), alive)
 
     def directions(self, p_hat: Tensor) -> tuple[Tensor, Tensor]:
         """The query, multiplied by the key matrix: ``x̂ · u + bias`` is the query-key product of a patch in every head.

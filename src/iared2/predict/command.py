@@ -93,7 +93,7 @@ def interpret(
     colors(colormap)
     if budget is not None and (threshold is not None or not 0 < budget <= 1):
         raise InputError(f"--budget {budget:g}: give a share above 0 and up to 1 of the dense MACs, and no --threshold")
-    torch_device = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    torch_device = usable_device(device)
     model = load(checkpoint)
     if image_size is not None:
         model.set_input_size(image_size)

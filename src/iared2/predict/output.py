@@ -6,8 +6,9 @@ import os
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from ..errors import InputError
 
 STDOUT = "-"
 """What the option ``--json`` is without a file."""
+PLOTS = ".png", ".pdf", ".svg"
+"""Kinds of pictures of the option ``--plot``."""
 
 
 def folder_names(files: Sequence[Path]) -> list[str]:
@@ -74,6 +77,27 @@ def check_file(option: str, file: str | None) -> None:
         raise InputError(f"{option} {file}: give the name of a file, in a folder that is there")
 
 
+def check_outputs(json: str | None, plot: str | None, checkpoint: str | None, data: str | None) -> None:
+    """Check before the work the files of the options ``--json`` and ``--plot``.
+
+    Args:
+        json, plot: the values of the options.
+        checkpoint: a file or a folder with a model, which is read.
+        data: a file, or a folder of which every file is read.
+
+    Raises:
+        InputError: a file cannot be written, both are the same or one is read; or no picture has such a suffix.
+    """
+    check_file("--json", json)
+    check_file("--plot", plot)
+    if plot and Path(plot).suffix.lower() not in PLOTS:
+        raise InputError(f"--plot {plot}: unknown kind of picture; end the name in {', '.join(PLOTS)}")
+    if json and plot and os.path.realpath(json) == os.path.realpath(plot):
+        raise InputError(f"--json and --plot are both {json}; give two names")
+    model = [Path(checkpoint, name) for name in ("", "model.safetensors", "config.json")] if checkpoint else []
+    check_not_read([file for file in (json, plot) if file and file != STDOUT], chain(model, _files(data or "")))
+
+
 def console(json: str | None) -> Console:
     """Where a command prints for people: stdout, or stderr if the option ``--json`` needs stdout for itself."""
     stream = sys.stderr if json == STDOUT else sys.stdout
@@ -90,6 +114,13 @@ def write_json(file: str | None, results: Any) -> None:
         print(to_json(results))
     elif file is not None:
         write(file, to_json(results) + "\n")
+
+
+def _files(path: str) -> Iterator[str]:
+    """A path, and every file below it; found one by one, since a data set may have millions."""
+    yield path
+    for folder, _, names in os.walk(path):
+        yield from (os.path.join(folder, name) for name in names)
 
 
 def _identity(path: str | Path) -> tuple[int, int] | None:

@@ -55,6 +55,7 @@ SPLITS: tuple[Literal["train", "eval"], ...] = ("train", "eval")
 MAX_PARAMETERS = 10**10
 DISTILL = ("distill", "distill_features")
 """Settings of fine-tuning that need the dense model."""
+REMOVED = ("neighbours",)  # settings of earlier versions that no recipe could use
 
 
 def stages_of(recipe: Recipe, model: ReducedVisionTransformer, teacher: nn.Module | None = None) -> list[Stage]:
@@ -292,9 +293,16 @@ def _check_stages(
     if recipe.policy.decisions == "gumbel" and pools_patches(model.backbone):
         raise InputError('recipe: policy.decisions = "gumbel" needs a head that reads the class token alone')
     for stage in stages:
-        steps_per_epoch(range(data.number), stage.config.batch_size, processes)
-        (stage.config.augment.on_device if data.on_device else stage.config.augment.transform)(model)
-        make_optimizer(stage.trained, stage.config, stage.section)
+        config, groups = stage.config, len([*stage.trained.children()])
+        part = -(-config.batch_size // config.grad_accum_steps)  # the last one may be smaller
+        if stage.policy and min(part, config.batch_size % part or part) < groups:
+            raise InputError(
+                f"recipe: policy.joint divides every part of a batch over {groups} groups; set a larger"
+                f" {stage.section}.batch_size or a smaller {stage.section}.grad_accum_steps"
+            )
+        steps_per_epoch(range(data.number), config.batch_size, processes)
+        (config.augment.on_device if data.on_device else config.augment.transform)(model)
+        make_optimizer(stage.trained, config, stage.section)
 
 
 def _open_output(output: Path, position: Position, accelerator: Accelerator) -> RunLog:
@@ -338,4 +346,5 @@ def _completed(tree: Any, defaults: Any) -> Any:
     """The identity that an earlier version saved, with the current names and the defaults of later settings."""
     if not isinstance(tree, dict) or not isinstance(defaults, dict):
         return tree
-    return defaults | {(k := RENAMED.get(old, old)): _completed(v, defaults.get(k, {})) for old, v in tree.items()}
+    renamed = {RENAMED.get(old, old): value for old, value in tree.items() if old not in REMOVED}
+    return defaults | {key: _completed(value, defaults.get(key, {})) for key, value in renamed.items()}

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from ..atomic import to_json, write
+from ..errors import printable
 
 SHOWN = ("loss", "reward", "reward_greedy", "keep_ratio_sampled", "keep_ratio_greedy", "top1", "top1_greedy")
 
@@ -100,14 +101,14 @@ class RunLog:
     def say(self, line: str) -> None:
         """Print one line above the progress bar."""
         if self.main:
-            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+            self.console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
 
     def warn(self, line: str) -> None:
         """Print one line, from any process."""
         if self.main:
             self.say(line)
         else:
-            print(line, file=sys.stderr)
+            print(printable(line), file=sys.stderr)
 
     def close(self) -> None:
         """Flush and stop the progress bar."""

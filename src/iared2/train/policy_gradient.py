@@ -84,7 +84,9 @@ class PolicyGradientStage(nn.Module):
         config: the reward.
         policy: how decisions are drawn and rewarded.
         teacher: the dense model, if ``config`` asks for its prediction. A model without classes needs it: a decision is
-            as correct as its embedding is like the dense one (`reward.alike`, or `reward.overlap`).
+            as correct as its embedding is like the dense one (`reward.alike`).
+        neighbours: k, of a model without classes: a decision is as correct as its embedding has the dense one's k
+            nearest neighbours in the batch (`reward.overlap`) instead.
 
     Raises:
         InputError: the model has no classes, and there is no teacher; or classes, and a reward for neighbours.
@@ -100,14 +102,15 @@ class PolicyGradientStage(nn.Module):
         config: RewardConfig,
         policy: PolicyConfig | None = None,
         teacher: nn.Module | None = None,
+        neighbours: int = 0,
     ) -> None:
         super().__init__()
         if not model.num_classes and teacher is None:
             raise InputError('a model without classes learns from the dense one: set reward.label = "dense"')
-        if model.num_classes and config.neighbours:
-            raise InputError("reward.neighbours is for models without classes, and this one has some: set 0")
+        if model.num_classes and neighbours:
+            raise InputError("neighbours is for models without classes, and this one has some: give 0")
         self.model, self.groups, self.config = model, tuple(groups), config
-        self.policy, self.teacher = policy or PolicyConfig(), teacher
+        self.policy, self.teacher, self.neighbours = policy or PolicyConfig(), teacher, neighbours
         model.requires_grad_(False)
         for group in self.groups:
             model.interpreters[group].requires_grad_(True)
@@ -169,7 +172,7 @@ class PolicyGradientStage(nn.Module):
             else:
                 assert dense is not None
                 assert each is not None
-                k = self.config.neighbours
+                k = self.neighbours
                 right = correct = overlap(dense, logits, k) if k else alike(each, logits)
             rewards = reward(keep.sum(1), scores.shape[1], correct, self.config)
             if self.config.divergence and each is not None:

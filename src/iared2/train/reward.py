@@ -31,10 +31,6 @@ class RewardConfig:
     """Weight a of the divergence from the dense model's prediction, which is subtracted from the reward; needs no
     labels with label = "dense". 0: as published."""
 
-    neighbours: int = 0
-    """Models without classes, which no recipe trains: an embedding is as correct as it has the dense model's k nearest
-    neighbours in the batch. 0: as its cosine with the dense embedding."""
-
     @property
     def needs_dense(self) -> bool:
         """Whether the prediction of the dense model is needed."""
@@ -71,7 +67,7 @@ def overlap(dense: Tensor, features: Tensor, k: int) -> Tensor:
         InputError: so few images that all of the others are nearest.
     """
     if not 0 < k < len(dense) - 1:
-        raise InputError(f"reward.neighbours = {k} of {len(dense)} images: give 1 to {len(dense) - 2}, or more images")
+        raise InputError(f"neighbours = {k} of {len(dense)} images: give 1 to {len(dense) - 2}, or more images")
     gallery = F.normalize(dense.float())
     itself = torch.eye(len(dense), dtype=torch.bool, device=dense.device)
 

@@ -73,7 +73,7 @@ def benchmark(
         limit: maximum number of photos, drawn at random.
         batch_size: photos per batch; the time per image depends on it.
         device: where the model is.
-        steps: of insertion and deletion.
+        steps: of insertion and deletion; 0: no faithfulness, which takes most of the time.
         fill: of blanked patches, see ``faithfulness.fills``.
         seed: of the choice of photos, the method `random` and the bootstrap.
         advance: called with the number of images after each batch.
@@ -115,10 +115,10 @@ def benchmark(
             is_ours = call["method"] == "interpreter"
             grid = grid_of(model, images.shape[-2:])
             shown = kept if is_ours else faithfulness.best_patches(maps, kept.sum(1), grid)
-            for name, column in (
-                *_about_maps(maps.to(where), batch.masks.to(where)).items(),
-                *_about_predictions(model, images, maps, target, shown, steps, fill).items(),
-            ):
+            found = _about_maps(maps.to(where), batch.masks.to(where))
+            if steps:
+                found |= _about_predictions(model, images, maps, target, shown, steps, fill)
+            for name, column in found.items():
                 columns[method][name].append(column.double().cpu())
         done += len(images)
         advance(len(images))

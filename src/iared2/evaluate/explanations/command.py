@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import os
-from itertools import chain
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -21,13 +19,12 @@ from ...atomic import write
 from ...data.regions import open_regions
 from ...device import usable_device
 from ...errors import InputError
-from ...predict.output import check_file, check_not_read, console, write_json
+from ...predict.output import check_outputs, console, write_json
 from ...pretrained.checkpoint import load
 from .benchmark import benchmark
 from .results import LEVEL, Benchmark, Measure, MethodResult
 
 ARROWS = {1: " ↑", -1: " ↓", 0: ""}
-PLOTS = ".png", ".pdf", ".svg"
 
 
 def run(args: argparse.Namespace) -> int:
@@ -36,16 +33,9 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         InputError: an argument is wrong (checked before any work); or see ``benchmark``.
     """
-    check_file("--json", args.json)
-    check_file("--plot", args.plot)
-    if args.json and args.json == args.plot:
-        raise InputError(f"--json and --plot are both {args.json}; give two names")
-    if args.plot and Path(args.plot).suffix.lower() not in PLOTS:
-        raise InputError(f"--plot {args.plot}: unknown kind of picture; end the name in {', '.join(PLOTS)}")
-    if min(args.limit, args.batch_size, args.steps) < 1 or not 0 <= args.seed < 1 << 63:
-        raise InputError("--limit, --batch-size and --steps must be 1 or more, and --seed 0 or more, below 2⁶³")
-    data = (Path(folder, name) for folder, _, names in os.walk(args.data) for name in names)
-    check_not_read(filter(None, (args.json, args.plot)), chain([args.checkpoint, args.data], data))
+    check_outputs(args.json, args.plot, args.checkpoint, args.data)
+    if min(args.limit, args.batch_size, args.steps + 1) < 1 or not 0 <= args.seed < 1 << 63:
+        raise InputError("--limit and --batch-size must be 1 or more, --steps and --seed 0 or more, --seed below 2⁶³")
     device = usable_device(args.device)
     regions = open_regions(args.data, split=args.split, region=args.region, label=args.label, only=args.only)
     model = load(args.checkpoint).to(device)
@@ -95,6 +85,8 @@ def tables(result: Benchmark) -> list[Table]:
     made: list[Table] = []
     for kind, note in notes.items():
         columns = [measure for measure in result.columns if measure.kind == kind]
+        if not columns:
+            continue
         table = Table(title=f"{headline(result)}.\n{note}." if not made else f"{note}.", box=SIMPLE)
         table.add_column("method", overflow="fold")
         for measure in columns:

@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.v2.functional import gaussian_blur
 
+from ...model.decide import top_k
+
 Model = Callable[[Tensor], Tensor]
 """Images ``(B, 3, H, W)`` -> logits ``(B, K)``."""
 Fill = Literal["blur", "zero", "mean"]
@@ -68,7 +70,7 @@ def curve(
         steps: 1 or more; each moves an equal share of the pixels.
 
     Returns:
-        ``(B, steps + 1)`` float32 probabilities; the first and the last are of the whole image and the whole fill.
+        ``(B, steps + 1)`` float32 probabilities, from the whole fill to the whole image; of a deletion, the reverse.
     """
     pixels = maps[0].numel()
     shuffle = torch.randperm(pixels, generator=torch.Generator().manual_seed(0)).to(maps.device)
@@ -118,9 +120,8 @@ def best_patches(maps: Tensor, num_keep: Tensor, grid: Sequence[float]) -> Tenso
     down, right = (round(side * (math.ceil(n) / n - 1)) for side, n in zip(maps.shape[1:], grid, strict=True))
     patches = F.adaptive_avg_pool2d(F.pad(maps[:, None], (0, right, 0, down)), (rows, columns)).flatten(1)
     shuffle = torch.randperm(patches.shape[1], generator=torch.Generator().manual_seed(0)).to(maps.device)
-    order = shuffle[patches[:, shuffle].argsort(dim=1, descending=True, stable=True)]
-    chosen = torch.arange(patches.shape[1], device=maps.device) < num_keep[:, None]
-    return torch.zeros_like(chosen).scatter_(1, order, chosen)
+    kept = top_k(patches[:, shuffle], torch.ones_like(patches, dtype=torch.bool), num_keep)
+    return kept[:, shuffle.argsort()]
 
 
 @torch.no_grad()

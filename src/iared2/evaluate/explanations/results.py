@@ -84,7 +84,7 @@ class Benchmark:
     target: str
     """"label" or "top-1": the class that was explained."""
     steps: int
-    """Steps of insertion and deletion."""
+    """Steps of insertion and deletion; 0: faithfulness was not measured."""
     fill: str
     """Fill of the blanked patches."""
     seed: int
@@ -101,7 +101,8 @@ class Benchmark:
     @property
     def columns(self) -> list[Measure]:
         """The measures of the table. In a box, energy and mass are the same number, which is shown once."""
-        return [m for m in MEASURES if self.region != "box" or m.name != "mass accuracy"]
+        left_out = {"mass accuracy"} if self.region == "box" else set()
+        return [m for m in MEASURES if m.name in self.methods[0].measures.keys() - left_out]
 
     def leaders(self, measure: Measure) -> set[str]:
         """The best method, and those within its interval; none for a measure that only describes."""
@@ -120,7 +121,7 @@ def estimate(columns: dict[str, np.ndarray], seed: int = 0) -> dict[str, Estimat
         seed: of the resamples. The same seed and number of images give the same resamples, so methods are paired.
 
     Returns:
-        One estimate per measure, in the order of ``MEASURES``.
+        One estimate per measure of these columns, in the order of ``MEASURES``.
     """
     values = np.stack(list(columns.values()), 1)
     images = len(values)
@@ -133,17 +134,15 @@ def estimate(columns: dict[str, np.ndarray], seed: int = 0) -> dict[str, Estimat
             for start in range(0, RESAMPLES, chunk)
         ]
     )
-    point = _figures(columns, values.mean(0))
-    low, high = np.quantile(_figures(columns, resampled), [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
-    return {
-        measure.name: Estimate(*map(float, ends))
-        for measure, ends in zip(MEASURES, np.stack([point, low, high], 1), strict=True)
-    }
+    points, spread = _figures(columns, values.mean(0)), _figures(columns, resampled)
+    ends = (1 - LEVEL) / 2, (1 + LEVEL) / 2
+    found = {name: (point, *np.quantile(spread[name], ends)) for name, point in points.items()}
+    return {name: Estimate(*map(float, numbers)) for name, numbers in found.items()}
 
 
-def _figures(names: Iterable[str], means: np.ndarray) -> np.ndarray:
-    """Means over images ``(..., columns)`` -> the measures ``(..., len(MEASURES))``."""
+def _figures(names: Iterable[str], means: np.ndarray) -> dict[str, np.ndarray]:
+    """Means over images ``(..., columns)`` -> each measure ``(...)``."""
     column = dict(zip(names, np.moveaxis(means, -1, 0), strict=True))
     counts = torch.from_numpy(np.stack([column[name] for name in COUNTS], -1)).unflatten(-1, (2, 2))
     column |= {name: value.numpy() for name, value in segmentation(counts).items()}
-    return np.stack([column[measure.name] for measure in MEASURES], -1)
+    return {measure.name: column[measure.name] for measure in MEASURES if measure.name in column}

@@ -7,7 +7,6 @@ import platform
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,9 @@ from ...data.batches import eval_batches, model_transform
 from ...data.images import DataConfig, open_samples
 from ...device import usable_device
 from ...errors import InputError, missing
-from ...keyed import permutation
 from ...model.reduced import ReducedVisionTransformer
 from ...model.video_transformer import default_cfgs as video
-from ...predict.output import check_file, console, write_json
+from ...predict.output import check_outputs, console, write_json
 from ...pretrained.build import from_timm
 from ...pretrained.checkpoint import BOX, load
 from ...runtime import BACKENDS
@@ -35,7 +33,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 
 def run(arguments: argparse.Namespace, more: Callable[[ReducedVisionTransformer, Workload], Any] | None = None) -> int:
-    """Run the benchmark; see `arguments.bench`. ``more`` adds baselines (`speed.measure`) per workload."""
+    """Run the benchmark; see `arguments.commands.bench`. ``more`` adds baselines (`speed.measure`) per workload."""
     if arguments.model and arguments.checkpoint:
         raise InputError(f"{arguments.model} and --checkpoint {arguments.checkpoint}: give one of the two")
     if arguments.model and (arguments.model == BOX or Path(arguments.model).exists()):
@@ -46,7 +44,8 @@ def run(arguments: argparse.Namespace, more: Callable[[ReducedVisionTransformer,
     _check(arguments)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    device = usable_device(arguments.device)
+    device = usable_device(arguments.device or ("cpu" if arguments.rivals else None))
+    arguments.device = str(device)
     model = _model(arguments).to(device, PRECISIONS[arguments.precision])
     if arguments.merge:
         model.dropped = "merged"
@@ -116,7 +115,7 @@ def _version(package: str) -> str | None:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    check_file("--json", arguments.json)
+    check_outputs(arguments.json, None, arguments.checkpoint, arguments.data)
     if not all(1 <= size <= 1 << 16 for size in arguments.batch_size):
         raise InputError("--batch-size must be 1 or more, and not more than 65536")
     if arguments.threads is not None and arguments.threads < 1:
@@ -131,7 +130,7 @@ def _check(arguments: argparse.Namespace) -> None:
         raise InputError(f"--rivals {' '.join(unknown)}: give {' or '.join(BACKENDS)}")
     if arguments.train and arguments.rivals:
         raise InputError("--rivals run no training steps: leave --train or --rivals out")
-    if arguments.rivals and (arguments.device != "cpu" or arguments.precision == "fp16" or arguments.merge):
+    if arguments.rivals and (arguments.device not in (None, "cpu") or arguments.precision == "fp16" or arguments.merge):
         raise InputError("--rivals run on a CPU, in fp32 or bf16, without --merge")
     if arguments.train and not 0 < arguments.keep[0] <= 1:
         raise InputError("--keep: group 1 keeps a share above 0, up to 1")
@@ -163,9 +162,7 @@ def _workload(model: ReducedVisionTransformer, size: int, arguments: argparse.Na
 def _read(model: ReducedVisionTransformer, data: str, size: int) -> Tensor:
     if len(model.grid_size) > 2:
         raise InputError("--data holds images, and this model takes clips: leave --data out, and clips are drawn")
-    samples = open_samples(DataConfig(path=data), "eval", whole=True)
-    chosen = permutation(0, 0, len(samples))[:size].numpy()  # folders lie class by class
-    samples = replace(samples, rows=samples.rows[chosen], labels=samples.labels[chosen])
+    samples = open_samples(DataConfig(path=data), "eval", whole=True).draw(size)
     batch = next(iter(eval_batches(samples, model_transform(model.pretrained_cfg), batch_size=size)))
     if len(batch.images) < size:
         raise InputError(f"{data} has fewer than {size} images that can be read among those chosen")
