@@ -104,6 +104,7 @@ def test_other_methods(predictor: Predictor, files: list[Path], method: str) -> 
 @pytest.mark.parametrize("rule", ["macs", "patches"])
 @pytest.mark.parametrize("budget", [0.3, 0.7])
 def test_the_photos_together_meet_a_budget(predictor: Predictor, files: list[Path], rule: str, budget: float) -> None:
+    predictor.model.confidence = 1.0
     found, _ = compare(predictor, files, Choice(rule=rule, budget=budget))
     spent = {
         "macs": np.mean([one.after.macs / one.after.dense_macs for one in found]),

@@ -86,6 +86,11 @@ def test_budgets_are_measured_beside_the_models_own(model):
     assert reduced.thresholds == model.thresholds
     (axes,) = result.figure().axes
     assert [len(line.get_xdata()) for line in axes.lines] == [2, 2, 1]
+    model.confidence = 1.0
+    with torch.no_grad():
+        twice = evaluate(model, batches(model), budgets={"budget 0.5": thresholds})
+    assert twice.variants[0].gmacs > reduced.gmacs
+    assert twice.variants[3].gmacs == at_budget.gmacs
 
 
 def test_measure_agrees(model):

@@ -218,6 +218,18 @@ def test_a_small_photo_is_enlarged_in_both_pictures(checkpoint: Path) -> None:
     assert json.loads(Path("out/result.json").read_text())["photo"]["width"] == 60
 
 
+def test_a_budget_has_no_second_passes_on_top_of_it(checkpoint: Path) -> None:
+    model = iared2.load(checkpoint)
+    model.confidence = 1.0
+    model.save("twice.safetensors")
+    assert interpret(["photos/woman.png"], "out", checkpoint="twice.safetensors") == 0
+    assert json.loads(Path("out/result.json").read_text())["second_pass"]
+    assert interpret(["photos/woman.png"], "out", checkpoint="twice.safetensors", budget=0.6) == 0
+    found = json.loads(Path("out/result.json").read_text())
+    assert not found["second_pass"]
+    assert found["macs"] < 0.7 * found["dense_macs"]  # of few photos and patches, in steps
+
+
 def test_one_threshold_is_for_all_groups(checkpoint: Path) -> None:
     assert interpret(["photos/woman.png"], "out", checkpoint=checkpoint, threshold=0.0) == 0
     groups = json.loads(Path("out/result.json").read_text())["groups"]
@@ -245,6 +257,7 @@ BAD_ARGUMENTS = {
     "budget": (["--budget", "1.5"], "--budget 1.5: give a share above 0 and up to 1"),
     "budget too small": (["--budget", "0.001"], "cannot be met"),
     "budget and threshold": (["--budget", "0.5", "-t", "0.5"], "and no --threshold"),
+    "budget and confidence": (["--budget", "0.5", "--confidence", "0.1"], "leave out --confidence"),
     "method": (["--method", "magic"], "invalid choice: 'magic'"),
     "json": (["--json", "/no/such/folder/a.json"], "in a folder that is there"),
     "json is the photo": (["--json", "photos/woman.png"], "is read, and a result would replace it"),

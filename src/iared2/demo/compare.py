@@ -146,5 +146,7 @@ def _decision(predictor: Predictor, photos: Sequence[Image.Image], choice: Choic
         return own if choice.rule == "own" else own.at(choice.threshold)
     images = torch.cat([predictor.prepare(photo) for photo in photos])
     if choice.rule == "macs":
-        return own.at(thresholds_for(model, images, gmacs=choice.budget * model.dense_macs / 1e9))
-    return own.at(thresholds_for(model, images, keep=choice.budget))
+        found = thresholds_for(model, images, gmacs=choice.budget * model.dense_macs / 1e9)
+    else:
+        found = thresholds_for(model, images, keep=choice.budget)
+    return own.at(found).but(confidence=0.0)  # second passes would come on top of the budget

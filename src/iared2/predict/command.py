@@ -68,7 +68,7 @@ def interpret(
         image_size: side, or height and width, in pixels, to which photos are resized; the model's own if None.
         threshold: one number or one per group; the model's own if None.
         budget: share of the dense MACs, in (0, 1], met on average over the first ``CALIBRATION_PHOTOS`` photos by the
-            thresholds. Second passes come on top of it.
+            thresholds, without second passes.
         spread, confidence: see `model.decide.Decision`; the model's own if None.
         method: of the heat map, see `explain.methods.heatmap`.
         group: the group whose scores make the heat map, from 1; if None, see `explain.heatmap.default_group`.
@@ -93,6 +93,8 @@ def interpret(
     colors(colormap)
     if budget is not None and (threshold is not None or not 0 < budget <= 1):
         raise InputError(f"--budget {budget:g}: give a share above 0 and up to 1 of the dense MACs, and no --threshold")
+    if budget is not None and confidence:
+        raise InputError("--budget is met without second passes: leave out --confidence")
     torch_device = usable_device(device)
     model = load(checkpoint)
     if image_size is not None:
@@ -174,7 +176,8 @@ def _at_budget(predictor: Predictor, files: Sequence[Path], budget: float) -> De
             images.append(predictor.prepare(read_photo(file)))
     if not images:
         return model.decision
-    return model.decision.at(thresholds_for(model, torch.cat(images), gmacs=budget * model.dense_macs / 1e9))
+    found = thresholds_for(model, torch.cat(images), gmacs=budget * model.dense_macs / 1e9)
+    return model.decision.at(found).but(confidence=0.0)  # second passes would come on top of the budget
 
 
 def summary(result: Result, folder: Path | None) -> str:
