@@ -92,7 +92,9 @@ def evaluate(
         budgets: name -> thresholds (`model.calibrate.thresholds_for`), evaluated in addition to the model's own, in one
             pass.
     """
-    settings = {"": model.thresholds, **{f", {name}": thresholds for name, thresholds in (budgets or {}).items()}}
+    own = model.decision
+    # a budget is not met with second passes on top of it
+    settings = {"": own} | {f", {name}": own.at(t).but(confidence=0.0) for name, t in (budgets or {}).items()}
     sums: dict[str, Tensor] = {}  # correct, MACs, share of patches kept after each group, seconds
     images = 0
     skipped: list[str] = []
@@ -116,10 +118,7 @@ def evaluate(
         x, labels, views = batch.inputs.to(device), batch.labels.to(device), batch.views
         keys = view_keys(batch, seed).to(device)
         runs: list[tuple[Any, ...]] = [(DENSE, dense, x)]
-        for name, thresholds in settings.items():
-            decide = model.decision
-            if name:  # a budget is not met with second passes on top of it
-                decide = decide.at(thresholds).but(confidence=0.0)
+        for name, decide in settings.items():
             with torch.inference_mode():  # a pass for the counts alone: random dropping may run before the timed one
                 num_keep = model.trace(x, decide).kept.sum(-1)
             random = same_pass(model, decide, at_random(num_keep, keys))
@@ -138,7 +137,7 @@ def evaluate(
     names = [REDUCED, DENSE, RANDOM] + [kind + budget for budget in list(settings)[1:] for kind in (REDUCED, RANDOM)]
     for name in names:
         right, macs, *shares, seconds = sums.get(name, torch.zeros(model.num_groups + 3)).tolist()
-        decided = settings[name.removeprefix(REDUCED)] if name.startswith(REDUCED) else None
+        decided = settings[name.removeprefix(REDUCED)].thresholds if name.startswith(REDUCED) else None
         speed = images / max(seconds, 1e-9)
         variants.append(Variant(name, 100 * right / n, [s / n for s in shares], macs / n / 1e9, speed, decided))
     return Evaluation(images, skipped, variants)
