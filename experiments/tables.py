@@ -43,6 +43,7 @@ class Experiments:
 
     def __init__(self, lab: Lab, seeds: int, out: Path) -> None:
         self.lab, self.seeds, self.out = lab, range(seeds), out
+        out.mkdir(parents=True, exist_ok=True)  # pictures are written before the first table
 
     def write(self, name: str, title: str, columns: list[str], rows: list[list[str]], notes: list[str]) -> None:
         size = "" if self.lab.size == SIZE else f" --size {self.lab.size}"
