@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Literal
@@ -72,11 +72,11 @@ class Lab:
             print(f"== {folder}", flush=True)
             train(recipe, folder)
             (folder / "done").touch()
-        return Trained(folder, recipe, self.photos)
+        return Trained(folder, recipe, photos=self.photos)
 
     def dense(self) -> Trained:
         """The backbone as it is before Algorithm 1."""
-        return Trained(None, self.recipe("paper"), self.photos)
+        return Trained(None, self.recipe("paper"), photos=self.photos)
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class Trained:
 
     folder: Path | None
     recipe: Recipe
-    photos: int | None = None
+    photos: int | None = field(default=None, kw_only=True)
 
     @cached_property
     def model(self) -> ReducedVisionTransformer:
