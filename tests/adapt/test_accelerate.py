@@ -300,6 +300,8 @@ def test_the_command(tmp_path, capsys, model):
     for output in (str(tmp_path), str(tmp_path / "new" / "m.safetensors")):
         assert main([*command, "--macs", "0.7", "-o", output]) == 1
         assert "give the name of a file, in a folder that is there" in capsys.readouterr().err
+    assert main([*command, "--macs", "0.7", "--json", str(tmp_path / "fast.safetensors")]) == 1
+    assert "-o and --json are both" in capsys.readouterr().err
     assert main([*command]) == 1
     assert "598" in capsys.readouterr().err
     assert main([*command[:-4], "--json", command[1] + "/0.jpg", "--macs", "0.7", "-o", command[3]]) == 1

@@ -147,6 +147,8 @@ def test_a_size_that_no_model_has(size):
     assert model.grid_size == (2, 2)
     model.set_input_size(np.int64(64))
     assert model.grid_size == (4, 4)
+    model.set_input_size(np.array([32, 48]))
+    assert model.grid_size == (2, 3)
 
 
 def test_the_largest_is_described():

@@ -250,7 +250,6 @@ def test_a_run_of_an_earlier_version_goes_on(tmp_path, finished, folder, recipe,
     identity["reward"]["graded"] = identity["reward"].pop("soft_reward")
     identity["policy"]["leave_one_out"] = identity["policy"].pop("rloo")
     identity["policy"].pop("spread")  # a setting that it did not have, at its default
-    identity["reward"]["neighbours"] = 0  # one that there is no longer
     saved.write(output / "state.safetensors", tensors, config)
     (output / "model.safetensors").unlink()
     assert main(command(recipe, folder, output)) == 0

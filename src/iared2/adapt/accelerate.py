@@ -25,9 +25,10 @@ from ..model.reduced import ReducedVisionTransformer
 from ..model.schedule import Schedule
 from ..pretrained.build import from_timm
 from ..pretrained.checkpoint import BOX, load
+from ..train.policy_gradient import dropping
 from .decision import Choice, Half, Target, at_shape, choose, find
 from .photos import read
-from .policy import dropping, train
+from .policy import train
 from .report import outputs, reported
 
 MAX_DROP = 0.01

@@ -10,16 +10,13 @@ from rich.markup import escape
 
 from ..device import usable_device
 from ..errors import printable
-from ..predict.output import check_file, check_not_read, console, write_json
+from ..predict.output import check_outputs, console, write_json
 from .accelerate import accelerate
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run ``iared2 accelerate``."""
-    check_file("-o", arguments.output)
-    check_file("--json", arguments.json)
-    outputs = [path for path in (arguments.output, arguments.json) if path and path != "-"]
-    check_not_read(outputs, [*arguments.photos, arguments.model])
+    check_outputs({"-o": arguments.output, "--json": arguments.json}, arguments.model, *arguments.photos)
     names = "max_drop", "macs", "minutes", "embedding", "limit", "workers"
     settings = {name: getattr(arguments, name) for name in names}
     device = usable_device(arguments.device)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .. import keyed
 from ..model.reduced import ReducedVisionTransformer
-from ..train.policy_gradient import PolicyConfig, PolicyGradientStage
+from ..train.policy_gradient import PolicyConfig, PolicyGradientStage, dropping
 from ..train.reward import RewardConfig
 
 BATCH, SAMPLES, LR = 48, 8, 1e-4
@@ -86,11 +86,6 @@ def train(
                 rewards.append(sum(window) / WINDOW)
                 window = []
     return Training(steps, tuple(rewards), spent, stopped_rising(rewards))
-
-
-def dropping(shares: Sequence[float]) -> list[int]:
-    """The groups that drop patches. A batch needs an image for each of them."""
-    return [i for i, share in enumerate(shares) if share < (1.0, *shares)[i]]
 
 
 @contextmanager

@@ -81,7 +81,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace, frames: int) -> None:
-    check_outputs(arguments.json, arguments.plot, arguments.checkpoint, arguments.data)
+    outputs = {"--json": arguments.json, "--plot": arguments.plot}
+    check_outputs(outputs, arguments.checkpoint, arguments.data)
     if not all(0 < share <= 1 for share in arguments.budget or ()):
         raise InputError("--budget: give shares of the dense MACs, above 0 and up to 1")
     if min(arguments.batch_size, 1 if arguments.limit is None else arguments.limit, arguments.crops) < 1:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -263,7 +264,8 @@ class Facade(nn.Module):
         if self.is_video:
             raise InputError("the size of clips is fixed when their model is made")
         try:
-            size = [operator.index(n) for n in (img_size if isinstance(img_size, Sequence) else [img_size])]
+            numbers: Any = [img_size] if isinstance(img_size, Integral) else img_size
+            size = [operator.index(n) for n in numbers]
         except TypeError:  # a fraction, or no number
             size = []
         size, patch = size * 2 if len(size) == 1 else size, self.backbone.patch_embed.patch_size

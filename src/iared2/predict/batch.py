@@ -25,7 +25,7 @@ from ..model import onednn, second_pass
 from ..model.reduced import ReducedVisionTransformer
 from ..model.restore import described
 from ..pretrained.checkpoint import BOX
-from ..runtime import Engine
+from ..runtime import BACKENDS, Engine
 from ..runtime.archive import is_exported
 from .photo import class_name
 from .result import check_takes, decision_for, opened
@@ -79,10 +79,10 @@ class BatchPredictor:
         engine: str = "torch",
     ) -> None:
         _arrow()
-        self.device = usable_device(device or ("cuda" if torch.cuda.is_available() and engine == "torch" else "cpu"))
+        if engine in BACKENDS and (embedding or not str(device or "cpu").startswith("cpu")):
+            raise InputError(f"the engine {engine} has no embeddings and runs on the CPU: leave these options out")
+        self.device = usable_device(device if engine == "torch" else device or "cpu")
         served.check_engine(engine, self.device)
-        if engine != "torch" and embedding:
-            raise InputError(f"the engine {engine} has no embeddings: leave embedding out")
         onednn.forget_shapes()
         self._served: Engine | None = None
         is_file = isinstance(model, Path) or (isinstance(model, str) and model != BOX)

@@ -6,7 +6,7 @@ import os
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
@@ -77,25 +77,28 @@ def check_file(option: str, file: str | None) -> None:
         raise InputError(f"{option} {file}: give the name of a file, in a folder that is there")
 
 
-def check_outputs(json: str | None, plot: str | None, checkpoint: str | None, data: str | None) -> None:
-    """Check before the work the files of the options ``--json`` and ``--plot``.
+def check_outputs(outputs: Mapping[str, str | None], checkpoint: str | None, *data: str | None) -> None:
+    """Check before the work the files that options name; None and ``STDOUT`` pass.
 
     Args:
-        json, plot: the values of the options.
-        checkpoint: a file or a folder with a model, which is read.
-        data: a file, or a folder of which every file is read.
+        outputs: option -> its value.
+        checkpoint: a file or a folder with a model, which is read; results may lie beside it.
+        data: files, or folders of which every file is read.
 
     Raises:
-        InputError: a file cannot be written, both are the same or one is read; or no picture has such a suffix.
+        InputError: a file cannot be written, two are the same, or one is read; or no plot has such a suffix.
     """
-    check_file("--json", json)
-    check_file("--plot", plot)
-    if plot and Path(plot).suffix.lower() not in PLOTS:
-        raise InputError(f"--plot {plot}: unknown kind of picture; end the name in {', '.join(PLOTS)}")
-    if json and plot and os.path.realpath(json) == os.path.realpath(plot):
-        raise InputError(f"--json and --plot are both {json}; give two names")
+    named = {option: file for option, file in outputs.items() if file and file != STDOUT}
+    seen: dict[str, str] = {}
+    for option, file in named.items():
+        check_file(option, file)
+        if option == "--plot" and Path(file).suffix.lower() not in PLOTS:
+            raise InputError(f"--plot {file}: unknown kind of picture; end the name in {', '.join(PLOTS)}")
+        if other := seen.get(place := os.path.realpath(file)):
+            raise InputError(f"{other} and {option} are both {file}; give two names")
+        seen[place] = option
     model = [Path(checkpoint, name) for name in ("", "model.safetensors", "config.json")] if checkpoint else []
-    check_not_read([file for file in (json, plot) if file and file != STDOUT], chain(model, _files(data or "")))
+    check_not_read(named.values(), chain(model, *map(_files, filter(None, data))))
 
 
 def console(json: str | None) -> Console:

@@ -45,7 +45,7 @@ from .finetune import FinetuneStage
 from .gumbel import GumbelStage
 from .log import RunLog
 from .optimizer import make_optimizer
-from .policy_gradient import PolicyGradientStage
+from .policy_gradient import PolicyGradientStage, dropping
 from .recipe import RENAMED, Recipe, check
 from .state import Position, State, load_state
 from .stop import Stop
@@ -55,7 +55,6 @@ SPLITS: tuple[Literal["train", "eval"], ...] = ("train", "eval")
 MAX_PARAMETERS = 10**10
 DISTILL = ("distill", "distill_features")
 """Settings of fine-tuning that need the dense model."""
-REMOVED = ("neighbours",)  # settings of earlier versions that no recipe could use
 
 
 def stages_of(recipe: Recipe, model: ReducedVisionTransformer, teacher: nn.Module | None = None) -> list[Stage]:
@@ -65,8 +64,8 @@ def stages_of(recipe: Recipe, model: ReducedVisionTransformer, teacher: nn.Modul
     stages = [Stage("backbone", None, recipe.backbone, dense, model.backbone, policy=False)]
     decide = None if learns else by_share(policy.keep, model.decision.standing)
     learn: type[PolicyGradientStage] = GumbelStage if policy.decisions == "gumbel" else PolicyGradientStage
-    dropping = [i for i in range(model.num_groups) if not policy.keep or policy.keep[i] != (1, *policy.keep)[i]]
-    for groups in [dropping] if policy.joint else [[i] for i in dropping]:
+    drop = dropping(policy.keep) if policy.keep else range(model.num_groups)
+    for groups in [drop] if policy.joint else [[i] for i in drop]:
         first, last, number = groups[0], groups[-1], "" if policy.joint else f" {groups[0] + 1}"
         if learns:
             step = partial(learn, model, groups, recipe.reward, policy, teacher if recipe.reward.needs_dense else None)
@@ -346,5 +345,4 @@ def _completed(tree: Any, defaults: Any) -> Any:
     """The identity that an earlier version saved, with the current names and the defaults of later settings."""
     if not isinstance(tree, dict) or not isinstance(defaults, dict):
         return tree
-    renamed = {RENAMED.get(old, old): value for old, value in tree.items() if old not in REMOVED}
-    return defaults | {key: _completed(value, defaults.get(key, {})) for key, value in renamed.items()}
+    return defaults | {(k := RENAMED.get(old, old)): _completed(v, defaults.get(k, {})) for old, v in tree.items()}

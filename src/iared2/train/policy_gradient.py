@@ -235,6 +235,11 @@ class PolicyGradientStage(nn.Module):
         return (logits + shift).sigmoid(), -ANCHOR * (shift.clamp(-5, 5) * mean).mean()
 
 
+def dropping(keep: Sequence[float]) -> list[int]:
+    """The groups that drop patches, by the shares alive after each (`PolicyConfig.keep`)."""
+    return [i for i, share in enumerate(keep) if share < (1.0, *keep)[i]]
+
+
 def _first(drawn: Tensor, group: int, after: Decide) -> Decide:
     """What was drawn in one group, another decision in those after it."""
     return lambda scores, alive, i: drawn if i == group else after(scores, alive, i)

@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         InputError: an argument is wrong (checked before any work); or see ``benchmark``.
     """
-    check_outputs(args.json, args.plot, args.checkpoint, args.data)
+    check_outputs({"--json": args.json, "--plot": args.plot}, args.checkpoint, args.data)
     if min(args.limit, args.batch_size, args.steps + 1) < 1 or not 0 <= args.seed < 1 << 63:
         raise InputError("--limit and --batch-size must be 1 or more, --steps and --seed 0 or more, --seed below 2⁶³")
     device = usable_device(args.device)

@@ -115,7 +115,7 @@ def _version(package: str) -> str | None:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    check_outputs(arguments.json, None, arguments.checkpoint, arguments.data)
+    check_outputs({"--json": arguments.json}, arguments.checkpoint, arguments.data)
     if not all(1 <= size <= 1 << 16 for size in arguments.batch_size):
         raise InputError("--batch-size must be 1 or more, and not more than 65536")
     if arguments.threads is not None and arguments.threads < 1:
