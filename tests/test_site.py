@@ -16,7 +16,6 @@ pytest.importorskip("mkdocstrings", reason="the site: pip install '.[docs]'")
 site = runpy.run_path(str(ROOT / "docs" / "site.py"))
 
 
-@pytest.mark.slow
 def test_the_site_builds_and_every_link_leads_somewhere(tmp_path):
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
