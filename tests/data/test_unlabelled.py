@@ -211,6 +211,6 @@ def test_what_is_no_photo_is_an_error_of_its_own(tmp_path: Path):
     assert len(images) == 1, "a path in a table is not opened"
     assert errors[-1] is None
     assert all(errors[:-1])
-    assert errors[4] == "an array of float64 (4, 4), not (H, W, 3) uint8"
+    assert (errors[4] or "").startswith("(4, 4) float64 is no photo: give ")
     shutil.rmtree(tmp_path / "cache", ignore_errors=True)
     assert read_images([], TRANSFORM)[1] == []

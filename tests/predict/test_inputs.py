@@ -148,7 +148,7 @@ class TestBytesAndFileObjects:
 
     @pytest.mark.parametrize("photo", [None, 3, [[CAT]], {"a": 1}, np.zeros((3, 3))])
     def test_nothing_else_is_a_photo(self, predictor, photo):
-        with pytest.raises(InputError, match="a photo is a path, bytes, a binary file object"):
+        with pytest.raises(InputError, match="is no photo: give a file or its bytes"):
             predictor(photo)
 
 

@@ -223,11 +223,21 @@ def test_only_colour_models() -> None:
 
 @pytest.mark.parametrize(
     "array",
-    [np.zeros((4, 4, 3)), np.zeros((4, 4), np.uint8), np.zeros((4, 4, 4), np.uint8), np.zeros((0, 4, 3), np.uint8)],
+    [np.zeros((4, 4, 3)), np.zeros(4, np.uint8), np.zeros((4, 4, 2), np.uint8), np.zeros((0, 4, 3), np.uint8)],
 )
 def test_other_arrays(predictor: Predictor, array: np.ndarray) -> None:
-    with pytest.raises(InputError, match="uint8 RGB"):
+    with pytest.raises(InputError, match=r"the photo: .* is no photo: give .* a uint8 array") as caught:
         predictor(array)
+    assert "\n" not in str(caught.value)
+
+
+def test_grey_and_transparent_arrays(predictor: Predictor) -> None:
+    grey = PHOTOS["cat"][..., 0]
+    as_rgb = predictor(np.stack([grey] * 3, -1))
+    for array in (grey, grey[..., None]):
+        assert np.array_equal(predictor(array).scores, as_rgb.scores)
+    clear = np.dstack([PHOTOS["cat"], np.zeros_like(grey)])  # white, whatever its colours are
+    assert np.array_equal(predictor(clear).scores, predictor(np.full_like(PHOTOS["cat"], 255)).scores)
 
 
 @pytest.fixture

@@ -67,6 +67,35 @@ def _eight_bit(grey: np.ndarray) -> Image.Image:
     return Image.fromarray(np.rint((values - low) * (255 / (high - low))).astype(np.uint8))
 
 
+def as_rgb(photo: Image.Image | np.ndarray | bytes | BinaryIO) -> Image.Image:
+    """A photo in memory, upright and 8-bit RGB.
+
+    Args:
+        photo: a Pillow image of any mode; uint8 ``(H, W)`` or ``(H, W, 1)`` grey, ``(H, W, 3)`` RGB or ``(H, W, 4)``
+            RGBA; or what is in an image file, as bytes or as a binary file object that can seek, which is closed.
+
+    Raises:
+        InputError: it is none of these, or has no pixels; anything else that decoders raise (see `fault`).
+    """
+    if isinstance(photo, (bytes, bytearray, memoryview)):
+        return as_rgb(io.BytesIO(photo))
+    if isinstance(photo, np.ndarray):
+        layout = photo.ndim == 2 or photo.shape[2:] in ((1,), (3,), (4,))
+        if layout and photo.size and photo.dtype == np.uint8:
+            return to_rgb(Image.fromarray(photo[..., 0] if photo.shape[2:] == (1,) else photo))
+    elif isinstance(photo, Image.Image):
+        if all(photo.size):
+            return to_rgb(upright(photo))
+    elif hasattr(photo, "read"):
+        with photo:
+            return to_rgb(upright(load_image(photo)))
+    what = f"{photo.shape} {photo.dtype}" if isinstance(photo, np.ndarray) else f"{photo!r:.80}"
+    raise InputError(
+        f"{what} is no photo: give a file or its bytes, a Pillow image with pixels, or a uint8 array (H, W), (H, W, 3)"
+        " RGB or (H, W, 4) RGBA"
+    )
+
+
 def is_too_large(width: int, height: int) -> bool:
     """Whether an image of this size is refused."""
     return width * height > MAX_PIXELS or max(width, height) > MAX_SIDE

@@ -5,13 +5,11 @@ unlabelled.py opens the photos. Does not depend on models; batches.py reads labe
 
 from __future__ import annotations
 
-import io
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -19,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..errors import InputError
 from .images import Transform
-from .photo import fault, load_image, to_rgb, upright
+from .photo import as_rgb, fault
 from .unlabelled import Photos
 
 
@@ -41,8 +39,7 @@ def read_images(photos: Iterable[Any], transform: Transform) -> tuple[Tensor, li
     """Decode and transform photos; a bad one is an entry in the list of errors.
 
     Args:
-        photos: Pillow images, ``(H, W, 3)``, ``(H, W, 1)`` or ``(H, W)`` uint8 arrays, encoded photos as bytes or as
-            ``{"bytes": …}``, open files, or functions that return one of these.
+        photos: what `as_rgb` takes, ``{"bytes": …}`` as `datasets` has it, or functions that return one of these.
         transform: RGB image -> ``(3, H, W)``.
 
     Returns:
@@ -52,28 +49,18 @@ def read_images(photos: Iterable[Any], transform: Transform) -> tuple[Tensor, li
     errors: list[str | None] = []
     for photo in photos:
         try:
-            images.append(transform(_as_rgb(photo() if callable(photo) else photo)))
+            images.append(transform(_decoded(photo() if callable(photo) else photo)))
             errors.append(None)
         except Exception as error:  # decoders raise anything: OSError, SyntaxError, struct.error, zlib.error, …
             errors.append(fault(error))
     return torch.stack(images) if images else torch.empty(0), errors
 
 
-def _as_rgb(photo: Any) -> Image.Image:
-    if isinstance(photo, dict):
-        photo = photo.get("bytes")
-    if isinstance(photo, (bytes, bytearray, memoryview)):
-        photo = io.BytesIO(photo)
-    if isinstance(photo, np.ndarray):
-        if photo.dtype != np.uint8 or not photo.size:
-            raise InputError(f"an array of {photo.dtype} {photo.shape}, not (H, W, 3) uint8")
-        photo = Image.fromarray(photo[..., 0] if photo.ndim == 3 and photo.shape[2] == 1 else photo)
-    if not isinstance(photo, Image.Image):
-        if photo is None:
-            raise InputError("there is no photo")
-        with photo:
-            photo = load_image(photo)
-    return to_rgb(upright(photo))
+def _decoded(photo: Any) -> Image.Image:
+    photo = photo.get("bytes") if isinstance(photo, dict) else photo
+    if photo is None:
+        raise InputError("there is no photo")
+    return as_rgb(photo)
 
 
 @dataclass(frozen=True)

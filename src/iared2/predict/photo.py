@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import copy
 import http.client
-import io
 import os
 import urllib.request
 import warnings
@@ -23,7 +22,7 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch.nn import functional as F
 
 from ..data.clips import is_video
-from ..data.photo import fault, find_photos, load_image, read_photo, reason, to_rgb, upright
+from ..data.photo import as_rgb, fault, find_photos, read_photo, reason
 from ..errors import InputError, printable
 from ..explain import figures, methods
 from ..explain.heatmap import default_group, overlay
@@ -148,9 +147,9 @@ class Predictor(BasePredictor):
         """Interpret one photo, or a list of photos in one batch.
 
         Args:
-            photo: a file, its contents as bytes, a binary file object, a Pillow image of any mode, or ``(H, W, 3)``
-                uint8 RGB; an address with ``allow_urls``. Any size; it is resized to the model's input as a whole,
-                never cropped. Or a list of these.
+            photo: a file, its contents as bytes, a binary file object, a Pillow image of any mode, or a uint8 array:
+                ``(H, W)`` grey, ``(H, W, 3)`` RGB or ``(H, W, 4)`` RGBA; an address with ``allow_urls``. Any size; it
+                is resized to the model's input as a whole, never cropped. Or a list of these.
             threshold: for this call only, one number or one per group, or a `Decision`; the model's own if None. The
                 model is not changed, so calls from several threads are independent.
 
@@ -251,31 +250,21 @@ def _as_image(photo: Any, allow_urls: bool = False) -> Image.Image:
     if isinstance(photo, str) and photo.lower().startswith(("http://", "https://")):
         if not allow_urls:
             raise InputError(f"{photo}: an address; Predictor(…, allow_urls=True) downloads it, or give a file")
-        return _decode(io.BytesIO(_download(photo)), photo)
-    if isinstance(photo, (bytes, bytearray, memoryview)):
-        return _decode(io.BytesIO(photo), "the photo in these bytes")
-    if hasattr(photo, "read"):
-        return _decode(io.BytesIO(_contents(photo)), str(getattr(photo, "name", "the file object")))
+        return _decode(_download(photo), photo)
     if isinstance(photo, (str, Path)):
         if os.path.isdir(photo):
             raise InputError(f"{photo}: a folder; Predictor.folder() takes it, or give the path of an image")
         if is_video(photo):
             raise InputError(f"{photo}: a video, and this model takes photos; give a video model with -c")
         return read_photo(photo)
-    if isinstance(photo, Image.Image) and all(photo.size):
-        return to_rgb(upright(photo))
-    if isinstance(photo, np.ndarray) and photo.dtype == np.uint8 and photo.shape[2:] == (3,) and photo.size:
-        return Image.fromarray(photo)
-    what = f"{photo.shape} {photo.dtype}" if isinstance(photo, np.ndarray) else f"{photo!r:.80}"
-    raise InputError(
-        "a photo is a path, bytes, a binary file object, a PIL image with pixels or an (H, W, 3) uint8 RGB array, not"
-        f" {what}"
-    )
+    if hasattr(photo, "read"):
+        return _decode(_contents(photo), str(getattr(photo, "name", "the file object")))
+    return _decode(photo, "the photo")
 
 
-def _decode(file: BinaryIO, name: str) -> Image.Image:
+def _decode(photo: Any, name: str) -> Image.Image:
     try:
-        return to_rgb(upright(load_image(file)))
+        return as_rgb(photo)
     except Exception as error:  # decoders raise anything
         raise InputError(f"{name}: {fault(error)}") from None
 
