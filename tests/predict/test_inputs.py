@@ -130,7 +130,7 @@ class TestBytesAndFileObjects:
 
     @pytest.mark.parametrize("data", [b"", b"no photo", b"\x89PNG\r\n\x1a\n" + bytes(40)])
     def test_that_are_no_photo_are_refused(self, predictor, data):
-        with pytest.raises(InputError, match=r"the photo in these bytes: (not an image|the image is cut short)"):
+        with pytest.raises(InputError, match=r"the photo: (not an image|the image is cut short)"):
             predictor(data)
         with pytest.raises(InputError, match=r"the file object: (not an image|the image is cut short)"):
             predictor(io.BytesIO(data))
