@@ -1,14 +1,14 @@
 """Makes the model in the box from a finished run, and measures what is shipped.
 
     python experiments/box.py RUN --data DATA -o src/iared2/box/model.safetensors --macs 0.65 \\
-        --first-pass 1 1 1 0.25 0.14 0.094
+        --first-pass 1 1 1 0.5 0.35 0.25 --scale 0.625
 
 RUN is the folder of a run of `iared2 train`, or a file of `model.save`; DATA is its data set. The thresholds are
 calibrated on training photos: for a share of the dense MACs, or with --first-pass for the shares that the first pass
-keeps. Then second passes use the rest of the budget (model/second_pass.py): the confidence for it is set on the
-validation photos, without their labels, since a model is surer of photos that it was trained on. The weights are
-stored in 8 bits, and loaded again. The full weights, unless they have 8 bits already, and the shipped ones then see
-the validation photos. Writes the file, and a table to --json for the model card.
+keeps, of photos made smaller by --scale. Then second passes use the rest of the budget (model/second_pass.py): the
+confidence for it is set on the validation photos, without their labels, since a model is surer of photos that it was
+trained on. The weights are stored in 8 bits, and loaded again. The full weights, unless they have 8 bits already, and
+the shipped ones then see the validation photos. Writes the file, and a table to --json for the model card.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from iared2.device import usable_device
 from iared2.errors import InputError, printable
 from iared2.keyed import permutation
 from iared2.model.decide import confidence_for
-from iared2.model.macs import second_pass_macs
+from iared2.model.second_pass import again_macs
 
 FIGURES = Path(__file__).resolve().parents[1] / "docs" / "figures" / "box.json"
 CALIBRATION_IMAGES = 512
@@ -54,6 +54,7 @@ def make(
     data: str,
     macs: float,
     first_pass: Sequence[float] | None,
+    scale: float,
     images: int,
     device: torch.device,
 ) -> ReducedVisionTransformer:
@@ -65,7 +66,7 @@ def make(
         raise InputError(f"{data} has {len(samples.class_names)} classes, the model {model.num_classes}")
     model.class_names = samples.class_names
     model.backbone.pretrained_cfg = {**model.pretrained_cfg, "tag": "", "license": "apache-2.0"}  # not timm's
-    model.confidence = 0.0
+    model.decision = model.decision.but(confidence=0.0, scale=scale)
     sample = some(samples, images)
     (batch,) = eval_batches(sample, model_transform(model.pretrained_cfg), batch_size=len(sample))
     budget = {"keep": first_pass} if first_pass else {"gmacs": macs * model.dense_macs / 1e9}
@@ -119,7 +120,7 @@ def measure(models: Sequence[ReducedVisionTransformer], batches: Iterable[Batch]
 def with_second_pass(model: ReducedVisionTransformer, once: Answers) -> Answers:
     """The answers by the model's confidence. Nothing is run: the second pass is the dense model."""
     unsure = model.decision.unsure(once.first)
-    each = second_pass_macs(model, model.decision.first_drop(model.num_patches), model.num_patches)
+    each = again_macs(model, model.decision, model.grid_size)
     reduced = torch.where(unsure[:, None], once.dense, once.first)
     return replace(once, reduced=reduced, macs=once.first_macs + each * unsure)
 
@@ -183,6 +184,7 @@ def main() -> int:
     parser.add_argument(
         "--first-pass", type=float, nargs="+", metavar="SHARE", help="of the patches that each group keeps in it"
     )
+    parser.add_argument("--scale", type=float, default=1.0, help="of the first pass, see Decision (default: 1)")
     parser.add_argument("--calibration-images", type=int, default=CALIBRATION_IMAGES, help="(default: %(default)s)")
     parser.add_argument("--limit", type=int, help="validation photos at most, drawn evenly (default: all)")
     parser.add_argument("--batch-size", type=int, default=64)
@@ -206,7 +208,7 @@ def run(arguments: argparse.Namespace, device: torch.device) -> Table:
     """Make the file and measure it."""
     output, keep = arguments.output, arguments.first_pass
     images = arguments.calibration_images
-    full = make(arguments.run, arguments.data, arguments.macs, keep, images, device)
+    full = make(arguments.run, arguments.data, arguments.macs, keep, arguments.scale, images, device)
     if keep and len(keep) != full.num_groups:
         raise InputError(f"--first-pass: give {full.num_groups} shares, one per group")
     with TemporaryDirectory() as folder:
@@ -223,8 +225,9 @@ def run(arguments: argparse.Namespace, device: torch.device) -> Table:
     labels, found = measure(list(models.values()), progress, arguments.bf16)
     answers = dict(zip(models, found, strict=True))
     if keep:
-        once, first = found[-1], shipped.decision.first_drop(shipped.num_patches)
-        rows, _ = second_passes(shipped, once.first, once.first_macs, arguments.macs, first)
+        once = found[-1]
+        again = again_macs(shipped, shipped.decision, shipped.grid_size)
+        rows = second_passes(once.first, once.first_macs, arguments.macs * shipped.dense_macs, again)
         if not len(rows):
             raise InputError(f"the first pass takes all of {arguments.macs:.1%} of the MACs: give smaller shares")
         full.confidence = shipped.confidence = confidence_for(once.first, len(rows))
@@ -232,6 +235,7 @@ def run(arguments: argparse.Namespace, device: torch.device) -> Table:
     full.save(output, int8=True)
     command = f"python experiments/box.py RUN --data DATA -o src/iared2/box/model.safetensors --macs {arguments.macs:g}"
     command += f" --first-pass {' '.join(f'{share:g}' for share in keep)}" if keep else ""
+    command += f" --scale {arguments.scale:g}" * (arguments.scale < 1)
     command += f" --limit {arguments.limit}" * bool(arguments.limit) + " --bf16" * arguments.bf16
     return describe(labels, answers, shipped, output.stat().st_size, command, arguments.bf16)
 

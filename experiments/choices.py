@@ -41,6 +41,7 @@ from iared2.model.baselines import KINDS, baseline_scores
 from iared2.model.calibrate import thresholds_for
 from iared2.model.decide import Decision, keep_all
 from iared2.model.schedule import Schedule, search
+from iared2.model.second_pass import again_macs
 from iared2.pretrained.checkpoint import load_backbone_weights
 
 BATCH = 50
@@ -172,9 +173,9 @@ def main() -> None:
                 decision = at(model, best, photos.images, once)
                 out, cost = photos.outputs(model, decision)
                 if arguments.first_pass:
-                    first = decision.first_drop(model.num_patches)
-                    again, each = second_passes(model, out, cost, macs, first)
-                    out[again], cost[again] = dense[kind][again], cost[again] + each
+                    again = again_macs(model, decision, model.grid_size)
+                    rows_again = second_passes(out, cost, macs * model.dense_macs, again)
+                    out[rows_again], cost[rows_again] = dense[kind][rows_again], cost[rows_again] + again
                 answers = out.argmax(1)
                 row["measured"][f"{macs:g} {kind}"] = {
                     "macs": cost.double().mean().item() / model.dense_macs,

@@ -26,7 +26,6 @@ from iared2.measure import view_keys
 from iared2.model.baselines import KINDS as BASELINES
 from iared2.model.calibrate import thresholds_for
 from iared2.model.decide import Decide, by_share, margin
-from iared2.model.macs import second_pass_macs
 from iared2.train.curriculum import build_model, train
 from iared2.train.recipe import Recipe, read_recipe
 from iared2.train.state import load_state
@@ -211,21 +210,17 @@ def interval(difference: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def second_passes(
-    model: ReducedVisionTransformer, logits: Tensor, macs: Tensor, budget: float, first: int
-) -> tuple[Tensor, int]:
-    """The least sure of some photos, as many as a second pass from a group on may have, and the MACs of each.
+def second_passes(logits: Tensor, macs: Tensor, budget: float, again: int) -> Tensor:
+    """The least sure of some photos, as many as a second pass may have.
 
     Args:
-        model: its sizes.
         logits: ``(n, K)`` of the first pass.
-        macs: ``(n,)`` of it.
-        budget: mean MACs of both passes, as a share of the dense model's.
-        first: the group.
+        macs: ``(n,)`` of the first pass.
+        budget: mean MACs of both passes.
+        again: MACs of a second pass (`again_macs`).
     """
-    each = second_pass_macs(model, first, model.num_patches)
-    number = int((budget * model.dense_macs * len(logits) - macs.sum().item()) / each)
-    return margin(logits).argsort()[: max(number, 0)], each
+    number = int((budget * len(logits) - macs.sum().item()) / again)
+    return margin(logits).argsort()[: max(number, 0)]
 
 
 def versus(a: Sequence[Measured], b: Sequence[Measured]) -> str:

@@ -45,6 +45,7 @@ from iared2.measure import RANDOM_EPOCH
 from iared2.model import backbone as vit
 from iared2.model.decide import keep_all
 from iared2.model.file import fingerprint
+from iared2.model.macs import second_pass_macs
 from iared2.model.tokens import PackedTokens
 from iared2.train.augment import AugmentConfig
 from iared2.train.finetune import Dense, FinetuneStage
@@ -161,9 +162,10 @@ def measure(
     out, cost = answers(model, data, first, decide, torch.arange(len(data.x)))
     dense = data.logits
     if macs is not None:
-        rows, each = second_passes(model, out, cost, macs, first)
+        again = second_pass_macs(model, first, model.num_patches)
+        rows = second_passes(out, cost, macs * model.dense_macs, again)
         out[rows] = answers(model, data, first, keep_all, rows)[0]
-        cost[rows] += each
+        cost[rows] += again
     divergence = torch.nn.functional.kl_div(out.log_softmax(1), dense.log_softmax(1), log_target=True, reduction="none")
     return {
         "kept": (out.argmax(1) == dense.argmax(1)).int().tolist(),

@@ -1,12 +1,13 @@
-"""The simplest way to fewer patches: smaller photos. The dense model on them, against a model that drops patches.
+"""The simplest way to fewer patches: smaller photos. With every patch of them, with fewer, and against dropping alone.
 
-    python experiments/smaller.py box --data DATA [--sharp FILE] -o OUT
+    python experiments/smaller.py box --data DATA [--sharp FILE] --first 224:1,1,1,0.25,0.14,0.094 154 140 -o OUT
 
-The same weights in each row: with every patch, at the model's own size and at --sizes (positions are resampled, as
-timm does), and with its decision in one pass. Answers are kept if they are those of every patch at its own size. Where
-a pass costs less than --macs, there is a second row: the least sure photos take a second pass with every patch until so
-many MACs are used (model/second_pass.py), also after a pass on smaller photos (Wang et al., NeurIPS 2021). The table is
-OUT/smaller.json and OUT/smaller.md.
+The same weights in each row: with every patch; with the model's own decision in one pass; and with --first in one pass:
+photos of so many pixels (`Decision.scale`), with every patch or with these shares alive after each group, the
+best-scored. Answers are kept if they are those of every patch at the model's own size. Where a pass costs less than one
+of --macs, there is another row: the least sure photos take a second pass with every patch, at the model's own size,
+until so many MACs are used (model/second_pass.py; Wang et al., NeurIPS 2021). The table is OUT/smaller.json and
+OUT/smaller.md.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ import argparse
 from pathlib import Path
 
 from choices import Photos, ready
-from lab import Table, interval
+from lab import Table, interval, second_passes
 from torch import Tensor
 
 import iared2
 from iared2.data.images import DataConfig, open_samples
-from iared2.model.decide import margin
-from iared2.model.macs import second_pass_macs
+from iared2.model.decide import Decide, Decision, by_share, keep_all
+from iared2.model.second_pass import again_macs, same_passes
 
 
 def main() -> None:
@@ -30,40 +31,51 @@ def main() -> None:
     parser.add_argument("model", help="what iared2.load takes")
     parser.add_argument("--data", required=True, help="photos with labels, as for iared2 train")
     parser.add_argument("--sharp", help="parquet file of larger photos, whose labels are not used")
-    parser.add_argument("--sizes", type=int, nargs="*", default=[182, 154], help="pixels")
-    parser.add_argument("--macs", type=float, default=0.65, help="of two passes, as a share of every patch")
+    parser.add_argument(
+        "--first", type=first_pass, nargs="*", default=[(154, ()), (140, ())], metavar="PIXELS[:SHARES]"
+    )
+    parser.add_argument("--macs", type=float, nargs="*", default=[0.65, 0.5], help="of two passes, shares of the dense")
     parser.add_argument("--photos", type=int, default=2000)
     parser.add_argument("--sharp-photos", type=int, default=500)
     parser.add_argument("-o", "--output", type=Path, required=True)
     arguments = parser.parse_args()
 
-    model = iared2.load(arguments.model)
-    own, side, full = model.decision, model.pretrained_cfg["input_size"][1], model.dense_macs
+    model = ready(iared2.load(arguments.model))
+    own, side, full = model.decision.but(confidence=0.0), model.pretrained_cfg["input_size"][1], model.dense_macs
     sets = {"photos": (DataConfig(path=arguments.data, classes=model.class_names or ()), arguments.photos)}
     if arguments.sharp:
         sets["sharp"] = DataConfig(path=arguments.sharp), arguments.sharp_photos
-    passes = [(f"every patch, {side} pixels", side, own.whole()), ("its decision", side, own.but(confidence=0.0))]
-    passes += [(f"every patch, {size} pixels", size, own.whole()) for size in arguments.sizes]
+    seen = {
+        kind: Photos(open_samples(data, "eval", whole=kind == "sharp"), model, n) for kind, (data, n) in sets.items()
+    }
+    passes: list[tuple[str, Decision, Decide]] = [(f"every patch, {side} pixels", whole := own.whole(), whole)]
+    passes.append(("its decision", own, own))
+    if model.confidence:
+        passes.append(("its decision and confidence", model.decision, model.decision))
+    for size, shares in arguments.first:
+        small = own.but(scale=size / side).for_model(model.grid_size, model.num_groups)
+        alive = " → ".join(f"{share:g}" for share in shares)
+        decide = same_passes(model, small, by_share(shares, small.standing) if shares else keep_all)
+        passes.append(
+            (f"{alive} of the patches, {size} pixels" if alive else f"every patch, {size} pixels", small, decide)
+        )
     rows: list[list[str]] = []
     dense: dict[str, Tensor] = {}
-    for name, size, decision in passes:
-        model = iared2.load(arguments.model)
-        model.set_input_size(size)
-        model, first = ready(model), decision.first_drop(model.num_patches) if size == side else 0
-        once, twice = [name], [f"{name}, then every patch where it is not sure"]
-        for kind, (data, number) in sets.items():
-            photos = Photos(open_samples(data, "eval", whole=kind == "sharp"), model, number)
-            out, macs = photos.outputs(model, decision.for_model(model.grid_size, model.num_groups))
+    for name, decision, decide in passes:
+        again = again_macs(model, decision, model.grid_size)
+        once, twice = [name], [[f"{name}, then every patch where it is not sure"] for _ in arguments.macs]
+        for kind, photos in seen.items():
+            out, macs = photos.outputs(model, decide)
             answers = dense.setdefault(kind, out.argmax(1))  # of the first row
             labels = photos.labels if kind == "photos" else None
             once += cells(out.argmax(1), answers, macs / full, labels)
-            if (share := macs.double().mean().item() / full) < arguments.macs - 0.01:
-                each = second_pass_macs(model, first, model.num_patches) / full if size == side else 1.0
-                again = margin(out).argsort()[: round((arguments.macs - share) * number / each)]
-                found, cost = out.argmax(1), macs.double() / full
-                found[again], cost[again] = answers[again], cost[again] + each
-                twice += cells(found, answers, cost, labels)
-        rows += [once, twice] if len(twice) == len(once) else [once]
+            for row, budget in zip(twice, arguments.macs, strict=True):
+                if macs.double().mean().item() / full < budget - 0.01 and not decision.confidence:
+                    least = second_passes(out, macs, budget * full, again)
+                    found, cost = out.argmax(1), macs.clone()
+                    found[least], cost[least] = answers[least], cost[least] + again
+                    row += cells(found, answers, cost / full, labels)
+        rows += [once, *(row for row in twice if len(row) == len(once))]
         heads = ["model", "MACs", "answers kept, %", "top-1, %", "against every patch"]
         heads += ["MACs, sharp", "answers kept, sharp, %"] if arguments.sharp else []
         several = f", and {arguments.sharp_photos:,} sharp ones" if arguments.sharp else ""
@@ -71,8 +83,17 @@ def main() -> None:
             f"{arguments.photos:,} validation photos{several}.",
             "Against every patch at its own size: in points, with 95 % of paired bootstraps.",
         ]
-        title, command = "The same weights on smaller photos.", "python experiments/smaller.py box --data DATA"
-        Table(title, command + " --sharp SHARP" * bool(several), heads, rows, notes).write(arguments.output, "smaller")
+        command = "python experiments/smaller.py box --data DATA" + " --sharp SHARP" * bool(several)
+        command += f" --macs {' '.join(f'{macs:g}' for macs in arguments.macs)} --first"
+        for size, shares in arguments.first:
+            command += f" {size}" + ":" * bool(shares) + ",".join(f"{share:g}" for share in shares)
+        Table("The same weights on smaller photos.", command, heads, rows, notes).write(arguments.output, "smaller")
+
+
+def first_pass(text: str) -> tuple[int, tuple[float, ...]]:
+    """``PIXELS[:SHARE,SHARE,…]``."""
+    size, _, shares = text.partition(":")
+    return int(size), tuple(map(float, shares.split(","))) if shares else ()
 
 
 def cells(answers: Tensor, dense: Tensor, macs: Tensor, labels: Tensor | None) -> list[str]:

@@ -43,7 +43,7 @@ UNSUPPORTED = "vit_dlittle_*", "vit_dpwee_*", "vit_dwee_*"
 """Models of these modules whose attention is another; `model.backbone.check_supported` says why."""
 BOX_TAG = "box"
 PATCHES = "patch_embed.proj.weight"
-DECISION = "threshold", "num_keep", "max_tokens", "spread", "confidence"
+DECISION = "threshold", "num_keep", "max_tokens", "spread", "confidence", "scale"
 
 
 def create(name: str, pretrained: bool = False, **kwargs: Any) -> ReducedVisionTransformer:
@@ -53,7 +53,7 @@ def create(name: str, pretrained: bool = False, **kwargs: Any) -> ReducedVisionT
         name: ``iared2_…``, without a tag.
         pretrained: load the weights.
         kwargs: ``pretrained_cfg`` and ``pretrained_cfg_overlay``, as timm gives them; ``threshold``, ``num_keep``,
-            ``max_tokens``, ``spread`` and ``confidence``, see `ReducedVisionTransformer`; all others as for
+            ``max_tokens``, ``spread``, ``confidence`` and ``scale``, see `ReducedVisionTransformer`; all others as for
             `iared2.from_timm`.
 
     Raises:

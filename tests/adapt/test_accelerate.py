@@ -103,6 +103,7 @@ def test_a_second_pass_makes_the_same_promise_cheaper(photos, model, monkeypatch
     found = iared2.accelerate(model.backbone, photos, max_drop=0.06)
     out = capsys.readouterr().out
     monkeypatch.setattr(decision, "FIRST_PASS", ())
+    monkeypatch.setattr(decision, "SCALES", ())
     once = iared2.accelerate(model.backbone, photos, max_drop=0.06).report
     assert once.decision is None or once.decision.confidence == 0
     told = found.report
@@ -115,6 +116,27 @@ def test_a_second_pass_makes_the_same_promise_cheaper(photos, model, monkeypatch
     assert told.second_pass == output.unsure.double().mean()
     assert told.macs == pytest.approx(output.macs.double().mean().item() / model.dense_macs)
     assert f"{100 * told.second_pass:.0f} % of the photos" in out
+
+
+def test_first_passes_of_smaller_photos_are_tried(photos, model, monkeypatch):
+    model.spread, images = 0.5, tensor(photos, model)
+    with torch.inference_mode():
+        half = decision.Half(images, model.backbone(images), True)
+        before = model.decision
+        found = list(decision._smaller_passes(decision.Choice("own", model), half, (0.5, 0.4, 0.3)))
+        assert model.decision == before
+        assert [one.decision.scale for one in found] == [scale for scale in decision.SCALES for _ in range(3)]
+        for one in found:
+            output = model.trace(images, one.decision)
+            assert one.macs == pytest.approx(output.macs.double().mean().item() / model.dense_macs)
+            torch.testing.assert_close(one.output, output.logits, atol=1e-4, rtol=0)
+    # where a smaller photo says the same, it is what is found
+    monkeypatch.setattr(decision, "FIRST_PASS", ())
+    smooth = [photo.resize((4, 4)).resize((100, 100)) for photo in photos]
+    found = iared2.accelerate(model, smooth, max_drop=0.06)
+    assert found.report.found.bound < 0.06
+    assert found.scale < 1
+    assert found.report.macs < 0.5
 
 
 def test_too_few_photos_to_promise_says_how_many(photos, model):

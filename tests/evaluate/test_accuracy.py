@@ -76,7 +76,7 @@ def test_a_second_pass_is_in_all_that_drops(model):
 def test_budgets_are_measured_beside_the_models_own(model):
     thresholds = [float(model.trace(images(8)).scores[0].median()) + 1e-4, 0, 0]
     with torch.no_grad():
-        result = evaluate(model, batches(model), budgets={"budget 0.5": thresholds})
+        result = evaluate(model, batches(model), budgets={"budget 0.5": Decision(thresholds)})
         out = [model.trace(images(n, seed), Decision(thresholds)) for seed, n in ((0, 8), (1, 5))]
     reduced, dense, random, at_budget, random_at_budget = result.variants
     assert [v.name for v in result.variants[3:]] == [f"{reduced.name}, budget 0.5", f"{random.name}, budget 0.5"]
@@ -89,7 +89,7 @@ def test_budgets_are_measured_beside_the_models_own(model):
     twice = copy.deepcopy(model)
     twice.confidence = 1.0
     with torch.no_grad():
-        again = evaluate(twice, batches(twice), budgets={"budget 0.5": thresholds})
+        again = evaluate(twice, batches(twice), budgets={"budget 0.5": Decision(thresholds)})
     assert again.variants[0].gmacs > reduced.gmacs
     assert again.variants[3].gmacs == at_budget.gmacs
 

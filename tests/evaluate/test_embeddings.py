@@ -41,7 +41,7 @@ def batches(known=True):
 
 
 def test_what_is_left_of_the_embeddings(model):
-    result = evaluate_embeddings(model, batches(), budgets={"budget 1": [0.0, 0.0, 0.0]})
+    result = evaluate_embeddings(model, batches(), budgets={"budget 1": model.decision.whole()})
     dense, reduced, whole = result.variants
     assert (result.images, result.skipped) == (27, ["broken.jpg", "b.jpg"])
     x, labels = torch.cat([images(16), images(11, 1)]), torch.cat([torch.arange(16) % 3, torch.arange(11) % 3])

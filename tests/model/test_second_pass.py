@@ -12,7 +12,7 @@ import iared2
 from iared2 import InputError
 from iared2.model.decide import Decision, at_random, confidence_for, keep_all
 from iared2.model.schedule import tried, with_second_pass
-from iared2.model.second_pass import same_pass
+from iared2.model.second_pass import same_passes
 
 NAME = "deit_tiny_patch16_224"
 
@@ -100,16 +100,16 @@ def test_other_choices_have_the_same_pass():
     with torch.no_grad():
         once = model.trace(images, random)
         decision = model.decision.but(confidence=between(margins(once.logits), 3))
-        both = same_pass(model, decision, random)
+        both = same_passes(model, decision, random)
         twice = model.trace(images, both)
     assert torch.equal(twice.unsure, margins(once.logits) < decision.confidence)
     assert torch.equal(twice.kept, once.kept)
-    early = same_pass(model, model.decision.but(confidence=1.0), lambda scores, alive, group: alive & (scores > 0.5))
+    early = same_passes(model, model.decision.but(confidence=1.0), lambda scores, alive, group: alive & (scores > 0.5))
     with torch.no_grad(), pytest.raises(InputError, match="drops patches before"):
         model.trace(images, early)
-    assert same_pass(model, model.decision, random) is random
-    assert same_pass(model, Decision(0.0, confidence=0.5), random) is random, "it drops nothing"
-    assert same_pass(model, both, keep_all).first == 1
+    assert same_passes(model, model.decision, random) is random
+    assert same_passes(model, Decision(0.0, confidence=0.5), random) is random, "it drops nothing"
+    assert same_passes(model, both, keep_all).first == 1
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.1, float("nan"), "much", True])

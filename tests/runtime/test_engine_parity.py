@@ -17,6 +17,7 @@ from iared2.data.batches import model_transform
 from iared2.errors import InputError
 from iared2.export.served import as_arrays, trace
 from iared2.export.stages import export_stages
+from iared2.model.decide import Decision
 from iared2.runtime import Decided, Engine
 
 # torch 2.10, of itself
@@ -106,6 +107,47 @@ def test_first_groups_that_drop_nothing_are_one_graph(kind, tmp_path, backend):
         with torch.no_grad():
             expected = model.backbone(images).numpy()
         np.testing.assert_allclose(engine(images.numpy()).logits, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("stem", [None, 0])
+@pytest.mark.parametrize("kind", ["class token", "merged, registers", "attention pooling"])
+def test_a_first_pass_of_smaller_images(kind, stem, tmp_path, backend):
+    (name, kwargs), parts, _ = STEMS[kind]
+    model, images = sharp_model((name, {**SIZE, **kwargs})), sharp_images(6)
+    model.decision = type(model.decision)(**{**parts, "max_tokens": None, "scale": 0.5})
+    if model.num_keep:
+        model.num_keep = [min(n, 6) for n in model.num_keep]
+    with torch.no_grad():
+        best = model(images).softmax(1).topk(2).values
+    margin = (best[:, 0] - best[:, 1]).sort().values
+    model.confidence = ((margin[2] + margin[3]) / 2).item()
+    export_stages(model, tmp_path / "m.zip", stem)
+    engine = Engine(tmp_path / "m.zip", backend, threads=1)
+    with torch.no_grad():
+        output, dense = model.trace(images), model.backbone(images)
+    assert output.unsure.sum() == 3
+    for found in (engine(images.numpy()), engine(images.numpy(), as_arrays(model, model.decision))):
+        check(found, output)
+        assert np.array_equal(found.unsure, output.unsure.numpy())
+    served = trace(engine, model, images, model.decision)
+    for name in ("kept", "macs", "unsure"):
+        assert torch.equal(getattr(served, name), getattr(output, name))
+    whole = trace(engine, model, images, model.decision.whole())
+    torch.testing.assert_close(whole.logits, dense, atol=1e-4, rtol=0)
+    assert whole.kept.shape[-1] == 24
+    if engine.stem == 0:  # any group may drop: also in one pass of the images as they are
+        once = Decision(num_keep=(20, 15, 10), spread=0.5).for_model(model.grid_size, 3)
+        with torch.no_grad():
+            check(engine(images.numpy(), as_arrays(model, once)), model.trace(images, once))
+    with pytest.raises(InputError, match=r"scale=0.7: .* has scale=0.5"):
+        trace(engine, model, images, model.decision.but(scale=0.7))
+
+
+def test_rotary_positions_are_of_one_size(tmp_path):
+    model = sharp_model(("eva02_tiny_patch14_224", SIZE))
+    model.scale = 0.5
+    with pytest.raises(InputError, match=r"scale=0.5 and rotary positions"):
+        export_stages(model, tmp_path / "m.zip")
 
 
 @pytest.mark.parametrize("kind", ["class token", "merged, registers", "attention pooling"])

@@ -149,6 +149,7 @@ def _accelerated(
     model.pack_weights()
     with console.status("asking the dense model"):
         dense = outputs(pixels, weight, lambda chunk: model(chunk, keep_all))
+    model.scale = 1.0  # others are tried
     half = len(pixels) // 2
     finding = Half(pixels[:half].to(weight), dense[:half], classes)
     with console.status("choosing which patches stay"):

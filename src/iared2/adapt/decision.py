@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..evaluate.agreement import Agreement, agreement
 from ..model.calibrate import BATCH_SIZE, gmacs_of, solve
+from ..model.decide import first_grid
 from ..model.reduced import ReducedVisionTransformer
 from ..model.schedule import Schedule, search, tried, with_second_pass
 
@@ -28,6 +31,8 @@ TOLERANCE = 5e-3
 """Of a budget; with equal counts, one patch of one group may be more than that."""
 FIRST_PASS = 0.9, 0.8, 0.7, 0.6
 """MACs of a first pass that are tried, as shares of those of a single pass."""
+SCALES, SMALLER_PASS = (0.75, 0.625), (0.85, 0.7, 0.55)
+"""First passes of smaller photos that are tried: `Decision.scale`, and shares of the MACs of all of their patches."""
 
 
 @dataclass(frozen=True)
@@ -160,24 +165,46 @@ def find(choice: Choice, half: Half, target: Target) -> Schedule | None:
 @torch.inference_mode()
 def at_shape(choice: Choice, half: Half, target: Target, shape: tuple[float, ...]) -> Schedule | None:
     """`find` where the shape of the schedule is known: its shares at another budget."""
-    model = choice.model
-    sample = [model.embed(chunk) for chunk in half.images.split(BATCH_SIZE)]
-
-    def at(macs: float) -> Schedule:
-        gmacs, num_patches = macs * model.dense_macs / 1e9, sample[0].num_patches
-        alpha = solve(lambda alpha: gmacs_of(model, num_patches, [share**alpha for share in shape]), gmacs)
-        return tried(model, sample, half.dense, [share**alpha for share in shape], choice.equal_counts)
-
+    at = _one_pass(choice, half, shape)
     if target.macs is not None:  # without second passes, whose number depends on the photos
         return _met(at, target.macs)
     best = _bisected(at, half, target)
-    if half.classes and model.max_tokens is None:
+    if half.classes and choice.model.max_tokens is None:
         whole = best.macs if best else 1.0
-        for part in FIRST_PASS:
-            found = _secured(model, half, target, at(part * whole))
+        for first in chain(map(at, [part * whole for part in FIRST_PASS]), _smaller_passes(choice, half, shape)):
+            found = _secured(choice.model, half, target, first)
             if found and (best is None or target.better(found, best)):
                 best = found
     return best
+
+
+def _one_pass(choice: Choice, half: Half, shape: tuple[float, ...]) -> Callable[[float], Schedule]:
+    """A share of the dense MACs -> one pass of it, with the shape at this budget and the scale of the model."""
+    model = choice.model
+    sample = [model.embed(chunk) for chunk in half.images.split(BATCH_SIZE)]
+    num_patches = sample[0].num_patches
+
+    def at(macs: float) -> Schedule:
+        gmacs = macs * model.dense_macs / 1e9
+        alpha = solve(lambda alpha: gmacs_of(model, num_patches, [share**alpha for share in shape]), gmacs)
+        return tried(model, sample, half.dense, [share**alpha for share in shape], choice.equal_counts)
+
+    return at
+
+
+def _smaller_passes(choice: Choice, half: Half, shape: tuple[float, ...]) -> Iterator[Schedule]:
+    """First passes of smaller photos (`Decision.scale`), with some of their patches."""
+    model = choice.model
+    before = model.decision
+    for scale in SCALES:
+        model.decision = before.but(scale=scale)
+        try:
+            at, patches = _one_pass(choice, half, shape), math.prod(first_grid(model.decision, model.grid_size))
+            whole = gmacs_of(model, patches, [1.0] * model.num_groups) * 1e9 / model.dense_macs
+            found = [at(part * whole) for part in SMALLER_PASS]
+        finally:
+            model.decision = before
+        yield from found
 
 
 def _met(at: Callable[[float], Schedule], macs: float) -> Schedule:
@@ -206,7 +233,7 @@ def _bisected(at: Callable[[float], Schedule], half: Half, target: Target) -> Sc
 
 def _secured(model: ReducedVisionTransformer, half: Half, target: Target, first: Schedule) -> Schedule | None:
     """A first pass with as few second passes as the target allows; None: fewer MACs than the dense model's do not."""
-    if first.decision.first_drop(model.num_patches) == model.num_groups:
+    if first.decision.scale == 1 and first.decision.first_drop(model.num_patches) == model.num_groups:
         return None
 
     def found(number: int) -> Schedule:

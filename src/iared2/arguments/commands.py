@@ -12,11 +12,11 @@ from .shared import (
     batches,
     checkpoint,
     colormap,
-    confidence,
     device,
     engine,
     image_size,
     json,
+    passes,
     spread,
     threshold,
 )
@@ -50,7 +50,7 @@ def interpret(command: argparse.ArgumentParser) -> None:
         " (default: the model's own)",
     )
     spread(command)
-    confidence(command)
+    passes(command)
     add("-m", "--method", default="interpreter", choices=EVERY, help="of the heat map (default: %(default)s)")
     add(
         "-g",
@@ -152,7 +152,7 @@ def evaluate(command: argparse.ArgumentParser) -> None:
     add("--classes", nargs="+", default=[], help="use only these, in the model's order (default: the model's own)")
     threshold(command)
     spread(command)
-    confidence(command)
+    passes(command)
     add(
         "--budget",
         action=List,

@@ -92,10 +92,12 @@ def spread(command: argparse.ArgumentParser) -> None:
     command.add_argument("--spread", type=float, metavar="S", help=text)
 
 
-def confidence(command: argparse.ArgumentParser) -> None:
-    """Add ``--confidence``."""
+def passes(command: argparse.ArgumentParser) -> None:
+    """Add ``--confidence`` and ``--scale``."""
     text = "a second pass with every patch if the two best classes are closer than C, from 0 (never) to 1 (always)"
     command.add_argument("--confidence", type=float, metavar="C", help=f"{text} (default: the model's own)")
+    text = "the first pass has this part of the rows and columns of patches, above 0 and up to 1"
+    command.add_argument("--scale", type=float, metavar="S", help=f"{text} (default: the model's own)")
 
 
 def image_size(command: argparse.ArgumentParser) -> None:

@@ -21,7 +21,7 @@ from ..data.photo import read_photo
 from ..errors import InputError, printable
 from ..explain import figures
 from ..explain.heatmap import overlay
-from ..model.calibrate import thresholds_for
+from ..model.calibrate import decision_at
 from ..model.decide import Decision
 from ..predict.output import folder_names
 from ..predict.photo import Interpretation, Predictor
@@ -146,7 +146,5 @@ def _decision(predictor: Predictor, photos: Sequence[Image.Image], choice: Choic
         return own if choice.rule == "own" else own.at(choice.threshold)
     images = torch.cat([predictor.prepare(photo) for photo in photos])
     if choice.rule == "macs":
-        found = thresholds_for(model, images, gmacs=choice.budget * model.dense_macs / 1e9)
-    else:
-        found = thresholds_for(model, images, keep=choice.budget)
-    return own.at(found).but(confidence=0.0)  # second passes would come on top of the budget
+        return decision_at(model, images, gmacs=choice.budget * model.dense_macs / 1e9)
+    return decision_at(model, images, keep=choice.budget)

@@ -14,9 +14,9 @@ from torch import Tensor
 from ..data.batches import Batch
 from ..device import timed
 from ..measure import by_video, counts, view_keys
-from ..model.decide import at_random
+from ..model.decide import Decision, at_random
 from ..model.reduced import Output, ReducedVisionTransformer
-from ..model.second_pass import same_pass
+from ..model.second_pass import same_passes
 
 
 @dataclass
@@ -79,7 +79,7 @@ def evaluate(
     batches: Iterable[Batch],
     device: torch.device | str = "cpu",
     seed: int = 0,
-    budgets: Mapping[str, Sequence[float]] | None = None,
+    budgets: Mapping[str, Decision] | None = None,
 ) -> Evaluation:
     """Reduced model, dense backbone, and random dropping with the same number of patches for each image and group.
 
@@ -89,12 +89,11 @@ def evaluate(
             averaged, MACs are summed, and shares of patches are means over the views.
         device: where the model is.
         seed: of the random baseline.
-        budgets: name -> thresholds (`model.calibrate.thresholds_for`), evaluated in addition to the model's own, in one
+        budgets: name -> decision (`model.calibrate.decision_at`), evaluated in addition to the model's own, in one
             pass.
     """
     own = model.decision
-    # a budget is not met with second passes on top of it
-    settings = {"": own} | {f", {name}": own.at(t).but(confidence=0.0) for name, t in (budgets or {}).items()}
+    settings = {"": own} | {f", {name}": decision for name, decision in (budgets or {}).items()}
     sums: dict[str, Tensor] = {}  # correct, MACs, share of patches kept after each group, seconds
     images = 0
     skipped: list[str] = []
@@ -121,7 +120,7 @@ def evaluate(
         for name, decide in settings.items():
             with torch.inference_mode():  # a pass for the counts alone: random dropping may run before the timed one
                 num_keep = model.trace(x, decide).kept.sum(-1)
-            random = same_pass(model, decide, at_random(num_keep, keys))
+            random = same_passes(model, decide, at_random(num_keep, keys))
             runs += [(REDUCED + name, model.trace, x, decide), (RANDOM + name, model.trace, x, random)]
         if not images:  # warm-up: the first pass includes allocations and the choice of kernels
             with torch.inference_mode():

@@ -21,7 +21,7 @@ from ..data.unlabelled import open_photos
 from ..data.videos import ClipConfig, open_for, views_transform
 from ..device import usable_device
 from ..errors import InputError, NoSplit
-from ..model.calibrate import thresholds_for
+from ..model.calibrate import decision_at
 from ..model.reduced import ReducedVisionTransformer
 from ..predict.output import check_outputs, console, write_json
 from ..pretrained.checkpoint import load
@@ -43,10 +43,8 @@ def run(arguments: argparse.Namespace) -> int:
     model.pack_weights()
     if arguments.threshold:
         model.threshold = arguments.threshold
-    if arguments.spread is not None:
-        model.spread = arguments.spread
-    if arguments.confidence is not None:
-        model.confidence = arguments.confidence
+    given = {name: getattr(arguments, name) for name in ("spread", "confidence", "scale")}
+    model.decision = model.decision.but(**{name: value for name, value in given.items() if value is not None})
     _check(arguments, clip_length(model.pretrained_cfg))
     samples, train_samples = _open(arguments, model) if model.num_classes else _open_any(arguments, model)
     if model.num_classes and len(samples.class_names) != model.num_classes:
@@ -66,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"budgets are calibrated on {len(sample)} of {calibrated_on}", file=sys.stderr)
         images = torch.cat([_one_view(batch) for batch in eval_batches(sample, transform, **reading)]).to(device)
         dense = model.dense_macs / 1e9
-        budgets = {f"budget {s:g}": thresholds_for(model, images, gmacs=s * dense) for s in arguments.budget}
+        budgets = {f"budget {s:g}": decision_at(model, images, gmacs=s * dense) for s in arguments.budget}
     steps, screen = -(-len(samples) // arguments.batch_size), Console(stderr=True)
     batches = eval_batches(samples, transform, **reading)
     progress = track(batches, "evaluating", steps, console=screen, transient=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from ..data.batches import Batch
 from ..device import timed
 from ..errors import InputError
+from ..model.decide import Decision
 from ..model.reduced import ReducedVisionTransformer
 from .accuracy import DENSE, REDUCED
 from .agreement import NEIGHBOURS, Agreement, agreement, knn_top1
@@ -79,7 +80,7 @@ def evaluate_embeddings(
     model: ReducedVisionTransformer,
     batches: Iterable[Batch],
     device: torch.device | str = "cpu",
-    budgets: Mapping[str, Sequence[float]] | None = None,
+    budgets: Mapping[str, Decision] | None = None,
 ) -> EmbeddingEvaluation:
     """Compare the embeddings of a model without classes with those of its dense backbone.
 
@@ -87,13 +88,13 @@ def evaluate_embeddings(
         model: in evaluation mode, on ``device``, with ``num_classes=0``.
         batches: of ``batches.eval_batches``; labels below 0 are unknown.
         device: where the model is.
-        budgets: name -> thresholds, evaluated in addition to the model's own decision.
+        budgets: name -> decision, evaluated in addition to the model's own decision.
 
     Raises:
         InputError: fewer than two images can be read.
     """
     decisions = {REDUCED: model.decision}
-    decisions |= {f"{REDUCED}, {name}": model.decision.at(thresholds) for name, thresholds in (budgets or {}).items()}
+    decisions |= {f"{REDUCED}, {name}": decision for name, decision in (budgets or {}).items()}
     features: dict[str, list[Tensor]] = {name: [] for name in (DENSE, *decisions)}
     costs: dict[str, list[Tensor]] = {name: [] for name in decisions}
     ratios: dict[str, list[Tensor]] = {name: [] for name in decisions}

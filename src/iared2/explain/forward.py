@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model import backbone as vit
-from ..model.decide import Decide, on_grid
+from ..model.decide import Decide, first_grid, on_grid
 from ..model.reduced import ReducedVisionTransformer
 from ..model.tokens import PackedTokens
 
@@ -30,6 +30,23 @@ def backbone_of(model: Any) -> Any:
     return model
 
 
+def first_pass(model: Any, images: Tensor) -> tuple[Any, Tensor]:
+    """A model whose only pass is the first one of ``model``, and the images that it takes; see `Decision.scale`.
+
+    Where these are ``images`` themselves, or the model is dense, both are as given.
+    """
+    if not isinstance(model, ReducedVisionTransformer):
+        return model, images
+    grid = vit.grid_of(model.backbone, images.shape[2:])
+    if (first := first_grid(model.decision, grid)) == grid:
+        return model, images
+    seen = copy.copy(model)  # shares the weights
+    seen._modules = dict(model._modules)
+    seen.backbone, small = vit.smaller(model.backbone, images, first)
+    seen.decision = model.decision.but(scale=1.0, confidence=0.0)
+    return seen, small
+
+
 def tokens_by_block(model: Any, images: Tensor, decide: Decide | None = None) -> Iterator[PackedTokens]:
     """The tokens that enter each block, in order, and finally the output of the last block: depth + 1 items.
 
@@ -41,8 +58,10 @@ def tokens_by_block(model: Any, images: Tensor, decide: Decide | None = None) ->
         decide: for a reduced model; ``model.decision`` if None.
     """
     backbone = backbone_of(model)
-    packed = vit.embed_packed(backbone, images)
-    groups = model.groups if isinstance(model, ReducedVisionTransformer) else [range(len(backbone.blocks))]
+    if isinstance(model, ReducedVisionTransformer):
+        packed, groups = model.embed(images, decide=decide), model.groups
+    else:
+        packed, groups = vit.embed_packed(backbone, images), [range(len(backbone.blocks))]
     for group, blocks in enumerate(groups):
         if isinstance(model, ReducedVisionTransformer):
             with torch.no_grad():

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import InputError
+from ..model.decide import Decide, first_grid
 
 CLAMP = 0.48
 PHOTO_SHARE = 0.6  # share of the photo in the overlay; the rest is colour
@@ -47,13 +48,16 @@ def lowest_kept(scores: Tensor, kept: Tensor) -> Tensor:
     return lowest.masked_fill(kept.all(-1) | ~kept.any(-1), 0)
 
 
-def grid_of(model: Any, size: Sequence[int]) -> tuple[float, ...]:
-    """Rows and columns of patches that cover an image of this size, preceded by T' for a clip.
+def grid_of(model: Any, size: Sequence[int], decide: Decide | None = None) -> tuple[float, ...]:
+    """Rows and columns of patches that cover an image of this size in the first pass, preceded by T' for a clip.
 
     They are integers unless the model pads the image to whole patches; the last ones then extend beyond it.
+    ``decide`` is the decision of a reduced model; None: its own.
     """
     embed = getattr(model, "backbone", model).patch_embed
-    return tuple(side / patch for side, patch in zip(size, embed.patch_size, strict=True))
+    grid = tuple(side / patch for side, patch in zip(size, embed.patch_size, strict=True))
+    first = first_grid(decide or getattr(model, "decision", None), whole := tuple(map(math.ceil, grid)))
+    return grid if first == whole else first
 
 
 def score_map(

@@ -19,7 +19,7 @@ from ..errors import InputError
 from ..model.decide import on_grid
 from ..model.reduced import ReducedVisionTransformer
 from .attention_maps import raw_attention, rollout
-from .forward import backbone_of, private_twin
+from .forward import backbone_of, first_pass, private_twin
 from .gradients import grad_cam, integrated_gradients
 from .heatmap import default_group, grid_of, lowest_kept, score_map, upsample
 from .memorability import memorability
@@ -71,6 +71,10 @@ def heatmap(
         return _center(images)
     if method == "memorability":
         return _unit(memorability(_photos(model, images)))
+    seen, small = first_pass(model, images)
+    if seen is not model and method != "interpreter":  # which knows its own grid
+        maps = heatmap(seen, small, method, target, group=group, block=block, seed=seed)
+        return F.interpolate(maps[:, None], images.shape[-2:], mode="bicubic", antialias=True)[:, 0].clamp(0, 1)
     height, width = images.shape[-2:]
     grid = rows, columns = backbone.patch_embed.dynamic_feat_size((height, width))
     size = tuple(count * side for count, side in zip(grid, backbone.patch_embed.patch_size, strict=True))

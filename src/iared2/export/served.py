@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..model.decide import Decide
+from ..model.macs import second_pass_macs
 from ..model.reduced import ReducedVisionTransformer
-from ..model.second_pass import Output, Replayed, counted, same_pass
+from ..model.second_pass import Output, Replayed, counted, same_passes
 from ..runtime import BACKENDS, Decided, Engine
 from ..runtime.backends import loader
 from .stages import export_stages
@@ -49,10 +50,10 @@ def as_arrays(model: ReducedVisionTransformer, decide: Decide) -> Decided:
     def keep(scores: np.ndarray, alive: np.ndarray, group: int) -> np.ndarray:
         return decide(torch.from_numpy(scores), torch.from_numpy(alive), group).numpy()
 
-    second = same_pass(model, decide, decide)
+    second = same_passes(model, decide, decide)
     if not isinstance(second, Replayed):
         return Decided(keep)
-    return Decided(keep, lambda logits: second.unsure(torch.from_numpy(logits)).numpy(), second.first)
+    return Decided(keep, lambda logits: second.unsure(torch.from_numpy(logits)).numpy(), second.first, second.scale)
 
 
 def trace(engine: Engine, model: ReducedVisionTransformer, images: Tensor, decide: Decide) -> Output:
@@ -75,4 +76,8 @@ def trace(engine: Engine, model: ReducedVisionTransformer, images: Tensor, decid
             " make a new predictor of a model that was changed"
         )
     logits, scores, kept, unsure = map(torch.from_numpy, (found.logits, found.scores, found.kept, found.unsure))
-    return counted(model, logits, scores, kept, unsure, max(engine.stem, decided.first))
+    if decided.scale < 1:
+        again = model.dense_macs
+    else:
+        again = second_pass_macs(model, max(engine.stem, decided.first), model.num_patches)
+    return counted(model, logits, scores, kept, unsure, again)

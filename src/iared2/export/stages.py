@@ -2,8 +2,9 @@
 
 Between the parts, `runtime.Engine` decides which patches stay. Here is what needs torch: the graphs and their file.
 
-The stem embeds the images. It also runs the first groups, as long as they drop nothing: all images have the same
-length there, as in the dense model, and need neither a gather nor a mask.
+The stem embeds the images, or with `Decision.scale` takes their tokens, smaller ones or not. It also runs the first
+groups, as long as they drop nothing: all images have the same length there, as in the dense model, and need neither a
+gather nor a mask.
 
 Shapes: b images of one call, L tokens of the longest, T rows. A group takes the rows of its images end to end, as
 model/tokens.py has them, so its linear layers see no padding. Only attention and the interpreter of the next group read
@@ -15,6 +16,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import math
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,27 +30,48 @@ from ..atomic import whole
 from ..errors import InputError, missing
 from ..model import backbone as vit
 from ..model.block import after_attention, attentions, before_attention, head_dim, is_touched
+from ..model.decide import first_grid
 from ..model.dither import pattern
 from ..model.file import config_of
 from ..model.macs import linear_macs
 from ..model.reduced import ReducedVisionTransformer
 from ..runtime.archive import EXTERNAL, FORMAT, MANIFEST
+from .embed import Embed
 
 MAX_WEIGHTS = (1 << 31) - (1 << 24)
 ANY = torch.export.Dim.DYNAMIC
 
 
+class Tokens(nn.Module):
+    """The embedding alone, for a stem that takes tokens."""
+
+    def __init__(self, model: ReducedVisionTransformer, grid_size: Sequence[int]) -> None:
+        super().__init__()
+        self.embed = Embed(model, grid_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """``(B, in_chans, height, width) -> x (B, S, C)``."""
+        return self.embed(images)[0]
+
+
 class Stem(nn.Module):
-    """The embedding, the blocks of the first ``depth`` groups on all tokens, and the scores of those and the next."""
+    """The embedding, the blocks of the first ``depth`` groups on all tokens, and the scores of those and the next.
+
+    Of a model with `Decision.scale`, there are images of two sizes, so the stem takes the tokens of either.
+    """
 
     def __init__(self, model: ReducedVisionTransformer, depth: int) -> None:
         super().__init__()
-        self.backbone, self.groups = model.backbone, model.groups[:depth]
+        self.groups = model.groups[:depth]
+        self.blocks = nn.ModuleList(model.backbone.blocks[index] for group in self.groups for index in group)
+        self.embed = None if model.scale < 1 else Embed(model, model.grid_size)
         self.scorers = nn.ModuleList(Scorer(model, group) for group in range(min(depth + 1, model.num_groups)))
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """``(B, in_chans, height, width)`` or clips ``-> x (B, S, C), scores (depth + 1 or D, B, N)``."""
-        x, rotary = vit.embed(self.backbone, images)
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``(B, in_chans, height, width)``, clips, or tokens ``-> x (B, S, C), scores (depth + 1 or D, B, N)``."""
+        rotary = None
+        if self.embed is not None:
+            x, rotary = self.embed(x)
         batch, tokens, _ = x.shape
         scores = []
         for group, scorer in enumerate(self.scorers):
@@ -60,7 +83,7 @@ class Stem(nn.Module):
                     if rotary is not None:
                         angles = rotary[index % len(rotary)].expand(batch, *rotary.shape[1:]).flatten(0, 1)
                     x = _block(
-                        self.backbone.blocks[index],
+                        self.blocks[index],
                         x,
                         angles,
                         lambda y: y.unflatten(0, (-1, tokens)),
@@ -182,7 +205,12 @@ def export_stages(model: ReducedVisionTransformer, path: Path | str, stem: int |
     if any(map(is_touched, model.modules())):
         raise InputError("the model has hooks or replaced methods, which a graph would lose; remove them first")
     model = copy.deepcopy(model).eval().requires_grad_(False).float().cpu()
-    stem = model.decision.first_drop(model.num_patches) if stem is None else stem
+    if model.scale < 1 and getattr(model.backbone, "rope", None) is not None:
+        raise InputError(
+            f"scale={model.scale:g} and rotary positions: the graphs have those of one size; export it with scale=1"
+        )
+    first = first_grid(model.decision, model.grid_size)
+    stem = model.decision.first_drop(math.prod(first)) if stem is None else stem
     while stem and _is_too_large(model.backbone.blocks[: model.groups[stem - 1].stop]):
         stem -= 1
     about = json.dumps(_manifest(model, stem))
@@ -225,9 +253,11 @@ def _stages(
     }
     if rotary is not None:
         inputs["positions"] = torch.zeros(number).int()
-    found: list[tuple[str, tuple[nn.Module, dict[str, Any], list[str]]]] = [
-        ("stem", (Stem(model, depth), {"images": images}, ["x", "scores"]))
-    ]
+    stem = Stem(model, depth), {"images": images} if model.scale == 1 else {"x": x}
+    found: list[tuple[str, tuple[nn.Module, dict[str, Any], list[str]]]] = [("stem", (*stem, ["x_out", "scores"]))]
+    if model.scale < 1:
+        grids = {"small": first_grid(model.decision, model.grid_size), "embed": model.grid_size}
+        found += [(name, (Tokens(model, grid), {"images": images}, ["x"])) for name, grid in grids.items()]
     for group in range(depth, model.num_groups):
         outputs = ["x_out", "scores"] if group + 1 < model.num_groups else ["x_out"]
         found.append((f"group{group + 1}", (Group(model, group, rotary), inputs, outputs)))
@@ -242,7 +272,7 @@ def _graph(stage: nn.Module, inputs: dict[str, Tensor], outputs: Sequence[str]) 
     """One stage as ONNX, with every size dynamic that the batch determines."""
     sizes = {name: {0: ANY} for name in inputs}
     sizes |= {name: {0: ANY, 1: ANY} for name in ("rows", "bias") if name in inputs}
-    if isinstance(stage, Head) and vit.pools_patches(stage.backbone):
+    if (isinstance(stage, Stem) and "x" in inputs) or (isinstance(stage, Head) and vit.pools_patches(stage.backbone)):
         sizes["x"] = {0: ANY, 1: ANY}
     if isinstance(stage, Head) and not vit.pools_patches(stage.backbone):
         inputs = {"x": inputs["x"][:, : stage.backbone.num_prefix_tokens]}
@@ -269,6 +299,7 @@ def _manifest(model: ReducedVisionTransformer, stem: int) -> dict[str, Any]:
     """What the engine must know besides the graphs."""
     backbone, cfg, decision = model.backbone, model.pretrained_cfg, model.decision
     attns = attentions(backbone.blocks[0])
+    first = first_grid(decision, model.grid_size)
     width = sum(attn.num_heads * head_dim(attn) for attn in attns)
     return {
         "format": FORMAT,
@@ -276,7 +307,9 @@ def _manifest(model: ReducedVisionTransformer, stem: int) -> dict[str, Any]:
         "class_names": model.class_names,
         "num_groups": model.num_groups,
         "stem": stem,
-        "num_patches": model.num_patches,
+        "num_patches": math.prod(first),
+        "whole_patches": model.num_patches,
+        "scale": decision.scale,
         "num_prefix_tokens": backbone.num_prefix_tokens,
         "embed_dim": backbone.embed_dim,
         "pools": vit.pools_patches(backbone),
@@ -289,7 +322,7 @@ def _manifest(model: ReducedVisionTransformer, stem: int) -> dict[str, Any]:
         "max_tokens": decision.max_tokens,
         "spread": decision.spread,
         "confidence": decision.confidence,
-        "pattern": pattern(tuple(model.grid_size)).logit().tolist(),
+        "pattern": pattern(first).logit().tolist(),
         "model": _description(model),
     }
 

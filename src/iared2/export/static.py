@@ -28,9 +28,10 @@ from ..atomic import whole
 from ..errors import InputError, missing
 from ..model import backbone as vit
 from ..model.block import attentions, run_module
-from ..model.decide import EPS
+from ..model.decide import EPS, first_grid
 from ..model.reduced import ReducedVisionTransformer
 from ..pretrained.checkpoint import load
+from .embed import Embed
 from .stages import export_stages
 
 
@@ -45,7 +46,9 @@ class _Dense(nn.Module):
         self.groups, self.num_heads = model.groups, attentions(model.backbone.blocks[0])[0].num_heads
         self.prefix, self.merged = model.backbone.num_prefix_tokens, model.dropped == "merged"
         self.decision = model.decision
-        places = torch.empty(math.prod(model.grid_size))
+        grid = first_grid(model.decision, model.grid_size)
+        self.embed, self.num_patches = Embed(model, grid), math.prod(grid)
+        places = torch.empty(self.num_patches)
         self.offsets = self.decision.offsets(places) if model.spread else None  # a constant of the graph
         cfg = model.pretrained_cfg
         self.input_size = tuple(cfg["input_size"])
@@ -59,7 +62,7 @@ class _Dense(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """``(B, in_chans, height, width) -> logits (B, K), patch_ids (B, number left)``."""
-        x, rotary = vit.embed(self.backbone, images)
+        x, rotary = self.embed(images)
         sizes = torch.ones_like(x[..., 0])
         ids = torch.arange(x.shape[1] - self.prefix, device=x.device).expand(x.shape[0], -1)
         for group, indices in enumerate(self.groups):
@@ -113,7 +116,7 @@ class FixedCount(_Dense):
 
     def __init__(self, model: ReducedVisionTransformer, num_keep: Sequence[int]) -> None:
         super().__init__(model)
-        num_patches = model.num_patches
+        num_patches = self.num_patches
         if len(num_keep) != model.num_groups or any(
             not 1 <= b <= a for a, b in zip([num_patches, *num_keep], num_keep, strict=False)
         ):

@@ -6,6 +6,7 @@ of. Here, the blocks run on packed rows.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from functools import cache
 from itertools import pairwise, repeat
@@ -13,6 +14,7 @@ from typing import Any
 
 import timm
 import torch
+import torch.nn.functional as F
 from timm.layers import DropPath, PatchEmbed
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
@@ -150,6 +152,23 @@ def embed_packed(backbone: Any, images: Tensor, keys: Tensor | None = None) -> P
     x, rotary = embed(backbone, images)
     grid_size = grid_of(backbone, images.shape[2:])
     return PackedTokens.from_dense(x, backbone.num_prefix_tokens, keys=keys, rotary=rotary, grid_size=grid_size)
+
+
+def smaller(backbone: Any, images: Tensor, grid_size: Sequence[int]) -> tuple[Any, Tensor]:
+    """A view of the backbone that takes images of this grid, rows and columns, and the images made so small.
+
+    The view shares all weights but the positions, which timm resamples, as in `Facade.set_input_size`.
+    """
+    view, embed = copy.copy(backbone), copy.copy(backbone.patch_embed)
+    for kind in ("_parameters", "_modules"):  # its own names; what they stand for is shared
+        setattr(view, kind, dict(getattr(view, kind)))
+    view._modules["patch_embed"] = embed
+    if getattr(backbone, "rope", None) is not None:
+        view._modules["rope"] = copy.deepcopy(backbone.rope)  # a few angles
+    size = [n * patch for n, patch in zip(grid_size, embed.patch_size, strict=True)]
+    view.set_input_size(img_size=tuple(size))
+    small = F.interpolate(images.float(), size, mode="bicubic", antialias=True)  # in half precision, not on all devices
+    return view, small.to(images.dtype)
 
 
 def grid_of(backbone: Any, size: Sequence[int]) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ keeps the same part of what the one before it kept.
 
 from __future__ import annotations
 
+import copy
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from ..device import timed
 from ..errors import InputError
+from .decide import Decision
 from .tokens import PackedTokens
 
 if TYPE_CHECKING:
@@ -48,7 +50,7 @@ def thresholds_for(
 ) -> list[float]:
     """The thresholds, one per group, that meet one budget on ``images``. The model is not changed.
 
-    The budget is that of the first pass; with ``confidence``, second passes come on top of it.
+    The budget is that of the first pass, see `Decision.scale`; with ``confidence``, second passes come on top of it.
 
     Args:
         model: a `ReducedVisionTransformer` in evaluation mode. Its ``max_tokens`` holds.
@@ -83,6 +85,16 @@ def thresholds_for(
             return _for_gmacs(model, sample, gmacs, own)
         assert latency_ms is not None
         return _for_latency(model, sample, images[:TIMED_IMAGES], latency_ms, own)
+
+
+def decision_at(model: ReducedVisionTransformer, images: Tensor, **budget: Any) -> Decision:
+    """The model's decision at a budget: in one pass of the images as they are, on top of which nothing comes.
+
+    Arguments and errors: see `thresholds_for`.
+    """
+    once = copy.copy(model)  # shares the weights, but has its own decision
+    once.decision = model.decision.but(confidence=0.0, scale=1.0)
+    return once.decision.at(thresholds_for(once, images, **budget))
 
 
 def _numbers(name: str, given: Any) -> list[float]:

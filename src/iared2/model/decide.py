@@ -4,8 +4,9 @@ A decision is a function ``(scores, alive, group) -> keep``: scores ``(B, N)``, 
 reduced.py does not know which one it runs. `Decision` is the one that is deployed, a value that a model holds and a
 file saves. Every decision here keeps a subset of ``alive``: a dropped patch never comes back.
 
-Not in the paper: `Decision.spread`, which makes the threshold depend on the position of a patch, and
-`Decision.confidence`, which says whose answer is computed again with every patch (second_pass.py).
+Not in the paper: `Decision.spread`, which makes the threshold depend on the position of a patch, and what makes two
+passes of one (second_pass.py): `Decision.scale`, by which the first one is smaller, and `Decision.confidence`, which
+says whose answer is computed again with every patch.
 """
 
 from __future__ import annotations
@@ -50,11 +51,15 @@ class Decision:
             patches that is its mean score, as if they were drawn with their scores as probabilities.
         confidence: 0…1. Images whose `margin` is below this are `unsure`: they take a second pass with every patch,
             from the first group that drops (second_pass.py). 0: none does; 1: all do, by definition.
-        grid_size: over which d is laid; a model sets it. Not a part of the value.
+        scale: above 0, up to 1: of the rows and columns of patches of an image, the part that the first pass has, to
+            which the image is made smaller. Scores, counts and limit are of these patches. The second pass sees the
+            image as it is.
+        grid_size: of the first pass, over which d is laid; a model sets it. Not a part of the value.
 
     Raises:
-        InputError: thresholds and counts, a threshold that is not a number, a count or spread that is not 0 or more, or
-            a confidence outside [0, 1] or beside ``max_tokens``, which a second pass would not keep.
+        InputError: thresholds and counts, a threshold that is not a number, a count or spread that is not 0 or more, a
+            confidence outside [0, 1] or beside ``max_tokens``, which a second pass would not keep, or a scale outside
+            (0, 1].
     """
 
     thresholds: tuple[float, ...] | None
@@ -62,6 +67,7 @@ class Decision:
     max_tokens: int | None
     spread: float
     confidence: float
+    scale: float
     grid_size: tuple[int, ...] | None = field(compare=False, repr=False)
 
     def __init__(
@@ -71,6 +77,7 @@ class Decision:
         max_tokens: int | None = None,
         spread: float = 0.0,
         confidence: float = 0.0,
+        scale: float = 1.0,
         grid_size: Sequence[int] | None = None,
     ) -> None:
         if thresholds is not None and num_keep is not None:
@@ -83,6 +90,9 @@ class Decision:
         object.__setattr__(self, "max_tokens", None if max_tokens is None else _counts("max_tokens", [max_tokens])[0])
         object.__setattr__(self, "spread", _number("spread", spread))
         object.__setattr__(self, "confidence", _number("confidence", confidence, 1.0))
+        object.__setattr__(self, "scale", _number("scale", scale, 1.0))
+        if not self.scale:
+            raise InputError("scale=0 leaves no patch: give a number above 0, up to 1")
         if self.confidence and self.max_tokens is not None:
             raise InputError(
                 "confidence > 0 runs every patch of some images, which max_tokens forbids: set confidence=0, or no"
@@ -91,7 +101,7 @@ class Decision:
         object.__setattr__(self, "grid_size", grid_size and tuple(grid_size))
 
     def for_model(self, grid_size: Sequence[int], num_groups: int) -> Decision:
-        """The same decision with one number per group, on this grid of patches.
+        """The same decision with one number per group, for images of this grid of patches.
 
         Raises:
             InputError: it has other than 1 or ``num_groups`` numbers.
@@ -102,15 +112,15 @@ class Decision:
             raise InputError(f"{name}={list(numbers)}: give one number, or {num_groups}, one per group")
         repeats = num_groups // len(numbers)
         thresholds, num_keep = (n and n * repeats for n in (self.thresholds, self.num_keep))
-        return self.but(thresholds=thresholds, num_keep=num_keep, grid_size=grid_size)
+        return self.but(thresholds=thresholds, num_keep=num_keep, grid_size=first_grid(self, grid_size))
 
     def at(self, thresholds: float | Sequence[float] | Tensor) -> Decision:
         """These thresholds in place of its own, or of its counts; the rest stays."""
         return self.but(thresholds=thresholds, num_keep=None)
 
     def whole(self) -> Decision:
-        """Every patch in one pass, without a limit: the dense model."""
-        return self.but(thresholds=0.0, num_keep=None, max_tokens=None, confidence=0.0)
+        """Every patch in one pass, of the image as it is, without a limit: the dense model."""
+        return self.but(thresholds=0.0, num_keep=None, max_tokens=None, confidence=0.0, scale=1.0)
 
     def but(self, **parts: Any) -> Decision:
         """The same decision with other parts."""
@@ -237,6 +247,12 @@ def confidence_for(logits: Tensor, number: int) -> float:
 def on_grid(decide: Decide, grid_size: tuple[int, ...]) -> Decide:
     """A decision for images of this grid, which need not be the model's own; a function that decides, as it is."""
     return decide.but(grid_size=grid_size) if isinstance(decide, Decision) else decide
+
+
+def first_grid(decide: Decide | None, grid_size: Sequence[int]) -> tuple[int, ...]:
+    """The grid of patches of the first pass of images of this grid: smaller by `Decision.scale`, if it has one."""
+    scale = getattr(decide, "scale", 1.0)
+    return tuple(grid_size) if scale == 1 else tuple(max(1, round(scale * n)) for n in grid_size)
 
 
 def keep_all(scores: Tensor, alive: Tensor, group: int) -> Tensor:

@@ -72,6 +72,8 @@ class Facade(nn.Module):
             raise InputError(f"decision={decision!r:.100}: give a Decision; numbers go to threshold or num_keep")
         if decision.confidence and not self.num_classes:
             raise InputError(f"confidence={decision.confidence:g} is of probabilities, and this model has no classes")
+        if decision.scale < 1 and self.is_video:
+            raise InputError(f"scale={decision.scale:g} makes photos smaller, and this model takes clips: set scale=1")
         self._decision = decision.for_model(self.grid_size, self.num_groups)
 
     @property
@@ -130,6 +132,15 @@ class Facade(nn.Module):
     @confidence.setter
     def confidence(self, confidence: float) -> None:
         self.decision = self.decision.but(confidence=confidence)
+
+    @property
+    def scale(self) -> float:
+        """The part of the rows and columns of patches that the first pass has; 1, as in the paper: all of them."""
+        return self.decision.scale
+
+    @scale.setter
+    def scale(self, scale: float) -> None:
+        self.decision = self.decision.but(scale=scale)
 
     # ---- the engine -----------------------------------------------------------------------------------------------
 

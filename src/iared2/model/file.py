@@ -61,6 +61,7 @@ CONFIG: dict[str, Any] = {
     "max_tokens": int | None,
     "spread": float,
     "confidence": float,
+    "scale": float,
     "class_names": list[str] | None,
     "text_classes": int | None,
     "pretrained_cfg": dict,
@@ -232,6 +233,7 @@ def config_of(model: ReducedVisionTransformer) -> dict[str, Any]:
         "max_tokens": model.max_tokens,
         "spread": model.spread,
         "confidence": model.confidence,
+        "scale": model.scale,
         "class_names": model.class_names,
         "text_classes": text_classes,
         "pretrained_cfg": {key: cfg.get(key) for key in PRETRAINED_CFG},
@@ -257,7 +259,7 @@ def check(config: dict[str, Any]) -> dict[str, Any]:
     """
     # the first files did not have all of these
     late = {"interpreter": "sigmoid", "dropped": "gone", "num_keep": None, "max_tokens": None, "spread": 0.0}
-    late |= {"confidence": 0.0, "text_classes": None}
+    late |= {"confidence": 0.0, "scale": 1.0, "text_classes": None}
     config |= late | config
     if missing := CONFIG.keys() - config.keys():
         raise InputError(f"{min(missing)} is missing")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import backbone as vit
 from . import calibrate, file, macs, second_pass
 from .block import attentions
-from .decide import Decide, Decision, on_grid
+from .decide import Decide, Decision, first_grid, on_grid
 from .facade import Facade
 from .hugging_face import HubModel
 from .interpreter import MultiHeadInterpreter
@@ -39,7 +39,7 @@ class ReducedVisionTransformer(Facade, HubModel):
     Attributes:
         decision: a `Decision`, replaced as a whole; at first, patches stay that score above 0.5. Set it at any time:
             it trades accuracy against compute. A ``decide`` that is passed to a call takes its place.
-        threshold, thresholds, num_keep, max_tokens, spread, confidence: shorthands for parts of the decision.
+        threshold, thresholds, num_keep, max_tokens, spread, confidence, scale: shorthands for parts of the decision.
             ``threshold`` resets ``num_keep``, and vice versa; both keep the rest.
         dropped: see above.
         engine: how blocks run: "auto" takes oneDNN's fused layers for inference on a CPU and the plain layers
@@ -85,16 +85,23 @@ class ReducedVisionTransformer(Facade, HubModel):
             images: normalised by ``pretrained_cfg``; clips are ``(B, in_chans, T, height, width)``.
             decide: the decision; by default ``model.decision``.
         """
-        return second_pass.run(self, self.embed(images), decide).logits(self)
+        return second_pass.run(self, images, decide).logits(self)
 
     @torch.compiler.disable
     def trace(self, images: Tensor, decide: Decide | None = None, keys: Tensor | None = None) -> Output:
         """A forward pass that also returns scores, decisions and MACs; arguments: see `forward`, `embed`."""
-        return second_pass.run(self, self.embed(images, keys), decide).output(self)
+        return second_pass.run(self, images, decide, keys).output(self)
 
-    def embed(self, images: Tensor, keys: Tensor | None = None) -> PackedTokens:
-        """Images to tokens, none dropped. With ``keys (B,)``, random draws are a function of the image (keyed.py)."""
-        return vit.embed_packed(self.backbone, images, keys)
+    def embed(self, images: Tensor, keys: Tensor | None = None, decide: Decide | None = None) -> PackedTokens:
+        """Images to the tokens of the first pass of a decision, none dropped; see `Decision.scale`.
+
+        With ``keys (B,)``, random draws are a function of the image (keyed.py).
+        """
+        grid = vit.grid_of(self.backbone, images.shape[2:])
+        first, backbone = first_grid(decide or self.decision, grid), self.backbone
+        if first != grid:
+            backbone, images = vit.smaller(backbone, images, first)
+        return vit.embed_packed(backbone, images, keys)
 
     def reduce(
         self, packed: PackedTokens, groups: range | None = None, decide: Decide | None = None
@@ -136,7 +143,7 @@ class ReducedVisionTransformer(Facade, HubModel):
 
     def forward_features(self, images: Tensor) -> Tensor:
         """``(B, S, C)`` normalised tokens at their positions, as in timm; rows of dropped patches are zero."""
-        passes = second_pass.run(self, self.embed(images))
+        passes = second_pass.run(self, images)
         return passes.last(lambda packed: packed.to_dense(self.backbone.norm(packed.x)))
 
     def head(self, packed: PackedTokens) -> Tensor:

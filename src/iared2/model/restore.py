@@ -64,7 +64,8 @@ def decision_of(config: dict[str, Any]) -> Decision:
         InputError: the numbers are no decision.
     """
     threshold = config["threshold"] if config["num_keep"] is None else None
-    return Decision(threshold, config["num_keep"], config["max_tokens"], config["spread"], config["confidence"])
+    rest = {name: config[name] for name in ("num_keep", "max_tokens", "spread", "confidence", "scale")}
+    return Decision(threshold, **rest)
 
 
 def configure(model: Model, config: dict[str, Any]) -> Model:

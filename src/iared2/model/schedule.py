@@ -23,7 +23,7 @@ from torch import Tensor
 from ..errors import InputError
 from .calibrate import BATCH_SIZE, at_shares, gmacs_of, solve
 from .decide import Decision, confidence_for, keep_all
-from .macs import second_pass_macs
+from .second_pass import again_macs
 
 if TYPE_CHECKING:
     from .reduced import ReducedVisionTransformer
@@ -83,7 +83,7 @@ def search(
     """The best schedule of a budget. The model is not changed: set ``model.decision = schedule.decision``.
 
     Args:
-        model: in evaluation mode. Its scores decide which patches stay, and ``decision.spread`` holds.
+        model: in evaluation mode. Its scores decide which patches stay; ``spread`` and ``scale`` of its decision hold.
         images: ``(B, in_chans, height, width)`` without labels; 300 are enough. One trial is one pass over them.
         macs: the budget, as a share of the dense model's MACs.
         trials: number of schedules to try.
@@ -99,9 +99,10 @@ def search(
         raise InputError("a schedule is searched on images, at least one, and in evaluation mode: call model.eval()")
     generator = torch.Generator().manual_seed(seed)
     with torch.inference_mode():
-        sample = [model.embed(chunk) for chunk in images.to(next(model.parameters())).split(BATCH_SIZE)]
+        images = images.to(next(model.parameters()))
+        sample = [model.embed(chunk) for chunk in images.split(BATCH_SIZE)]
         if dense is None:
-            dense = dense_output(model, sample)
+            dense = torch.cat([model(chunk, keep_all) for chunk in images.split(BATCH_SIZE)])
         num_patches = sample[0].num_patches
 
         def shares_of(weights: Tensor) -> list[float] | None:
@@ -133,12 +134,6 @@ def search(
 
 
 @torch.inference_mode()
-def dense_output(model: ReducedVisionTransformer, sample: Sequence[PackedTokens]) -> Tensor:
-    """``(B, K)``, what the model says with every patch. ``sample`` is of `ReducedVisionTransformer.embed`."""
-    return torch.cat([model.head(model.reduce(packed, decide=keep_all)[0]) for packed in sample])
-
-
-@torch.inference_mode()
 def tried(
     model: ReducedVisionTransformer,
     sample: list[PackedTokens],
@@ -146,7 +141,10 @@ def tried(
     shares: Sequence[float],
     equal_counts: bool = False,
 ) -> Schedule:
-    """What shares keep of the dense model, in one pass; arguments: see `search` and `dense_output`."""
+    """What shares keep of the dense model, in one pass.
+
+    ``sample`` is of `ReducedVisionTransformer.embed`; other arguments: see `search`.
+    """
     num_patches, classes = sample[0].num_patches, model.num_classes > 0
     if equal_counts:
         counts = [round(share * num_patches) for share in shares]
@@ -171,7 +169,7 @@ def with_second_pass(model: ReducedVisionTransformer, found: Schedule, dense: Te
     decision = found.decision.but(confidence=confidence_for(found.output, number))
     unsure = decision.unsure(found.output)
     output = torch.where(unsure[:, None], dense.to(found.output), found.output)
-    again = second_pass_macs(model, decision.first_drop(model.num_patches), model.num_patches) / model.dense_macs
+    again = again_macs(model, decision, model.grid_size) / model.dense_macs
     return replace(
         found,
         decision=decision,

@@ -3,14 +3,16 @@
 What dropping costs, it costs on few images: nearly all answers that change are ones of which the reduced model is not
 sure. So it pays to drop more of every image and to give back all patches of those few. This is a cascade (Wang et al.,
 NeurIPS 2021, "Not All Images are Worth 16x16 Words") of one network with itself. Up to the first group that drops
-patches, both passes are the same, so the second one begins there and costs only the groups from there on.
+patches, both passes are the same, so the second one begins there and costs only the groups from there on. With
+`Decision.scale`, the first pass sees a smaller image, and the second one begins with the image as it is.
 
 Scores and decisions, the explanation, are those of the first pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -18,8 +20,9 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .decide import Decide, Decision
-from .macs import second_pass_macs
+from . import backbone as vit
+from .decide import Decide, Decision, keep_all
+from .macs import dense_macs, second_pass_macs
 from .tokens import PackedTokens
 
 if TYPE_CHECKING:
@@ -51,42 +54,45 @@ class Output:
 
 
 def counted(
-    model: ReducedVisionTransformer, logits: Tensor, scores: Tensor, kept: Tensor, unsure: Tensor, first: int
+    model: ReducedVisionTransformer, logits: Tensor, scores: Tensor, kept: Tensor, unsure: Tensor, again: int
 ) -> Output:
-    """An output with the MACs of its passes, the second one from the group ``first`` on; the rest: see `Output`."""
-    patches = kept.shape[-1]
-    macs = model.count_macs(kept.sum(-1), patches) + unsure * second_pass_macs(model, first, patches)
+    """An output with the MACs of its passes, ``again`` for the second one; the rest: see `Output`."""
+    macs = model.count_macs(kept.sum(-1), kept.shape[-1]) + unsure * again
     return Output(logits, scores, kept, macs, unsure)
 
 
 @dataclass(frozen=True)
 class Replayed:
-    """A function that decides which patches stay, with a second pass as a `Decision` has it.
+    """A function that decides which patches stay, with the passes of a `Decision`.
 
     Attributes:
         decide: the function.
         unsure: ``logits (B, K) -> (B,)`` bool, the images that take the second pass.
         first: the group from which it runs; before it, the function drops nothing.
+        scale: see `Decision.scale`; below 1, ``first`` is 0.
     """
 
     decide: Decide
     unsure: Callable[[Tensor], Tensor]
     first: int
+    scale: float = 1.0
 
     def __call__(self, scores: Tensor, alive: Tensor, group: int) -> Tensor:
         """See `decide.Decide`."""
         return self.decide(scores, alive, group)
 
 
-def same_pass(model: ReducedVisionTransformer, decide: Decide, other: Decide, num_patches: int | None = None) -> Decide:
-    """``other`` decides, with the second pass of ``decide``, if it has one; for images of the model's size, or of N."""
+def same_passes(
+    model: ReducedVisionTransformer, decide: Decide, other: Decide, num_patches: int | None = None
+) -> Decide:
+    """``other`` decides, with the passes of ``decide``, if it has two; for images of the model's size, or of N."""
     if isinstance(decide, Replayed):
         return replace(decide, decide=other)
-    if isinstance(decide, Decision) and decide.confidence and model.num_classes:
-        first = decide.for_model(model.grid_size, model.num_groups).first_drop(num_patches or model.num_patches)
-        if first < model.num_groups:
-            return Replayed(other, decide.unsure, first)
-    return other
+    if not isinstance(decide, Decision) or (decide.scale == 1 and not (decide.confidence and model.num_classes)):
+        return other
+    decide = decide.for_model(model.grid_size, model.num_groups)
+    first = decide.first_drop(num_patches or model.num_patches) if decide.scale == 1 else 0
+    return Replayed(other, decide.unsure, first, decide.scale) if first < model.num_groups else other
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,7 @@ class Passes:
         scores, kept: ``(B, N)`` for each group, of the first pass.
         unsure: ``(B,)`` bool, the images that took a second pass.
         again: their tokens after it, in their order; None if there are none.
-        first: the group from which the second pass runs; D where there is none.
+        again_macs: MACs of a second pass of an image; 0 where there is none.
         told: ``(B, K)`` logits of the first pass; None if nobody had to know how sure it was.
     """
 
@@ -107,7 +113,7 @@ class Passes:
     kept: list[Tensor]
     unsure: Tensor
     again: PackedTokens | None
-    first: int
+    again_macs: int
     told: Tensor | None
 
     def logits(self, model: ReducedVisionTransformer) -> Tensor:
@@ -124,27 +130,41 @@ class Passes:
     def output(self, model: ReducedVisionTransformer) -> Output:
         """The result with its MACs."""
         scores, kept = torch.stack(self.scores), torch.stack(self.kept)
-        return counted(model, self.logits(model), scores, kept, self.unsure, self.first)
+        return counted(model, self.logits(model), scores, kept, self.unsure, self.again_macs)
 
 
-def run(model: ReducedVisionTransformer, packed: PackedTokens, decide: Decide | None = None) -> Passes:
-    """All groups on the images of `ReducedVisionTransformer.embed`; without ``confidence``, in one pass."""
-    groups = model.num_groups
-    decide = decide or model.decision
-    twice = same_pass(model, decide, decide, packed.num_patches)
+def run(
+    model: ReducedVisionTransformer, images: Tensor, decide: Decide | None = None, keys: Tensor | None = None
+) -> Passes:
+    """All groups on images; arguments: see `ReducedVisionTransformer.trace`."""
+    groups, decide = model.num_groups, decide or model.decision
+    packed = model.embed(images, keys, decide)
+    twice = same_passes(model, decide, decide, packed.num_patches)
     first = twice.first if isinstance(twice, Replayed) else groups
     entrance, scores, kept = model.reduce(packed, range(first), decide)
     ends, more_scores, more_kept = model.reduce(entrance, range(first, groups), decide)
-    unsure, told, again = torch.zeros(packed.num_images, dtype=torch.bool, device=packed.x.device), None, None
+    unsure, told, again, macs = torch.zeros(len(images), dtype=torch.bool, device=images.device), None, None, 0
     if isinstance(twice, Replayed):
-        told = model.head(ends)
+        told, macs = model.head(ends), again_macs(model, twice, vit.grid_of(model.backbone, images.shape[2:]))
         unsure = twice.unsure(told)
-        images = unsure.nonzero()[:, 0]
-        if len(images):
-            again = _whole(entrance, images)
+        rows = unsure.nonzero()[:, 0]
+        if len(rows) and twice.scale < 1:
+            again = model.embed(images[rows], keys if keys is None else keys[rows], keep_all)
+        elif len(rows):
+            again = _whole(entrance, rows)
+        if again:
             for group in range(first, groups):
                 again = model.run_blocks(again, group)
-    return Passes(ends, scores + more_scores, kept + more_kept, unsure, again, first, told)
+    return Passes(ends, scores + more_scores, kept + more_kept, unsure, again, macs, told)
+
+
+def again_macs(model: ReducedVisionTransformer, passes: Decision | Replayed, grid_size: Sequence[int]) -> int:
+    """MACs of a second pass of an image of this grid: those of every patch, less what the first pass has done."""
+    patches = math.prod(grid_size)
+    if passes.scale < 1:
+        return dense_macs(model.backbone, patches)
+    first = passes.first if isinstance(passes, Replayed) else passes.first_drop(patches)
+    return second_pass_macs(model, first, patches)
 
 
 def _whole(packed: PackedTokens, images: Tensor) -> PackedTokens:

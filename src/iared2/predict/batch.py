@@ -6,6 +6,7 @@ Owns the columns. Does not find photos and writes no files.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from ..errors import InputError, missing
 from ..export import served
 from ..model import backbone as vit
 from ..model import onednn, second_pass
+from ..model.decide import first_grid
 from ..model.reduced import ReducedVisionTransformer
 from ..model.restore import described
 from ..pretrained.checkpoint import BOX
@@ -100,7 +102,7 @@ class BatchPredictor:
         check_takes(loaded, "photos")
         self.model = loaded
         self.decision = decision_for(loaded, threshold)
-        if self._served and (drops := self.decision.first_drop(loaded.num_patches)) < self._served.stem:
+        if self._served and (drops := self.decision.first_drop(math.prod(self.grid_size))) < self._served.stem:
             raise InputError(
                 f"group {drops + 1} drops patches by this decision, and {model} has groups 1 to {self._served.stem} as"
                 f" one graph: export a model that drops patches in group {drops + 1}"
@@ -109,10 +111,15 @@ class BatchPredictor:
         self.transform = model_transform(loaded.pretrained_cfg)
         self.engine = engine
         if engine != "torch" and not self._file:
-            stem = self.decision.first_drop(loaded.num_patches)
+            stem = self.decision.first_drop(math.prod(self.grid_size))
             self._served = served.exported(loaded, engine, torch.get_num_threads(), stem=stem)
         elif loaded is not model and not self._file:
             loaded.pack_weights()
+
+    @property
+    def grid_size(self) -> tuple[int, ...]:
+        """Rows and columns of patches of the first pass."""
+        return first_grid(self.decision, self.model.grid_size)
 
     def digest(self) -> str:
         """Of the model: its weights, or the exported file, and what else determines the result."""
@@ -136,7 +143,7 @@ class BatchPredictor:
         if self.embedding:
             fields["embedding"] = pa.list_(pa.float32(), self.model.num_features)
         if self.scores:
-            fields["scores"] = pa.list_(pa.list_(pa.float16(), self.model.num_patches), self.model.num_groups)
+            fields["scores"] = pa.list_(pa.list_(pa.float16(), math.prod(self.grid_size)), self.model.num_groups)
         return pa.schema([*fields.items(), ("error", pa.string())])
 
     def __call__(self, batch: Mapping[str, Any]) -> Any:
@@ -180,7 +187,7 @@ class BatchPredictor:
         if self._served is None:
             weight = next(model.parameters())
             images = images.to(weight.device, weight.dtype, non_blocking=True)
-            passes = second_pass.run(model, model.embed(images), self.decision)
+            passes = second_pass.run(model, images, self.decision)
             output = passes.output(model)
         else:
             output = served.trace(self._served, model, images, self.decision)
@@ -222,9 +229,14 @@ def _described(engine: Engine) -> ReducedVisionTransformer:
     cfg, backbone, decision = model.pretrained_cfg, model.backbone, model.decision
     said = {
         **{name: tuple(cfg.get(name) or ()) for name in ("input_size", "mean", "std")},
-        **{name: getattr(model, name) for name in ("num_groups", "num_patches", "class_names")},
+        **{name: getattr(model, name) for name in ("num_groups", "class_names")},
         **{name: getattr(backbone, name) for name in ("num_prefix_tokens", "embed_dim")},
-        **{name: getattr(decision, name) for name in ("thresholds", "num_keep", "max_tokens", "spread", "confidence")},
+        **{
+            name: getattr(decision, name)
+            for name in ("thresholds", "num_keep", "max_tokens", "spread", "confidence", "scale")
+        },
+        "num_patches": math.prod(first_grid(decision, model.grid_size)),
+        "whole_patches": model.num_patches,
         "merges": model.dropped == "merged",
     }
     for name, value in said.items():

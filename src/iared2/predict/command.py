@@ -24,7 +24,7 @@ from ..data.photo import find_photos, read_photo
 from ..device import usable_device
 from ..errors import InputError, printable
 from ..explain.heatmap import colors
-from ..model.calibrate import thresholds_for
+from ..model.calibrate import decision_at
 from ..model.decide import Decision
 from ..pretrained.checkpoint import load
 from .output import STDOUT, check_file, check_not_read, check_writable, folder_names
@@ -37,7 +37,7 @@ CALIBRATION_PHOTOS = 512
 
 def run(args: argparse.Namespace) -> int:
     """Run the command. Returns the exit status."""
-    names = "checkpoint image_size threshold budget spread confidence method group colormap json device recursive"
+    names = "checkpoint image_size threshold budget spread confidence scale method group colormap json device recursive"
     return interpret(args.photo, args.output, **{name: getattr(args, name) for name in names.split()})
 
 
@@ -51,6 +51,7 @@ def interpret(
     budget: float | None = None,
     spread: float | None = None,
     confidence: float | None = None,
+    scale: float | None = None,
     method: str = "interpreter",
     group: int | None = None,
     colormap: str = "jet",
@@ -69,7 +70,7 @@ def interpret(
         threshold: one number or one per group; the model's own if None.
         budget: share of the dense MACs, in (0, 1], met on average over the first ``CALIBRATION_PHOTOS`` photos by the
             thresholds, without second passes.
-        spread, confidence: see `model.decide.Decision`; the model's own if None.
+        spread, confidence, scale: see `model.decide.Decision`; the model's own if None.
         method: of the heat map, see `explain.methods.heatmap`.
         group: the group whose scores make the heat map, from 1; if None, see `explain.heatmap.default_group`.
         colormap: a colormap of matplotlib.
@@ -93,16 +94,14 @@ def interpret(
     colors(colormap)
     if budget is not None and (threshold is not None or not 0 < budget <= 1):
         raise InputError(f"--budget {budget:g}: give a share above 0 and up to 1 of the dense MACs, and no --threshold")
-    if budget is not None and confidence:
-        raise InputError("--budget is met without second passes: leave out --confidence")
+    if budget is not None and (confidence or (scale or 1) != 1):
+        raise InputError("--budget is met in one pass: leave out --confidence and --scale")
     torch_device = usable_device(device)
     model = load(checkpoint)
     if image_size is not None:
         model.set_input_size(image_size)
-    if spread is not None:
-        model.spread = spread
-    if confidence is not None:
-        model.confidence = confidence
+    given = {"spread": spread, "confidence": confidence, "scale": scale}
+    model.decision = model.decision.but(**{name: value for name, value in given.items() if value is not None})
     if group is not None and not 1 <= group <= model.num_groups:
         raise InputError(f"there is no group {group}; the model has groups 1 to {model.num_groups}")
     if model.is_video and (budget is not None or method != "interpreter"):
@@ -176,8 +175,7 @@ def _at_budget(predictor: Predictor, files: Sequence[Path], budget: float) -> De
             images.append(predictor.prepare(read_photo(file)))
     if not images:
         return model.decision
-    found = thresholds_for(model, torch.cat(images), gmacs=budget * model.dense_macs / 1e9)
-    return model.decision.at(found).but(confidence=0.0)  # second passes would come on top of the budget
+    return decision_at(model, torch.cat(images), gmacs=budget * model.dense_macs / 1e9)
 
 
 def summary(result: Result, folder: Path | None) -> str:

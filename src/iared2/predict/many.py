@@ -112,7 +112,7 @@ class Plan:
             "scores": predictor.scores,
             "device": predictor.device.type,
             "engine": predictor.engine,
-            "grid_size": list(model.grid_size),
+            "grid_size": list(predictor.grid_size),
             "num_groups": model.num_groups,
             "dense_macs": model.dense_macs,
             "class_names": model.class_names and list(model.class_names),

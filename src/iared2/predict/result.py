@@ -46,7 +46,7 @@ class Result:
         dense_top5: the same with every patch kept; None if nobody asked.
         scores: ``(D, N)`` float32 in (0, 1), 0 where the patch was already dropped.
         kept: ``(D, N)`` bool, the patches on which each group's blocks ran.
-        grid: rows and columns of patches that cover the photo, see ``explain.heatmap.grid_of``.
+        grid: rows and columns of patches that cover the photo in the first pass, see ``explain.heatmap.grid_of``.
         thresholds: one per group; for a model with counts, the lowest score that was kept, 0 if all were.
         macs, dense_macs: MACs of this result, and of the dense model without interpreters.
         second_pass: the probabilities are from a second pass with every patch (`Decision.confidence`).
@@ -190,7 +190,7 @@ class BasePredictor:
         model = opened(model)
         check_takes(model, self.TAKES)
         cfg = model.pretrained_cfg
-        size = list(cfg["input_size"][1:])
+        self._size = list(cfg["input_size"][1:])
         self.device = usable_device(device)
         served.check_engine(engine, self.device)
         self.model = model.eval().to(self.device)
@@ -199,10 +199,9 @@ class BasePredictor:
             self._served = served.exported(model, engine, torch.get_num_threads(), stem=0)  # any group may drop
         self._about = {
             "architecture": cfg.get("architecture") or type(model.backbone).__name__,
-            "input_size": size,
+            "input_size": self._size,
             "checkpoint": None if checkpoint is None else str(checkpoint),
         }
-        self._grid = grid_of(model, size)
         self._transform = model_transform(cfg)
         self._warm = False
 
@@ -217,13 +216,15 @@ class BasePredictor:
             "top5": self._top5(output.logits[i]),
             "scores": scores.cpu().numpy(),
             "kept": kept.cpu().numpy(),
-            "grid": self._grid,
+            "grid": grid_of(self.model, self._size, decision),
             "thresholds": tuple(decision.thresholds or lowest_kept(scores, kept).tolist()),
             "macs": int(output.macs[i]),
             "dense_macs": self.model.dense_macs,
             "second_pass": bool(output.unsure[i]),
             "milliseconds": 1000 * seconds,
-            "model": self._about | {name: x for name in ("spread", "confidence") if (x := getattr(decision, name))},
+            "model": self._about
+            | {name: x for name in ("spread", "confidence") if (x := getattr(decision, name))}
+            | ({"scale": decision.scale} if decision.scale < 1 else {}),
         }
 
     def on_device(self, one: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ Shapes: B images, N patches, P prefix tokens, S = P + N, T rows, C width, D grou
 """
 
 from .backends import BACKENDS
-from .engine import Decide, Decided, Engine, Output
+from .engine import Engine
+from .values import Decide, Decided, Output
 
 __all__ = ["BACKENDS", "Decide", "Decided", "Engine", "Output"]

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..errors import InputError
 
-FORMAT = "iared2 adaptive batch 4"
+FORMAT = "iared2 adaptive batch 5"
 MANIFEST = "manifest.json"
 EXTERNAL = b"location"
 """A graph that names a file has this key: weights outside of it, which ONNX readers would look for on the disk."""

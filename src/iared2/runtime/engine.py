@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -25,55 +25,19 @@ from .archive import Manifest, read
 from .backends import Stage, loader
 from .layout import SHORTEST, Place, split, top_k
 from .merge import merge
+from .values import Decide, Decided, Output
 
 HIDDEN = -1e9
 """The bias of padding in attention; its softmax is 0."""
 EPS = 1e-6  # scores that have rounded to 0 or 1 have no logit
-Decide = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
-"""``(scores (B, N), alive (B, N) bool, group) -> keep (B, N)`` bool."""
-
-
-@dataclass(frozen=True)
-class Decided:
-    """A function that decides, and with ``unsure`` a second pass, as `model.second_pass.Replayed` has it.
-
-    Attributes:
-        decide: the function.
-        unsure: ``logits (B, K) -> (B,)`` bool, the images that are computed again with every patch.
-        first: the group from which they are: the first one that drops patches.
-    """
-
-    decide: Decide
-    unsure: Callable[[np.ndarray], np.ndarray] | None = None
-    first: int = 0
-
-
-@dataclass(frozen=True)
-class Output:
-    """The result for one batch.
-
-    Attributes:
-        logits: ``(B, K)`` float32.
-        scores: ``(D, B, N)`` float32 informativeness in (0, 1); 0 where the patch was already dropped.
-        kept: ``(D, B, N)`` bool, the patches on which the blocks of each group ran.
-        unsure: ``(B,)`` bool, the images whose logits are from a second pass; scores and kept are of the first.
-        padding: share of the work in the groups' graphs that is padding, in 0…0.05 (`layout.MAX_PADDING`).
-        calls: of the groups' graphs.
-    """
-
-    logits: np.ndarray
-    scores: np.ndarray
-    kept: np.ndarray
-    unsure: np.ndarray
-    padding: float
-    calls: int
 
 
 class Engine:
     """An exported model that takes batches of images of any number and keeps another number of patches of each.
 
     Its decision is that of the model when it was exported, and may be replaced: ``thresholds`` (D numbers) or
-    ``num_keep``, ``max_tokens``, ``spread`` and ``confidence``, as in `model.decide.Decision`. The first groups, in
+    ``num_keep``, ``max_tokens``, ``spread`` and ``confidence``, as in `model.decide.Decision`; ``scale`` is fixed. The
+    first groups, in
     which the model dropped nothing when it was exported, are one graph (``stem`` is their number), so a decision cannot
     drop there.
 
@@ -102,6 +66,10 @@ class Engine:
         about = Manifest(manifest, str(path))
         self.num_groups, self.num_patches = about.whole("num_groups", 1, 4096), about.whole("num_patches", 1, 1 << 20)
         self.stem = about.whole("stem", 0, self.num_groups)
+        self.scale = about.numbers("scale", float, 1, 1e-6, 1)[0]
+        self.whole_patches = about.whole("whole_patches", self.num_patches, 1 << 20)
+        if self.scale == 1 and self.whole_patches != self.num_patches:
+            raise InputError(f"{path} has two numbers of patches: its manifest is damaged; export the model again")
         self.num_prefix_tokens, self.embed_dim = (
             about.whole("num_prefix_tokens", 0, 4096),
             about.whole("embed_dim", 1, 1 << 16),
@@ -129,12 +97,13 @@ class Engine:
         missing = [name for name in self._stage_names() if name not in graphs]
         if missing:
             raise InputError(f"{path} has no {missing[0]}; export the model again")
-        self._stages = [_loaded(load, graphs[name], f"{name} in {path}") for name in self._stage_names()]
+        self._stages = {name: _loaded(load, graphs[name], f"{name} in {path}") for name in self._stage_names()}
         self._lock = threading.Lock()
 
     def _stage_names(self) -> list[str]:
         groups = range(self.stem, self.num_groups)
-        return ["stem.onnx", *(f"group{group + 1}.onnx" for group in groups), "head.onnx"]
+        names = ["stem", *(f"group{group + 1}" for group in groups), "head", *["small", "embed"] * (self.scale < 1)]
+        return [f"{name}.onnx" for name in names]
 
     def __call__(self, images: np.ndarray, decide: Decide | Decided | None = None) -> Output:
         """Classify a batch.
@@ -142,7 +111,7 @@ class Engine:
         Args:
             images: ``(B, in_chans, height, width)``, or clips, normalised with ``mean`` and ``std``; B ≥ 1.
             decide: the decision, in place of the engine's own. A dropped patch does not come back; a function alone has
-                no second pass.
+                no second pass, and sees the images as they are.
 
         Raises:
             InputError: images of another shape, or graphs that return other shapes than the manifest says.
@@ -152,8 +121,9 @@ class Engine:
             raise InputError(f"the model takes images (B, {', '.join(map(str, self.input_size))}), not {images.shape}")
         with self._lock:  # a stage has one set of buffers
             if decide is None:
-                own = (self._unsure, self._first_drop()) if self.confidence else ()
-                decide = Decided(self.decide, *own)
+                decide = Decided(self.decide, scale=self.scale)
+                if self.confidence:
+                    decide = replace(decide, unsure=self._unsure, first=self._first_drop())
             return self._run(images, decide if isinstance(decide, Decided) else Decided(decide))
 
     def _unsure(self, logits: np.ndarray) -> np.ndarray:
@@ -169,7 +139,7 @@ class Engine:
                 " max_tokens to None"
             )
         if self.num_keep is not None:
-            drops = [number < self.num_patches for number in self.num_keep]
+            drops = [number < self.num_patches for number in self.num_keep]  # of the first pass
         else:
             drops = [threshold > 0 for threshold in self.thresholds or ()]
         return [*drops, True].index(True)
@@ -194,12 +164,13 @@ class Engine:
         return keep if self.max_tokens is None else top_k(standing, keep, self.max_tokens)
 
     def _run(self, images: np.ndarray, decided: Decided) -> Output:
-        batch, prefix, patches, stem = len(images), self.num_prefix_tokens, self.num_patches, self.stem
-        x, given = _shaped(
-            self._stages[0]({"images": images}),
-            (batch, prefix + patches, self.embed_dim),
-            (min(stem + 1, self.num_groups), batch, patches),
-        )
+        batch, prefix, stem, is_small = len(images), self.num_prefix_tokens, self.stem, decided.scale < 1
+        if is_small and decided.scale != self.scale:
+            raise InputError(
+                f"scale={decided.scale:g}: {self.path} has scale={self.scale:g}, and it is fixed at the export"
+            )
+        x, given = self._stem(images, is_small)
+        patches = given.shape[2]
         x, alive, given = x.reshape(-1, self.embed_dim), np.ones((batch, patches), bool), given.copy()
         for group in range(stem):
             if not self._keep(given[group], alive, group, decided.decide).all():
@@ -211,7 +182,7 @@ class Engine:
         scores, kept, found = list(given[:stem]), [alive] * stem, given[-1]
         total, first, entrance = np.zeros(3), max(stem, decided.first), x
         for group in range(stem, self.num_groups):
-            if decided.unsure and group == first:
+            if decided.unsure and group == first and not is_small:
                 if not alive.all():
                     raise InputError(
                         f"a second pass from group {first + 1} needs every patch, and some were dropped before"
@@ -226,11 +197,15 @@ class Engine:
             x, found, cost = self._blocks(group, x, alive, row_of, sizes)
             total += cost
         logits, unsure = self._head(x, alive, row_of), np.zeros(batch, bool)
-        if decided.unsure and first < self.num_groups:
+        if decided.unsure and (is_small or first < self.num_groups):
             unsure = decided.unsure(logits)
         if unsure.any():
-            x, alive = entrance[unsure].reshape(-1, self.embed_dim), np.ones((unsure.sum(), patches), bool)
-            row_of, sizes = _whole(len(alive), prefix + patches)
+            if is_small:
+                first, entrance = stem, self._stem(images[unsure], False)[0]
+            else:
+                entrance = entrance[unsure]
+            x, alive = entrance.reshape(-1, self.embed_dim), np.ones((len(entrance), entrance.shape[1] - prefix), bool)
+            row_of, sizes = _whole(len(alive), entrance.shape[1])
             for group in range(first, self.num_groups):
                 x, _, cost = self._blocks(group, x, alive, row_of, sizes)
                 total += cost
@@ -238,6 +213,16 @@ class Engine:
         work, done, calls = total.tolist()
         padding = 1 - work / done if done else 0.0
         return Output(logits, np.stack(scores), np.stack(kept), unsure, padding, int(calls))
+
+    def _stem(self, images: np.ndarray, is_small: bool) -> list[np.ndarray]:
+        """``x (B, S, C)`` behind the first groups, and the scores of these and the next one, of every patch."""
+        batch, patches = len(images), self.num_patches if is_small else self.whole_patches
+        tokens = batch, self.num_prefix_tokens + patches, self.embed_dim
+        inputs = {"images": images}
+        if self.scale < 1:
+            (x,) = _shaped(self._stages["small.onnx" if is_small else "embed.onnx"](inputs), tokens)
+            inputs = {"x": x}
+        return _shaped(self._stages["stem.onnx"](inputs), tokens, (min(self.stem + 1, self.num_groups), batch, patches))
 
     def _blocks(
         self, group: int, x: np.ndarray, alive: np.ndarray, row_of: np.ndarray, sizes: np.ndarray
@@ -300,10 +285,10 @@ class Engine:
             inputs["positions"][:used] = place.position
         last = group + 1 == self.num_groups
         shapes = [entering.shape, (shape[0], shape[1] - self.num_prefix_tokens)][: 1 if last else 2]
-        return _shaped(self._stages[1 + group - self.stem](inputs), *shapes), place
+        return _shaped(self._stages[f"group{group + 1}.onnx"](inputs), *shapes), place
 
     def _head(self, x: np.ndarray, alive: np.ndarray, row_of: np.ndarray) -> np.ndarray:
-        head, tokens = self._stages[-1], self._tokens(alive)
+        head, tokens = self._stages["head.onnx"], self._tokens(alive)
         if not self.pools:  # then only the prefix tokens are read
             return _classified(head, x[row_of[:, : self.num_prefix_tokens]])
         lengths = tokens.sum(1)

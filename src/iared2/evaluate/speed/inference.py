@@ -17,9 +17,9 @@ from torch import Tensor
 
 from ... import keyed
 from ...device import peak_memory, synchronize, timed
-from ...model.decide import Decide, at_random, top_k
+from ...model.decide import Decide, at_random, keep_all, top_k
 from ...model.reduced import ReducedVisionTransformer
-from ...model.second_pass import Replayed, same_pass
+from ...model.second_pass import Replayed, same_passes
 from .baselines import masked, padded
 from .workload import Workload
 
@@ -121,8 +121,8 @@ def our_ways(model: ReducedVisionTransformer, workload: Workload) -> Ways:
     decide, num_keep, gmacs = workload.decide, workload.num_keep, workload.gmacs
     keys = keyed.sample_keys(0, 0, torch.arange(len(workload.images))).to(workload.images.device)
     dense = model.dense_macs / 1e9
-    random = same_pass(model, decide, at_random(num_keep, keys))
-    best = same_pass(model, decide, lambda scores, alive, group: top_k(scores, alive, num_keep[group]))
+    random = same_passes(model, decide, at_random(num_keep, keys))
+    best = same_passes(model, decide, lambda scores, alive, group: top_k(scores, alive, num_keep[group]))
     ways: dict[str, tuple[Way, float]] = {
         OURS: (lambda x: model(x, decide), gmacs),
         WHOLE: (partial(undropped, model), dense),
@@ -137,7 +137,7 @@ def our_ways(model: ReducedVisionTransformer, workload: Workload) -> Ways:
 
 def undropped(model: ReducedVisionTransformer, images: Tensor) -> Tensor:
     """The model's output with every patch, and without its interpreters."""
-    packed = model.embed(images)
+    packed = model.embed(images, decide=keep_all)
     for group in range(model.num_groups):
         packed = model.run_blocks(packed, group)
     return model.head(packed)

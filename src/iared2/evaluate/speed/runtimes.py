@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...export.served import as_arrays, exported
+from ...model.decide import first_grid
 from ...model.reduced import ReducedVisionTransformer
 from ...runtime import BACKENDS
 from ...runtime.backends import loader
@@ -36,7 +38,8 @@ def ways(
     if not usable:
         return found
     graph = dense_graph(model, len(images))
-    whole = (workload.num_keep == model.num_patches).all(1).tolist()
+    patches = math.prod(first_grid(workload.decide, model.grid_size))
+    whole = (workload.num_keep == patches).all(1).tolist()
     stem = [*whole, False].index(False)
     for backend in usable:
         run = loader(backend, threads, precision)(graph)

@@ -12,7 +12,7 @@ from ... import keyed
 from ...errors import InputError
 from ...model.decide import Decide
 from ...model.reduced import ReducedVisionTransformer
-from ...model.second_pass import Replayed, same_pass
+from ...model.second_pass import Replayed, same_passes
 
 SITE_COUNTS, SITE_DRAWN = 0, 1
 
@@ -90,7 +90,7 @@ def by_the_policy(model: ReducedVisionTransformer, images: Tensor) -> Workload:
         # scores of a baseline may differ in the last digit, or by the policy token without a class token
         return alive & output.kept[group]
 
-    decide = same_pass(model, model.decision, recorded)
+    decide = same_passes(model, model.decision, recorded)
     if isinstance(decide, Replayed):
         decide = replace(decide, unsure=lambda logits: output.unsure)
     return _workload(model, images, decide)
