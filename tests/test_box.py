@@ -68,7 +68,7 @@ def test_reduces(model: iared2.ReducedVisionTransformer) -> None:
     results = [iared2.Predictor(model)(photo) for photo in PHOTOS]
     for result in results:
         assert (np.diff(result.keep_ratio) <= 0).all()
-        assert result.macs < (1.1 if result.second_pass else 0.6) * result.dense_macs
+        assert result.macs < (1.3 if result.second_pass else 0.3) * result.dense_macs
         assert np.isfinite(result.scores).all()
-    assert sum(result.second_pass for result in results) < len(PHOTOS) / 2
+    assert 0 < sum(result.second_pass for result in results) < len(PHOTOS)  # the cat is tabby or Egyptian
     assert len({result.kept.tobytes() for result in results}) == len(PHOTOS)

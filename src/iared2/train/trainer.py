@@ -25,7 +25,7 @@ from ..data.device_dataset import DeviceDataset
 from ..data.images import Samples
 from ..errors import InputError, Stopped
 from ..measure import measure
-from ..model.decide import Decide, first_grid
+from ..model.decide import Decide
 from ..model.reduced import ReducedVisionTransformer
 from .augment import AugmentConfig, TargetMaker
 from .finetune import decide_up_to
@@ -292,8 +292,7 @@ class Trainer:
     def calibrate(self, keep: tuple[float, ...]) -> None:
         """Set thresholds, or counts, that keep these shares of the patches of unaugmented training images."""
         if self.recipe.policy.equal_counts:
-            patches = math.prod(first_grid(self.model.decision, self.model.grid_size))
-            self.model.num_keep = [round(share * patches) for share in keep]
+            self.model.num_keep = [round(share * math.prod(self.model.decision.grid_size or ())) for share in keep]
             return
         size = min(per_batch(CALIBRATION_IMAGES, self.model.pretrained_cfg), len(self.samples))
         batches = self.read_train(None, seed=CALIBRATION_SEED, epoch=0, batch_size=size)
