@@ -179,7 +179,7 @@ def keys(value: object, path: str = "") -> set[str]:
 
 def test_the_file_is_legible_and_every_key_is_documented(checkpoint: Path) -> None:
     command = ["interpret", "-p", "photos/woman.png", "-o", "out", "-c", str(checkpoint)]
-    main([*command, "--spread", "1", "--confidence", "0.1"])
+    main([*command, "--spread", "1", "--confidence", "0.1", "--scale", "0.7"])
     text = Path("out/result.json").read_text()
     assert '\n  "macs": ' in text
     assert max(map(len, text.splitlines())) < 400, "16 scores in a line"
