@@ -79,6 +79,11 @@ def choices(arguments: argparse.Namespace, classes: int) -> Iterator[tuple[str, 
         model.spread = strength
         return model
 
+    def learned(path: Path) -> ReducedVisionTransformer:
+        model = iared2.load(path, arguments.backbone)
+        model.decision = model.decision.but(scale=1.0, confidence=0.0)
+        return model
+
     for dropped in ("gone", "merged"):
         suffix = ", merged" * (dropped == "merged")
         for kind in KINDS:
@@ -86,7 +91,7 @@ def choices(arguments: argparse.Namespace, classes: int) -> Iterator[tuple[str, 
         for strength in SPREADS:
             yield f"attention + spread {strength:g}{suffix}", partial(spread, strength, dropped)
     for path in arguments.policy:
-        yield f"{LEARNED}: {path.parent.name}", partial(iared2.load, path, arguments.backbone)
+        yield f"{LEARNED}: {path.parent.name}", partial(learned, path)
 
 
 class Photos:

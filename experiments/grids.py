@@ -73,7 +73,7 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         model = iared2.load(arguments.checkpoint)
-        model.threshold = 0.0
+        model.decision = model.decision.whole()
         samples = open_samples(DataConfig(path=arguments.data, classes=model.class_names or ()), "eval")
         side = model.pretrained_cfg["input_size"][1] // 2
         rows = list(grids(known(model, samples, side), arguments.grids, side))

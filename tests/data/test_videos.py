@@ -298,9 +298,9 @@ def test_the_command_evaluate(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(command, "CALIBRATION_IMAGES", 8)
-    samples, thresholds = [], command.thresholds_for
+    samples, decision_at = [], command.decision_at
     monkeypatch.setattr(
-        command, "thresholds_for", lambda model, x, **kwargs: samples.append(x.shape) or thresholds(model, x, **kwargs)
+        command, "decision_at", lambda model, x, **kwargs: samples.append(x.shape) or decision_at(model, x, **kwargs)
     )
     size = {"img_size": (4, 16, 16), "patch_size": (1, 8, 8), "embed_dim": 48, "depth": 3, "num_heads": 3}
     iared2.from_timm("timesformer_joint_small_patch16_224", num_classes=2, **size).save(tmp_path / "m.safetensors")
