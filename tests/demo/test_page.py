@@ -81,7 +81,7 @@ def test_one_photo(predictor: Predictor) -> None:
     assert np.array_equal(answer["heat"], result.overlay())
     assert np.array_equal(answer["hierarchy"], result.hierarchy())
     assert answer["after"] == pytest.approx(dict(result.top5))
-    assert answer["before"] == pytest.approx(dict(predictor(examples()[1], 0.0).top5))
+    assert answer["before"] == pytest.approx(dict(predictor(examples()[1], predictor.model.decision.whole()).top5))
     assert f"{1 - result.macs / result.dense_macs:.0%} saved" in answer["facts"]
     assert " → ".join(f"{100 * r:.0f}" for r in result.keep_ratio) in answer["facts"]
     assert not answer["problems"].visible

@@ -64,9 +64,14 @@ CSS = """
 """
 
 
+def saved(one: Comparison) -> str:
+    """What dropping saves of the dense MACs, or what two passes cost more."""
+    return f"{one.saved:.0%} saved" if one.saved >= 0 else f"{-one.saved:.0%} more"
+
+
 def caption(one: Comparison) -> str:
     """The caption of a photo in the gallery."""
-    return f"{one.name}: {one.after.top5[0][0] if one.after.top5 else 'no classes'}, {one.saved:.0%} saved"
+    return f"{one.name}: {one.after.top5[0][0] if one.after.top5 else 'no classes'}, {saved(one)}"
 
 
 def facts(one: Comparison) -> str:
@@ -74,13 +79,14 @@ def facts(one: Comparison) -> str:
     before, after = one.before, one.after
     ratios = " → ".join(f"{100 * ratio:.0f}" for ratio in after.keep_ratio) + " %"
     thresholds = " · ".join(dict.fromkeys(f"{t:.3g}" for t in after.thresholds))
+    smaller = " of the smaller photo" if "scale" in after.model else ""
     cells = [
         (
             "MACs",
-            f"{one.saved:.0%} saved",
+            saved(one),
             f"{after.cost}, threshold {thresholds}",
         ),
-        ("Patches kept", ratios, f"of {after.kept.shape[1]}, after each group"),
+        ("Patches kept", ratios, f"of {after.kept.shape[1]}{smaller}, after each group"),
         ("Forward pass", f"{after.milliseconds:.1f} ms", f"{before.milliseconds:.1f} ms with every patch"),
     ]
     if after.second_pass:
