@@ -98,7 +98,7 @@ def _trained(cfg: PretrainedCfg, pretrained: bool, kwargs: dict[str, Any]) -> Re
         if kwargs.get("num_classes", saved.num_classes) == saved.num_classes:
             kwargs.pop("num_classes", None)  # of text features, timm's is another
         else:
-            config |= {"text_classes": None, "class_names": None, "confidence": 0.0}
+            config |= {"text_classes": None, "class_names": None, "confidence": 0.0, "scale": 1.0}
         model = restore.build(ReducedVisionTransformer, **{**file.check(config), **kwargs})
         in_chans, *_ = model.pretrained_cfg["input_size"]  # before `configure` sets that of the file
         if model.num_groups == saved.num_groups:

@@ -12,6 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import iared2
 from iared2 import InputError
+from iared2.evaluate.speed.baselines import masked, padded
+from iared2.explain.methods import interpreter_map
 from iared2.export.static import Adaptive, FixedCount
 from iared2.model.calibrate import decision_at
 from iared2.model.decide import Decision, at_random, keep_all, margin
@@ -164,3 +166,41 @@ def test_it_is_saved(tmp_path):
     assert torch.equal(loaded(images), model(images))
     model.save_policy(tmp_path / "policy.safetensors")
     assert iared2.load(tmp_path / "policy.safetensors", model.backbone).scale == 0.5
+
+
+def test_features_are_of_the_images_as_they_are():
+    model, images = scaled((NAME, TINY), confidence=1.0), sharp_images(3)
+    x = model.forward_features(images)
+    assert x.shape == (3, 25, 48)
+    once = model(images, model.decision.but(scale=1.0, confidence=0.0))
+    torch.testing.assert_close(model.forward_head(x), once)
+
+
+def test_without_its_classes_a_model_has_one_pass():
+    for change in (
+        lambda model: model.reset_classifier(0),
+        lambda model: model.reset_classifier(5),
+    ):
+        model = scaled((NAME, TINY), confidence=0.5)
+        change(model)
+        assert (model.scale, model.confidence) == (1.0, 0.0)
+    features = scaled((NAME, {**TINY, "num_classes": 0}))
+    assert not features.trace(sharp_images(2), features.decision.but(confidence=0.9)).unsure.any()
+
+
+def test_positions_have_a_gradient():
+    model = scaled((NAME, TINY)).requires_grad_(True)
+    model(sharp_images(2)).sum().backward()
+    assert model.backbone.pos_embed.grad.abs().sum() > 0
+    assert isinstance(model.backbone.pos_embed, torch.nn.Parameter)
+
+
+def test_maps_of_any_pass():
+    model, images = scaled((NAME, TINY)), sharp_images(2)
+    for decision in (model.decision, model.decision.whole()):
+        output = model.trace(images, decision)
+        assert interpreter_map(model, output.scores, output.kept, (48, 32)).shape == (2, 48, 32)
+    for run in (masked, padded):
+        torch.testing.assert_close(run(model, images, keep_all), model(images, keep_all), atol=1e-4, rtol=0)
+    with pytest.raises(InputError, match=r"a first pass of scale=0.5 takes .* set scale=1"):
+        model.calibrate(images, gmacs=0.9 * model.dense_macs / 1e9)

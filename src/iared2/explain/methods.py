@@ -6,6 +6,7 @@ they differ by method and not by rendering. (Only Grad-CAM's package and the cen
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 
 from .. import keyed
 from ..errors import InputError
-from ..model.decide import on_grid
+from ..model.decide import keep_all, on_grid
 from ..model.reduced import ReducedVisionTransformer
 from .attention_maps import raw_attention, rollout
 from .forward import backbone_of, first_pass, private_twin
@@ -119,7 +120,7 @@ def interpreter_map(
     groups are never compared, since each group has its own threshold.
 
     Args:
-        model: the model of the scores; only its patch size and thresholds are read.
+        model: the model of the scores; its patch size and decision are read.
         scores: ``Output.scores (D, B, N)``, or only those of the first groups if these include ``group``.
         kept: ``Output.kept (D, B, N)``, of the same groups.
         size: height and width of the images.
@@ -129,6 +130,8 @@ def interpreter_map(
         ``(B, height, width)`` float32 in [0, 1].
     """
     grid = grid_of(model, size)
+    if math.prod(map(math.ceil, grid)) != scores[0].shape[-1]:  # they are of the images as they are
+        grid = grid_of(model, size, keep_all)
     if group != "all":
         group = _index("group", group, len(scores), default_group(len(scores)))
         own = model.thresholds

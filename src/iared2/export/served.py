@@ -53,7 +53,9 @@ def as_arrays(model: ReducedVisionTransformer, decide: Decide) -> Decided:
     second = same_passes(model, decide, decide)
     if not isinstance(second, Replayed):
         return Decided(keep)
-    return Decided(keep, lambda logits: second.unsure(torch.from_numpy(logits)).numpy(), second.first, second.scale)
+    if (unsure := second.unsure) is None:
+        return Decided(keep, scale=second.scale)
+    return Decided(keep, lambda logits: unsure(torch.from_numpy(logits)).numpy(), second.first, second.scale)
 
 
 def trace(engine: Engine, model: ReducedVisionTransformer, images: Tensor, decide: Decide) -> Output:

@@ -122,6 +122,7 @@ class FixedCount(_Dense):
         ):
             raise InputError(
                 f"num_keep={list(num_keep)}: give {model.num_groups} numbers from {num_patches} to 1 that do not rise"
+                + f" (patches of a first pass of scale={model.scale:g})" * (model.scale < 1)
             )
         self.num_keep = tuple(num_keep)
 
@@ -218,6 +219,11 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         num_keep = arguments.num_keep * (model.num_groups if len(arguments.num_keep) == 1 else 1)
         export(FixedCount(model, num_keep), arguments.output, batch_size)
+    if model.scale < 1 and not arguments.adaptive_batch:
+        print(
+            f"the graph sees photos made smaller, as the model's first pass does (scale={model.scale:g})",
+            file=sys.stderr,
+        )
     if model.confidence and not arguments.adaptive_batch:
         print("the graph has no second pass, as the model has (confidence): --adaptive-batch has it", file=sys.stderr)
     print(f"wrote {arguments.output}")

@@ -15,7 +15,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, PatchEmbed
+from timm.layers import DropPath, PatchEmbed, resample_abs_pos_embed
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
@@ -167,6 +167,11 @@ def smaller(backbone: Any, images: Tensor, grid_size: Sequence[int]) -> tuple[An
         view._modules["rope"] = copy.deepcopy(backbone.rope)  # a few angles
     size = [n * patch for n, patch in zip(grid_size, embed.patch_size, strict=True)]
     view.set_input_size(img_size=tuple(size))
+    if torch.is_grad_enabled() and backbone.pos_embed is not None:  # timm's positions are new parameters: no gradient
+        prefix = 0 if backbone.no_embed_class else backbone.num_prefix_tokens
+        old = backbone.patch_embed.grid_size
+        del view.pos_embed
+        view.pos_embed = resample_abs_pos_embed(backbone.pos_embed, list(grid_size), list(old), prefix)
     small = F.interpolate(images.float(), size, mode="bicubic", antialias=True)  # in half precision, not on all devices
     return view, small.to(images.dtype)
 

@@ -236,7 +236,9 @@ def _for_gmacs(
 
     least, most = estimate(family(MAX_ALPHA)), estimate(family(0))
     if not least <= gmacs <= most:
-        raise InputError(f"gmacs={gmacs:g} cannot be met: this model takes {least:.3g} to {most:.3g} GMACs an image")
+        what = "this model takes" if model.scale == 1 else f"a first pass of scale={model.scale:g} takes"
+        hint = "" if model.scale == 1 else "; set scale=1 for larger budgets"
+        raise InputError(f"gmacs={gmacs:g} cannot be met: {what} {least:.3g} to {most:.3g} GMACs an image{hint}")
     target = gmacs
     for _ in range(6):  # images differ and cost is convex, so the mean image costs a little less than the mean cost
         thresholds, kept, _ = at_shares(model, sample, family(solve(lambda alpha: estimate(family(alpha)), target)))

@@ -178,11 +178,12 @@ class Facade(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new head, as in timm; ``num_classes=0`` returns pooled features.
 
-        Class names are forgotten, and ``confidence``, which was one of other probabilities.
+        Class names are forgotten, and ``confidence``, which was one of other probabilities, with ``scale``, which needs
+        it.
         """
         if global_pool == "":
             raise InputError("global_pool='' returns every token, but the reduced model does not have them all")
-        self.confidence = 0.0
+        self.decision = self.decision.but(confidence=0.0, scale=1.0)
         self.backbone.reset_classifier(num_classes, global_pool)
         self.class_names = None
 
@@ -191,7 +192,8 @@ class Facade(nn.Module):
 
         The head is replaced by a `text.TextClassifier`, which keeps the projection of CLIP (a linear head). Everything
         that knows classes knows these: `Predictor`, files, `accelerate`, export. Calling it again replaces them, and
-        `reset_classifier` removes them. ``confidence``, one of other probabilities, is set to 0.
+        `reset_classifier` removes them. ``confidence``, one of other probabilities, is set to 0, and ``scale``, which
+        needs it, to 1.
 
         Args:
             names: of the K classes, all different.
@@ -209,7 +211,7 @@ class Facade(nn.Module):
         head = text.set_head(self.backbone, len(matrix))
         for buffer, value in ((head.text_features, matrix), (head.logit_scale, scale), (head.logit_bias, bias)):
             buffer.copy_(torch.as_tensor(value))
-        self.confidence, self.class_names = 0.0, tuple(names)
+        self.decision, self.class_names = self.decision.but(confidence=0.0, scale=1.0), tuple(names)
 
     def get_classifier(self) -> nn.Module:
         """The backbone's head."""

@@ -106,7 +106,7 @@ def save_policy(model: ReducedVisionTransformer, path: Path | str) -> None:
     check_values(tensors, path)
     config = {**config_of(model), FINGERPRINT: fingerprint(model.backbone)}
     if config["text_classes"]:  # they are not the policy's
-        config |= {"text_classes": None, "class_names": None, "confidence": 0.0}
+        config |= {"text_classes": None, "class_names": None, "confidence": 0.0, "scale": 1.0}
     write(path, tensors, config)
 
 

@@ -142,8 +142,12 @@ class ReducedVisionTransformer(Facade, HubModel):
         return vit.run_blocks(self.backbone, self.groups[group], packed, self.engine, self.packed_weights)
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """``(B, S, C)`` normalised tokens at their positions, as in timm; rows of dropped patches are zero."""
-        passes = second_pass.run(self, images)
+        """``(B, S, C)`` normalised tokens at their positions, as in timm; rows of dropped patches are zero.
+
+        The tokens of one image have one size: with ``scale`` below 1, there is one pass, of the images as they are.
+        """
+        own = self.decision
+        passes = second_pass.run(self, images, own if own.scale == 1 else own.but(scale=1.0, confidence=0.0))
         return passes.last(lambda packed: packed.to_dense(self.backbone.norm(packed.x)))
 
     def head(self, packed: PackedTokens) -> Tensor:

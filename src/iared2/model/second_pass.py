@@ -67,13 +67,13 @@ class Replayed:
 
     Attributes:
         decide: the function.
-        unsure: ``logits (B, K) -> (B,)`` bool, the images that take the second pass.
+        unsure: ``logits (B, K) -> (B,)`` bool, the images that take the second pass; None: none does.
         first: the group from which it runs; before it, the function drops nothing.
         scale: see `Decision.scale`; below 1, ``first`` is 0.
     """
 
     decide: Decide
-    unsure: Callable[[Tensor], Tensor]
+    unsure: Callable[[Tensor], Tensor] | None
     first: int
     scale: float = 1.0
 
@@ -88,11 +88,14 @@ def same_passes(
     """``other`` decides, with the passes of ``decide``, if it has two; for images of the model's size, or of N."""
     if isinstance(decide, Replayed):
         return replace(decide, decide=other)
-    if not isinstance(decide, Decision) or (decide.scale == 1 and not (decide.confidence and model.num_classes)):
+    if not isinstance(decide, Decision):
+        return other
+    unsure = decide.unsure if decide.confidence and model.num_classes else None
+    if decide.scale == 1 and unsure is None:
         return other
     decide = decide.for_model(model.grid_size, model.num_groups)
     first = decide.first_drop(num_patches or model.num_patches) if decide.scale == 1 else 0
-    return Replayed(other, decide.unsure, first, decide.scale) if first < model.num_groups else other
+    return Replayed(other, unsure, first, decide.scale) if first < model.num_groups else other
 
 
 @dataclass(frozen=True)
@@ -144,7 +147,7 @@ def run(
     entrance, scores, kept = model.reduce(packed, range(first), decide)
     ends, more_scores, more_kept = model.reduce(entrance, range(first, groups), decide)
     unsure, told, again, macs = torch.zeros(len(images), dtype=torch.bool, device=images.device), None, None, 0
-    if isinstance(twice, Replayed):
+    if isinstance(twice, Replayed) and twice.unsure is not None:
         told, macs = model.head(ends), again_macs(model, twice, vit.grid_of(model.backbone, images.shape[2:]))
         unsure = twice.unsure(told)
         rows = unsure.nonzero()[:, 0]

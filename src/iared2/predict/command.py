@@ -130,7 +130,8 @@ def interpret(
             bar.remove_task(frames)
         else:
             result = predictor(file, decision)
-            dense = result if result.kept.all() else predictor(result.photo, decision.whole())
+            is_dense = result.kept.all() and "scale" not in result.model
+            dense = result if is_dense else predictor(result.photo, decision.whole())
             result = replace(result, dense_top5=dense.top5)
             if method != "interpreter":
                 heat = predictor.heatmap(result.photo, method, decision)

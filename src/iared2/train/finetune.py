@@ -144,7 +144,8 @@ class FinetuneStage(nn.Module):
     def dense(self, images: Tensor, packed: PackedTokens) -> Dense:
         """What the teacher says; ``packed`` are the tokens at the entrance of the first group that is trained."""
         teacher, start = self.teacher, self.model.groups[self.first].start
-        if not self._starts_alike or len(packed.x) < packed.num_images * packed.num_tokens:
+        is_smaller = packed.grid_size != vit.grid_of(teacher, images.shape[2:])
+        if is_smaller or not self._starts_alike or len(packed.x) < packed.num_images * packed.num_tokens:
             start, packed = 0, vit.embed_packed(teacher, images)
         packed = vit.run_blocks(teacher, range(start, len(self.model.backbone.blocks)), packed)
         return Dense(_logits(teacher, packed), _features(teacher, packed) if self.distill_features else None)

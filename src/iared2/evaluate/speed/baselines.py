@@ -23,7 +23,7 @@ from ...model.tokens import PackedTokens
 
 def masked(model: ReducedVisionTransformer, images: Tensor, decide: Decide) -> Tensor:
     """``(B, K)`` logits; dropped patches are masked in attention and run through every layer, as in A-ViT."""
-    packed = model.embed(images)
+    packed = model.embed(images, decide=decide)
     alive = packed.alive
     for group in range(model.num_groups):
         scores = model.score(packed, group) * alive
@@ -35,7 +35,7 @@ def masked(model: ReducedVisionTransformer, images: Tensor, decide: Decide) -> T
 
 def padded(model: ReducedVisionTransformer, images: Tensor, decide: Decide) -> Tensor:
     """``(B, K)`` logits; dropped patches are removed, and images padded to the longest of the batch, as in ATS."""
-    packed = model.embed(images)
+    packed = model.embed(images, decide=decide)
     for group in range(model.num_groups):
         scores, alive = model.score(packed, group), packed.alive
         packed = packed.select(model.decide(scores, alive, group, decide))

@@ -91,7 +91,7 @@ def by_the_policy(model: ReducedVisionTransformer, images: Tensor) -> Workload:
         return alive & output.kept[group]
 
     decide = same_passes(model, model.decision, recorded)
-    if isinstance(decide, Replayed):
+    if isinstance(decide, Replayed) and decide.unsure is not None:
         decide = replace(decide, unsure=lambda logits: output.unsure)
     return _workload(model, images, decide)
 
