@@ -345,9 +345,9 @@ def command(checkpoint: str, photos: str, output: str, *options: str) -> list[st
 @pytest.mark.slow
 def test_two_processes_that_are_killed_end_with_the_same_files():
     """SIGKILL of both at five random moments, with workers that read; then `torchrun` goes on."""
-    cells = [jpeg(number, 64) for number in range(1600)]
-    pq.write_table(pa.table({"image": pa.array(cells, pa.binary())}), "many.parquet", row_group_size=700)
-    sizes = ["--shard-size", "40", "--batch-size", "16", "--scores"]
+    cells = [jpeg(number, 64) for number in range(800)]
+    pq.write_table(pa.table({"image": pa.array(cells, pa.binary())}), "many.parquet", row_group_size=350)
+    sizes = ["--shard-size", "20", "--batch-size", "16", "--scores"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     once = [sys.executable, *command("box", "many.parquet", "whole", *sizes, "--workers", "0")]
@@ -370,7 +370,7 @@ def test_two_processes_that_are_killed_end_with_the_same_files():
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     subprocess.run([*torchrun, *rest], env=environment, check=True, **quiet)
     assert content("out") == whole
-    assert pq.read_table("out")["photo"].to_pylist() == [f"many.parquet/{row}" for row in range(1600)]
+    assert pq.read_table("out")["photo"].to_pylist() == [f"many.parquet/{row}" for row in range(800)]
 
 
 @pytest.mark.slow
