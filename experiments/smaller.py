@@ -4,7 +4,8 @@
 
 The same weights in each row: with every patch; with the model's own decision in one pass; and with --first in one pass:
 photos of so many pixels (`Decision.scale`), with every patch or with these shares alive after each group, the
-best-scored. Answers are kept if they are those of every patch at the model's own size. Where a pass costs less than one
+best-scored; with --choices also as many patches that are evenly spread, and the best by untrained attention and spread.
+Answers are kept if they are those of every patch at the model's own size. Where a pass costs less than one
 of --macs, there is another row: the least sure photos take a second pass with every patch, at the model's own size,
 until so many MACs are used (model/second_pass.py; Wang et al., NeurIPS 2021). The table is OUT/smaller.json and
 OUT/smaller.md.
@@ -13,8 +14,11 @@ OUT/smaller.md.
 from __future__ import annotations
 
 import argparse
+import copy
+from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from choices import Photos, ready
 from lab import Table, interval, second_passes
 from torch import Tensor
@@ -23,6 +27,8 @@ import iared2
 from iared2.data.images import DataConfig, open_samples
 from iared2.model.decide import Decide, Decision, by_share, keep_all
 from iared2.model.second_pass import again_macs, same_passes
+
+ATTENTION = ", attention + spread"
 
 
 def main() -> None:
@@ -35,6 +41,7 @@ def main() -> None:
         "--first", type=first_pass, nargs="*", default=[(154, ()), (140, ())], metavar="PIXELS[:SHARES]"
     )
     parser.add_argument("--macs", type=float, nargs="*", default=[0.65, 0.5], help="of two passes, shares of the dense")
+    parser.add_argument("--choices", action="store_true", help="of the patches: evenly spread and attention as well")
     parser.add_argument("--photos", type=int, default=2000)
     parser.add_argument("--sharp-photos", type=int, default=500)
     parser.add_argument("-o", "--output", type=Path, required=True)
@@ -48,6 +55,8 @@ def main() -> None:
     seen = {
         kind: Photos(open_samples(data, "eval", whole=kind == "sharp"), model, n) for kind, (data, n) in sets.items()
     }
+    untrained = copy.deepcopy(model)
+    untrained.start_interpreters()
     passes: list[tuple[str, Decision, Decide]] = [(f"every patch, {side} pixels", whole := own.whole(), whole)]
     passes.append(("its decision", own, own))
     if model.confidence:
@@ -55,17 +64,20 @@ def main() -> None:
     for size, shares in arguments.first:
         small = own.but(scale=size / side).for_model(model.grid_size, model.num_groups)
         alive = " → ".join(f"{share:g}" for share in shares)
-        decide = same_passes(model, small, by_share(shares, small.standing) if shares else keep_all)
-        passes.append(
-            (f"{alive} of the patches, {size} pixels" if alive else f"every patch, {size} pixels", small, decide)
-        )
+        if not shares:
+            passes.append((f"every patch, {size} pixels", small, same_passes(model, small, keep_all)))
+            continue
+        chosen = ways(small) if arguments.choices else {"": small.standing}
+        for kind, standing in chosen.items():
+            decide = same_passes(model, small, by_share(shares, standing))
+            passes.append((f"{alive} of the patches{kind}, {size} pixels", small, decide))
     rows: list[list[str]] = []
     dense: dict[str, Tensor] = {}
     for name, decision, decide in passes:
         again = again_macs(model, decision, model.grid_size)
         once, twice = [name], [[f"{name}, then every patch where it is not sure"] for _ in arguments.macs]
         for kind, photos in seen.items():
-            out, macs = photos.outputs(model, decide)
+            out, macs = photos.outputs(untrained if ATTENTION in name else model, decide)
             answers = dense.setdefault(kind, out.argmax(1))  # of the first row
             labels = photos.labels if kind == "photos" else None
             once += cells(out.argmax(1), answers, macs / full, labels)
@@ -87,7 +99,17 @@ def main() -> None:
         command += f" --macs {' '.join(f'{macs:g}' for macs in arguments.macs)} --first"
         for size, shares in arguments.first:
             command += f" {size}" + ":" * bool(shares) + ",".join(f"{share:g}" for share in shares)
+        command += " --choices" * arguments.choices
         Table("The same weights on smaller photos.", command, heads, rows, notes).write(arguments.output, "smaller")
+
+
+def ways(decision: Decision) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Choices of patches by name, and by what they order them; attention is that of another model."""
+    return {
+        ", by the policy": decision.standing,
+        ", evenly spread": lambda scores: decision.standing(torch.full_like(scores, 0.5)),
+        ATTENTION: decision.standing,
+    }
 
 
 def first_pass(text: str) -> tuple[int, tuple[float, ...]]:
