@@ -11,9 +11,8 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..model.decide import Decide
-from ..model.macs import second_pass_macs
 from ..model.reduced import ReducedVisionTransformer
-from ..model.second_pass import Output, Replayed, counted, same_passes
+from ..model.second_pass import Output, Replayed, again_macs, counted, same_passes
 from ..runtime import BACKENDS, Decided, Engine
 from ..runtime.backends import loader
 from .stages import export_stages
@@ -78,8 +77,6 @@ def trace(engine: Engine, model: ReducedVisionTransformer, images: Tensor, decid
             " make a new predictor of a model that was changed"
         )
     logits, scores, kept, unsure = map(torch.from_numpy, (found.logits, found.scores, found.kept, found.unsure))
-    if decided.scale < 1:
-        again = model.dense_macs
-    else:
-        again = second_pass_macs(model, max(engine.stem, decided.first), model.num_patches)
+    passes = Replayed(decide, None, max(engine.stem, decided.first), decided.scale)
+    again = again_macs(model, passes, model.grid_size)
     return counted(model, logits, scores, kept, unsure, again)
