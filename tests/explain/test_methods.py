@@ -11,10 +11,12 @@ import torch
 from PIL import Image
 from planted import PLANTED, patch_means, planted_images, planted_model
 from tiny import sharp_images, sharp_model
+from torch.nn import functional as F
 
 import iared2
 from iared2 import InputError, Predictor, heatmap
 from iared2.explain.figures import blank, title_height
+from iared2.explain.forward import first_pass
 from iared2.explain.gradients import KIN
 from iared2.explain.heatmap import upsample
 from iared2.explain.methods import interpreter_map
@@ -59,6 +61,21 @@ def test_all_groups_and_every_one_keep_the_contract(family):
         assert maps.shape == (16, 48, 32)
         assert 0 <= maps.min() <= maps.max() <= 1
         torch.testing.assert_close(heatmap(model, images[3:4], group=group)[0], maps[3], rtol=0, atol=1e-5)
+
+
+def test_of_a_smaller_first_pass_too_while_gradients_are_on(family):
+    """The maps are those of the model that sees the smaller images, resized."""
+    model, images = sharp_model(family), sharp_images(3)
+    model.scale = 0.7
+    seen, small = first_pass(model, images)
+    assert seen is not model
+    for method in (m for m in QUICK if m != "center"):
+        maps = heatmap(model, images, method)
+        assert maps.shape == (3, 48, 32), method
+        assert not maps.requires_grad, method
+        expected = F.interpolate(heatmap(seen, small, method)[:, None], (48, 32), mode="bicubic", antialias=True)
+        torch.testing.assert_close(maps, expected[:, 0].clamp(0, 1), rtol=0, atol=0.05, msg=method)
+    assert all(p.grad is None for p in model.parameters())
 
 
 @pytest.mark.parametrize("threshold", [0.0, 1.0, [1.0, 0.5, 0.5]])

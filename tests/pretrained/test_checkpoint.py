@@ -313,7 +313,8 @@ def test_model_in_the_box_loads():
     size = model.pretrained_cfg["input_size"]
     out = model.trace(torch.randn(2, *size))
     assert out.logits.isfinite().all()
-    assert (out.macs <= model.dense_macs * 1.01).all()
+    assert out.unsure.all()  # of noise; each pass may cost all that a dense one does, and the interpreters
+    assert (out.macs <= model.dense_macs * (1 + model.scale**2) * 1.01).all()
 
 
 @pytest.mark.parametrize("kind", [{}, {"half": True}, {"int8": True}])

@@ -55,6 +55,7 @@ DAMAGE = {
     "names": ({"manifest": {"class_names": [1, 2]}}, "class_names"),
     "two decisions": ({"manifest": {"num_keep": [1, 1, 1]}}, "no decision, or two"),
     "no decision": ({"manifest": {"thresholds": None}}, "no decision, or two"),
+    "two numbers of patches": ({"manifest": {"whole_patches": 48}}, "two numbers of patches"),
     "too few": ({"manifest": {"pattern": [0.0]}}, "pattern"),
 }
 
@@ -77,7 +78,8 @@ def test_what_is_no_archive(small, tmp_path, backend):
 
 def test_a_graph_of_another_model_is_noticed(small, tmp_path, backend):
     """The manifest says 24 patches of width 48; the graph returns others."""
-    for manifest in ({"embed_dim": 96}, {"num_patches": 12, "pattern": [0.0] * 12}, {"num_prefix_tokens": 0}):
+    fewer = {"num_patches": 12, "whole_patches": 12, "pattern": [0.0] * 12}
+    for manifest in ({"embed_dim": 96}, fewer, {"num_prefix_tokens": 0}):
         engine = Engine(changed(small[1], tmp_path / "m.zip", manifest=manifest), backend, threads=1)
         with pytest.raises(InputError, match="a graph returned"):
             engine(np.zeros((2, 3, 48, 32), np.float32))

@@ -33,7 +33,8 @@ def backbone_of(model: Any) -> Any:
 def first_pass(model: Any, images: Tensor) -> tuple[Any, Tensor]:
     """A model whose only pass is the first one of ``model``, and the images that it takes; see `Decision.scale`.
 
-    Where these are ``images`` themselves, or the model is dense, both are as given.
+    Where these are ``images`` themselves, or the model is dense, both are as given. Otherwise no gradient reaches the
+    images or the positions: a map needs none, and a twin of the model copies only tensors that are leaves.
     """
     if not isinstance(model, ReducedVisionTransformer):
         return model, images
@@ -42,7 +43,8 @@ def first_pass(model: Any, images: Tensor) -> tuple[Any, Tensor]:
         return model, images
     seen = copy.copy(model)  # shares the weights
     seen._modules = dict(model._modules)
-    seen.backbone, small = vit.smaller(model.backbone, images, first)
+    with torch.no_grad():
+        seen.backbone, small = vit.smaller(model.backbone, images, first)
     seen.decision = model.decision.but(scale=1.0, confidence=0.0)
     return seen, small
 
