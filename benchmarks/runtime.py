@@ -3,8 +3,9 @@
 Two models: DeiT-S, whose counts are drawn, and the model in the box, which decides on photos. Efficiency is
 (our images/s ÷ dense images/s) × (our MACs ÷ dense MACs): 1 if every saved MAC is saved time. All ways take turns on
 one batch, in a new random order in each round, and medians count. The dense graph is compiled for its batch size alone.
-"New counts" has other counts in every batch, so that hardly a size comes twice. With one thread, time is CPU seconds of
-this process, since others may use the core. The file is written after every row: a run that is cut off is not lost.
+"New counts" has other counts in every batch, so that hardly a size comes twice, and the mean of them. With one thread,
+time is CPU seconds of this process, since others may use the core. The file is written after every row: a run that is
+cut off is not lost.
 
 taskset -c 0 python benchmarks/runtime.py --json docs/figures/runtime.json
 """
@@ -30,7 +31,8 @@ from iared2.errors import InputError
 from iared2.evaluate.speed.command import machine
 from iared2.evaluate.speed.runtimes import NAMES, dense_graph
 from iared2.evaluate.speed.workload import draw
-from iared2.export.served import as_arrays
+from iared2.export.int8 import quantized
+from iared2.export.served import as_arrays, in_torch
 from iared2.export.stages import export_stages
 from iared2.pretrained.build import from_timm
 from iared2.pretrained.checkpoint import load
@@ -38,7 +40,7 @@ from iared2.runtime import BACKENDS, Engine
 from iared2.runtime.backends import loader
 
 DEIT, BOX = "deit_small_patch16_224", "box"
-TARGETS = {"fp32": {1: 0.95, 8: 1.0, 32: 1.05}, "bf16": {1: 0.85, 8: 0.95, 32: 1.0}}
+TARGETS = {"fp32": {1: 0.95, 8: 1.0, 32: 1.05}, "bf16": {1: 0.85, 8: 0.95, 32: 1.0}, "int8": {}}
 EXAMPLES = Path(__file__).parents[1] / "examples"
 PARITY, NEAR = 64, 1e-4
 MIN_ROUNDS = 5
@@ -54,9 +56,10 @@ class Drawn:
                 parameter += 0.01 * torch.randn_like(parameter) * (parameter.ndim == 1)
 
     def batch(self, batch_size, seed):
-        """Images, and the decision on them."""
+        """Images, and the decision on them, for torch and for an engine."""
         images = torch.randn(batch_size, *self.model.pretrained_cfg["input_size"], generator=torch.manual_seed(0))
-        return images.numpy(), as_arrays(self.model, draw(self.model, batch_size, *self.given, seed))
+        decide = draw(self.model, batch_size, *self.given, seed)
+        return images.numpy(), decide, as_arrays(self.model, decide)
 
 
 class Photos:
@@ -70,9 +73,10 @@ class Photos:
         )
 
     def batch(self, batch_size, seed):
-        """Images, and None: the engine decides."""
+        """Images, the model's decision, and None: the engine decides."""
         numbers = range(seed * batch_size, (seed + 1) * batch_size)
-        return torch.stack([self.transform(self.photo(number)) for number in numbers]).numpy(), None
+        images = torch.stack([self.transform(self.photo(number)) for number in numbers]).numpy()
+        return images, self.model.decision, None
 
     def photo(self, number):
         """A whole photo, or a crop of it when all have been used."""
@@ -87,7 +91,7 @@ class Photos:
 
 def parity(case, path, backend):
     """How far the engine in fp32 is from the torch model on photos, and how many have a score near its threshold."""
-    images, _ = case.batch(PARITY, 0)
+    images, *_ = case.batch(PARITY, 0)
     with torch.inference_mode():
         expected = case.model.trace(torch.from_numpy(images))
     decision = case.model.decision
@@ -108,17 +112,18 @@ def parity(case, path, backend):
 
 def measure(case, path, graph, precision, batch_size, arguments):
     """Rows of the table for one precision and batch size."""
-    images, decide = case.batch(batch_size, 0)
-    runs, outputs, kept = {}, {}, {}
+    images, given, decide = case.batch(batch_size, 0)
+    runs, outputs, engines = {}, {}, {}
     for backend in arguments.backends:
         if precision not in BACKENDS[backend]:
             continue
         name, dense = NAMES[backend], loader(backend, arguments.threads, precision)(graph)
-        engine = Engine(path, backend, arguments.threads, precision)
-        outputs[name], kept[name] = engine(images, decide), []
+        engine = engines[name] = Engine(path, backend, arguments.threads, precision)
+        fixed, new = f"ours, {name}", f"ours, {name}, new counts"
+        outputs |= {fixed: [(engine(images, decide), given)], new: []}
         runs[f"dense, {name}"] = lambda _, run=dense: run({"images": images})
-        runs[f"ours, {name}"] = lambda _, run=engine: run(images, decide)
-        runs[f"ours, {name}, new counts"] = lambda other, run=engine, k=kept[name]: k.append(run(*other).kept)
+        runs[fixed] = lambda _, run=engine: run(images, decide)
+        runs[new] = lambda other, run=engine, to=outputs[new]: to.append((run(other[0], other[2]), other[1]))
     clock = time.process_time if arguments.threads == 1 else time.perf_counter
     times, shuffled, begun = {name: [] for name in runs}, random.Random(0), time.process_time()
     for turn in itertools.count(1):
@@ -129,18 +134,19 @@ def measure(case, path, graph, precision, batch_size, arguments):
             times[name].append(clock() - start)
         if turn > MIN_ROUNDS and time.process_time() - begun > arguments.seconds:
             break
-    median = {name: statistics.median(t[1:]) for name, t in times.items()}  # the first is a warm-up
+    typical = {}
+    for name, t in times.items():  # the first is a warm-up; the work of new counts differs, as do their MACs
+        typical[name] = (statistics.fmean if name.endswith("counts") else statistics.median)(t[1:])
     rows = []
-    for name, t in median.items():
+    for name, t in typical.items():
         backend, is_ours = name.split(", ")[1], name.startswith("ours")
-        own = median[f"dense, {backend}"]
+        own = typical[f"dense, {backend}"]
         row = {"precision": precision, "batch_size": batch_size, "name": name, "rounds": turn - 1}
         row |= {"images_per_second": batch_size / t, "speed_up": own / t, "macs_ratio": 1.0}
         if is_ours:
-            output = outputs[backend]
-            masks = np.concatenate(kept[backend][1:], 1) if name.endswith("counts") else output.kept
-            macs = case.model.count_macs(torch.from_numpy(masks.sum(-1))).double().mean().item()
-            row["macs_ratio"] = macs / case.model.dense_macs
+            found = [in_torch(one, engines[backend], case.model, rule).macs for one, rule in outputs[name]]
+            row["macs_ratio"] = torch.cat(found[-turn + 1 :]).double().mean().item() / case.model.dense_macs
+            output = outputs[name][-1][0]
             row |= {"padding": output.padding, "calls": output.calls}
         rows.append(row | {"efficiency": own / t * row["macs_ratio"]})
     return rows
@@ -191,15 +197,21 @@ def main() -> None:
     for name in arguments.models:
         case = (Drawn if name == DEIT else Photos)(arguments)
         with TemporaryDirectory() as folder:
-            path = Path(folder, "model.zip")
-            export_stages(case.model, path)
+            paths = {precision: Path(folder, f"{precision}.zip") for precision in ("fp32", "int8")}
+            for precision, path in paths.items():
+                if precision == "fp32" or precision in arguments.precisions:
+                    export_stages(case.model, path, int8=precision == "int8")
             if name == BOX:
                 for backend in arguments.backends:
-                    add(name, [parity(case, path, backend)])
+                    add(name, [parity(case, paths["fp32"], backend)])
             for batch_size in arguments.batch_size:
                 graph = dense_graph(case.model, batch_size)
                 for precision in arguments.precisions:
-                    add(name, measure(case, path, graph, precision, batch_size, arguments))
+                    path, dense = (
+                        paths.get(precision, paths["fp32"]),
+                        quantized(graph) if precision == "int8" else graph,
+                    )
+                    add(name, measure(case, path, dense, precision, batch_size, arguments))
     print(to_json(result))
 
 

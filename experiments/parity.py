@@ -48,14 +48,17 @@ def main() -> None:
     parser.add_argument("checkpoint")
     parser.add_argument("photos", nargs="+", help="as for iared2 predict")
     parser.add_argument("--limit", type=int, default=320, help="photos at most, evenly (default: %(default)s)")
-    parser.add_argument("--engine", nargs="+", default=["openvino", "onnxruntime"])
+    parser.add_argument("--engine", nargs="+", default=["openvino", "onnxruntime"], help="onnxruntime:int8 is another")
     parser.add_argument("-o", "--output", type=Path, default=Path("runs"), help="folder of the table (default: runs)")
     arguments = parser.parse_args()
     model = iared2.load(arguments.checkpoint)
     predictor = iared2.BatchPredictor(model, "cpu")
     photos = open_photos(arguments.photos)
     rows = np.unique(np.linspace(0, len(photos) - 1, min(arguments.limit, len(photos))).round().astype(int)).tolist()
-    engines = {name: exported(model, name, torch.get_num_threads()) for name in arguments.engine}
+    engines = {}
+    for name in arguments.engine:
+        backend, _, precision = name.partition(":")
+        engines[name] = exported(model, backend, torch.get_num_threads(), precision or "fp32")
     found: dict[str, list[Tensor]] = {name: [] for name in ("gap", *engines)}
     batches = [range(row, row + 1) for row in rows]
     images = torch.cat([b.images for b in photo_batches(photos, predictor.transform, batches)])
@@ -68,21 +71,24 @@ def main() -> None:
             same = torch.from_numpy((other.kept == output.kept.numpy()).all((0, 2)))
             logits = (torch.from_numpy(other.logits) - output.logits).abs().amax(1)
             scores = (torch.from_numpy(other.scores) - output.scores).abs().amax((0, 2))
-            found[name].append(torch.stack([~same, logits, scores]))
+            answers = torch.from_numpy(other.logits).argmax(1) == output.logits.argmax(1)
+            found[name].append(torch.stack([~same, logits, scores, answers]))
     gap = torch.cat(found["gap"])
     cells = []
     for name in engines:
-        differs, logits, scores = torch.cat(found[name], 1)
+        differs, logits, scores, answers = torch.cat(found[name], 1)
         same = differs == 0
         off = same & (logits > MARGINS[0])
         counts = [f"{differs.sum():.0f}", f"{off.sum():.0f}"]
-        cells.append([name, *counts, *(f"{what[same & ~off].max():.1e}" for what in (logits, scores))])
+        worst = [f"{what[same & ~off].max():.1e}" if (same & ~off).any() else "–" for what in (logits, scores)]
+        cells.append([name, f"{100 * answers.double().mean():.1f}", *counts, *worst])
     near = ", ".join(f"{100 * (gap < margin).double().mean():.1f} % within {margin:g}" for margin in MARGINS)
     Table(
-        f"{len(gap)} photos in float32.",
-        "python experiments/parity.py box PHOTOS",
+        f"{len(gap)} photos, against torch in float32.",
+        f"python experiments/parity.py box PHOTOS --engine {' '.join(arguments.engine)}",
         [
             "engine",
+            "the same answer, %",
             "photos that keep other patches than in torch",
             f"others with a logit off by more than {MARGINS[0]:g}",
             "largest difference of a logit of the rest",

@@ -216,6 +216,7 @@ def bench(command: argparse.ArgumentParser) -> None:
         metavar="RUNTIME",
         help="also timm's model and ours in openvino, onnxruntime, on a CPU (default: none)",
     )
+    add("--int8", action="store_true", help="of --rivals, ONNX Runtime in 8 bits, dense and ours")
     add("--train", action="store_true", help="measure a step of each training stage, at --keep of group 1")
     json(command)
     device(command)
@@ -239,6 +240,7 @@ def export(command: argparse.ArgumentParser) -> None:
         "--adaptive-batch", action="store_true", help="the same for batches of any size, for iared2.runtime.Engine"
     )
     add("--batch-size", type=int, metavar="B", help="of the exported model (default: any; 1 with --adaptive)")
+    add("--int8", action="store_true", help="linear layers in 8 bits, for ONNX Runtime; not of .pt2")
 
 
 def explain_bench(command: argparse.ArgumentParser) -> None:

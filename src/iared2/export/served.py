@@ -15,6 +15,7 @@ from ..model.reduced import ReducedVisionTransformer
 from ..model.second_pass import Output, Replayed, again_macs, counted, same_passes
 from ..runtime import BACKENDS, Decided, Engine
 from ..runtime.backends import loader
+from ..runtime.values import Output as Served
 from .stages import export_stages
 
 ENGINES = ("torch", *BACKENDS)
@@ -39,7 +40,7 @@ def exported(
     loader(backend, threads, precision)  # what is missing is missed before an export, which takes half a minute
     with TemporaryDirectory() as folder:
         path = Path(folder, "model.zip")
-        export_stages(model, path, stem)
+        export_stages(model, path, stem, precision == "int8")
         return Engine(path, backend, threads, precision)
 
 
@@ -69,14 +70,18 @@ def trace(engine: Engine, model: ReducedVisionTransformer, images: Tensor, decid
     Raises:
         InputError: as `Engine`; or the engine has another number of classes than the model.
     """
-    decided = as_arrays(model, decide)
-    found = engine(images.float().numpy(), decided)
+    return in_torch(engine(images.float().numpy(), as_arrays(model, decide)), engine, model, decide)
+
+
+def in_torch(found: Served, engine: Engine, model: ReducedVisionTransformer, decide: Decide) -> Output:
+    """What the engine of a model returned for a decision, as the model's own output, with its MACs; see `trace`."""
     if found.logits.shape[1:] != (expected := model.num_classes or model.num_features,):
         raise InputError(
             f"the exported model has {found.logits.shape[1]} outputs, and {expected} were expected: export it again, or"
             " make a new predictor of a model that was changed"
         )
     logits, scores, kept, unsure = map(torch.from_numpy, (found.logits, found.scores, found.kept, found.unsure))
+    decided = as_arrays(model, decide)
     passes = Replayed(decide, None, max(engine.stem, decided.first), decided.scale)
     again = again_macs(model, passes, model.grid_size)
     return counted(model, logits, scores, kept, unsure, again)

@@ -37,6 +37,7 @@ from ..model.macs import linear_macs
 from ..model.reduced import ReducedVisionTransformer
 from ..runtime.archive import EXTERNAL, FORMAT, MANIFEST
 from .embed import Embed
+from .int8 import packages, quantized
 
 MAX_WEIGHTS = (1 << 31) - (1 << 24)
 ANY = torch.export.Dim.DYNAMIC
@@ -182,7 +183,9 @@ class Head(nn.Module):
         return self.backbone.forward_head(self.backbone.norm(x))
 
 
-def export_stages(model: ReducedVisionTransformer, path: Path | str, stem: int | None = None) -> None:
+def export_stages(
+    model: ReducedVisionTransformer, path: Path | str, stem: int | None = None, int8: bool = False
+) -> None:
     """Write the file that `iared2.runtime.Engine` reads, whole or not at all: a zip of ONNX graphs and a manifest.
 
     Args:
@@ -190,6 +193,7 @@ def export_stages(model: ReducedVisionTransformer, path: Path | str, stem: int |
         path: ends in ``.zip``.
         stem: the number of first groups that never drop a patch, 0…D; they are faster in one graph. None: those in
             which the model's own decision drops nothing (`Decision.first_drop`). Fewer, if they have more than 2 GB.
+        int8: the linear layers of the blocks in 8 bits, for ONNX Runtime (`int8.quantized`).
 
     Raises:
         InputError: the model has hooks or a part that torch cannot export, another suffix, a package is missing, or the
@@ -202,6 +206,8 @@ def export_stages(model: ReducedVisionTransformer, path: Path | str, stem: int |
         raise InputError(f"cannot write {path}: there is no folder {path.parent}")
     if importlib.util.find_spec("onnxscript") is None:
         raise missing("ONNX", "onnxscript", "export")
+    if int8:
+        packages()
     if any(map(is_touched, model.modules())):
         raise InputError("the model has hooks or replaced methods, which a graph would lose; remove them first")
     model = copy.deepcopy(model).eval().requires_grad_(False).float().cpu()
@@ -213,11 +219,13 @@ def export_stages(model: ReducedVisionTransformer, path: Path | str, stem: int |
     stem = model.decision.first_drop(math.prod(first)) if stem is None else stem
     while stem and _is_too_large(model.backbone.blocks[: model.groups[stem - 1].stop]):
         stem -= 1
-    about = json.dumps(_manifest(model, stem))
+    about = json.dumps({**_manifest(model, stem), "precision": "int8" if int8 else "fp32"})
     for block in model.backbone.blocks:
         for attn in attentions(block):
             _separate(attn)
     graphs = {f"{name}.onnx": _graph(*parts) for name, parts in _stages(model, stem)}
+    if int8:
+        graphs = {name: quantized(graph) for name, graph in graphs.items()}
     with whole(path, errors=RuntimeError) as file, zipfile.ZipFile(file, "w") as folder:  # stored, not compressed
         folder.writestr(MANIFEST, about)
         for name, graph in graphs.items():

@@ -32,7 +32,8 @@ from ..model.decide import EPS, first_grid
 from ..model.reduced import ReducedVisionTransformer
 from ..pretrained.checkpoint import load
 from .embed import Embed
-from .stages import export_stages
+from .int8 import packages, quantized
+from .stages import MAX_WEIGHTS, export_stages
 
 
 class _Dense(nn.Module):
@@ -165,7 +166,7 @@ class Adaptive(_Dense):
         return logits, ids[0]
 
 
-def export(form: FixedCount | Adaptive, path: Path | str, batch_size: int | None = 1) -> None:
+def export(form: FixedCount | Adaptive, path: Path | str, batch_size: int | None = 1, int8: bool = False) -> None:
     """Write a form to ``.onnx`` (needs the extra ``export``) or ``.pt2`` (``torch.export``), whole or not at all.
 
     The ONNX model takes ``images`` and returns ``logits`` and ``patch_ids``; both files carry how images are to be
@@ -175,10 +176,11 @@ def export(form: FixedCount | Adaptive, path: Path | str, batch_size: int | None
         form: what to export.
         path: the suffix says which.
         batch_size: of the exported model; None for any. The adaptive form takes 1.
+        int8: of ``.onnx``, the linear layers of the blocks in 8 bits, for ONNX Runtime (`int8.quantized`).
 
     Raises:
-        InputError: another suffix, a package is missing, a batch that the form does not take, or the file cannot be
-            written.
+        InputError: another suffix, a package is missing, a batch that the form does not take, int8 of ``.pt2`` or of
+            more than 2 GB, or the file cannot be written.
     """
     path = Path(path)
     if path.suffix not in (".onnx", ".pt2"):
@@ -190,8 +192,16 @@ def export(form: FixedCount | Adaptive, path: Path | str, batch_size: int | None
     if batch_size is not None and batch_size < 1:
         raise InputError(f"batch_size={batch_size}: give 1 or more, or None for any")
     onnx = path.suffix == ".onnx"
+    if int8 and not onnx:
+        raise InputError(f"int8 is of ONNX: give a file that ends in .onnx in place of {path}")
+    if int8 and sum(weight.nbytes for weight in form.parameters()) > MAX_WEIGHTS:
+        raise InputError(
+            "the model has more than 2 GB of weights, the most that ONNX holds in one piece: leave int8 out"
+        )
     if onnx and importlib.util.find_spec("onnxscript") is None:
         raise missing("ONNX", "onnxscript", "export")
+    if int8:
+        packages()
     images = torch.zeros(batch_size or 2, *form.input_size)
     shapes = None if batch_size else {"images": {0: torch.export.Dim.DYNAMIC}}
     program = torch.export.export(form, (images,), dynamic_shapes=shapes)
@@ -201,7 +211,9 @@ def export(form: FixedCount | Adaptive, path: Path | str, batch_size: int | None
         onnx_program: Any = torch.onnx.export(program, dynamo=True, verbose=False, **names)
         onnx_program.model.metadata_props["iared2"] = about
     with whole(path, errors=RuntimeError) as file:  # which torch's writer raises
-        if onnx:
+        if int8:
+            Path(file).write_bytes(quantized(onnx_program.model_proto.SerializeToString()))
+        elif onnx:
             onnx_program.save(file)  # above 1.5 GB with a second file for the weights beside it
         else:
             torch.export.save(program, file, extra_files={"iared2": about})
@@ -213,12 +225,12 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.adaptive_batch:
         if batch_size is not None:
             raise InputError("--adaptive-batch takes batches of any size: leave --batch-size out")
-        export_stages(model, arguments.output)
+        export_stages(model, arguments.output, int8=arguments.int8)
     elif arguments.adaptive:
-        export(Adaptive(model), arguments.output, 1 if batch_size is None else batch_size)
+        export(Adaptive(model), arguments.output, 1 if batch_size is None else batch_size, arguments.int8)
     else:
         num_keep = arguments.num_keep * (model.num_groups if len(arguments.num_keep) == 1 else 1)
-        export(FixedCount(model, num_keep), arguments.output, batch_size)
+        export(FixedCount(model, num_keep), arguments.output, batch_size, arguments.int8)
     if model.scale < 1 and not arguments.adaptive_batch:
         print(
             f"the graph sees photos made smaller, as the model's first pass does (scale={model.scale:g})",

@@ -83,6 +83,13 @@ class Manifest:
             raise self._refuse(name)
         return tuple(map(kind, values))
 
+    def word(self, name: str, default: str) -> str:
+        """A string; the default if there is none."""
+        value = self.get(name, default)
+        if not isinstance(value, str):
+            raise self._refuse(name)
+        return value
+
     def names(self, name: str) -> tuple[str, ...] | None:
         """A list of strings, or None."""
         values = self.get(name)

@@ -12,8 +12,8 @@ import numpy as np
 
 from ..errors import InputError, missing
 
-BACKENDS = {"openvino": ("fp32", "bf16"), "onnxruntime": ("fp32",)}
-"""Name of a backend -> its precisions."""
+BACKENDS = {"openvino": ("fp32", "bf16"), "onnxruntime": ("fp32", "int8")}
+"""Name of a backend -> its precisions; int8 is one of the file, the others are of the computation."""
 Stage = Callable[[Mapping[str, np.ndarray]], list[np.ndarray]]
 """Inputs by name -> outputs in order. They are valid until the next call."""
 

@@ -37,15 +37,14 @@ class Engine:
 
     Its decision is that of the model when it was exported, and may be replaced: ``thresholds`` (D numbers) or
     ``num_keep``, ``max_tokens``, ``spread`` and ``confidence``, as in `model.decide.Decision`; ``scale`` is fixed. The
-    first groups, in
-    which the model dropped nothing when it was exported, are one graph (``stem`` is their number), so a decision cannot
-    drop there.
+    first groups, in which the model dropped nothing when it was exported, are one graph (``stem`` is their number), so
+    a decision cannot drop there.
 
     Args:
         path: file of ``iared2 export --adaptive-batch``.
         backend: "openvino" or "onnxruntime".
         threads: of the CPU; None: the runtime's choice.
-        precision: "fp32", or with OpenVINO "bf16".
+        precision: that of the file, "fp32" or with ONNX Runtime "int8", if None; with OpenVINO "bf16" of an fp32 file.
         threshold: one number or one per group, in place of the model's own decision.
 
     Raises:
@@ -58,12 +57,18 @@ class Engine:
         path: Path | str,
         backend: str = "openvino",
         threads: int | None = None,
-        precision: str = "fp32",
+        precision: str | None = None,
         threshold: float | Sequence[float] | None = None,
     ) -> None:
-        load = loader(backend, threads, precision)
+        loader(backend, threads, precision or "fp32")  # what is missing is missed before a large file is read
         manifest, graphs = read(Path(path))
         about = Manifest(manifest, str(path))
+        written = about.word("precision", "fp32")
+        self.precision = precision or written
+        if (self.precision == "int8") != (written == "int8"):
+            advice = "with" if self.precision == "int8" else "without"
+            raise InputError(f"{path} is a file of {written}; export it {advice} --int8 for {self.precision}")
+        load = loader(backend, threads, self.precision)
         self.num_groups, self.num_patches = about.whole("num_groups", 1, 4096), about.whole("num_patches", 1, 1 << 20)
         self.stem = about.whole("stem", 0, self.num_groups)
         self.scale = about.numbers("scale", float, 1, 1e-6, 1)[0]

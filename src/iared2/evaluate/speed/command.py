@@ -75,7 +75,8 @@ def run(arguments: argparse.Namespace, more: Callable[[ReducedVisionTransformer,
                 if arguments.rivals:
                     from .runtimes import ways
 
-                    others |= ways(model, workload, arguments.rivals, arguments.precision, torch.get_num_threads())
+                    precision = "int8" if arguments.int8 else arguments.precision
+                    others |= ways(model, workload, arguments.rivals, precision, torch.get_num_threads())
                 measured = speed.measure(
                     model, workload, seconds=arguments.seconds, compiled=not arguments.no_compile, more=others
                 )
@@ -132,6 +133,8 @@ def _check(arguments: argparse.Namespace) -> None:
         raise InputError("--rivals run no training steps: leave --train or --rivals out")
     if arguments.rivals and (arguments.device not in (None, "cpu") or arguments.precision == "fp16" or arguments.merge):
         raise InputError("--rivals run on a CPU, in fp32 or bf16, without --merge")
+    if arguments.int8 and "onnxruntime" not in arguments.rivals:
+        raise InputError("--int8 is of ONNX Runtime: add --rivals onnxruntime")
     if arguments.train and not 0 < arguments.keep[0] <= 1:
         raise InputError("--keep: group 1 keeps a share above 0, up to 1")
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...export.int8 import quantized
 from ...export.served import as_arrays, exported
 from ...model.decide import first_grid
 from ...model.reduced import ReducedVisionTransformer
@@ -37,15 +38,16 @@ def ways(
     usable = [backend for backend in backends if precision in BACKENDS[backend]]
     if not usable:
         return found
-    graph = dense_graph(model, len(images))
+    graph = dense_graph(model, len(images), precision == "int8")
     patches = math.prod(first_grid(workload.decide, model.grid_size))
     whole = (workload.num_keep == patches).all(1).tolist()
     stem = [*whole, False].index(False)
     for backend in usable:
         run = loader(backend, threads, precision)(graph)
         engine = exported(model, backend, threads, precision, stem)
-        found[f"dense, {NAMES[backend]}"] = partial(_called, run, {"images": images}), model.dense_macs / 1e9
-        found[f"ours, {NAMES[backend]}"] = partial(_called, engine, images, decide), workload.gmacs
+        name = NAMES[backend] + ", int8" * (precision == "int8")
+        found[f"dense, {name}"] = partial(_called, run, {"images": images}), model.dense_macs / 1e9
+        found[f"ours, {name}"] = partial(_called, engine, images, decide), workload.gmacs
     return found
 
 
@@ -54,10 +56,14 @@ def _called(run: Callable[..., Any], *arguments: Any) -> Any:
     return run(*arguments[:-1])
 
 
-def dense_graph(model: ReducedVisionTransformer, batch_size: int) -> bytes:
-    """timm's own model as ONNX, for batches of one size: fixed sizes are the fastest for a runtime."""
+def dense_graph(model: ReducedVisionTransformer, batch_size: int, int8: bool = False) -> bytes:
+    """timm's own model as ONNX, for batches of one size: fixed sizes are the fastest for a runtime.
+
+    With ``int8``, its blocks are quantized as ours are.
+    """
     backbone = copy.deepcopy(model.backbone).float().cpu()
     images = torch.zeros(batch_size, *model.pretrained_cfg["input_size"])
     names: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"]}
     program: Any = torch.onnx.export(backbone, (images,), dynamo=True, verbose=False, **names)
-    return program.model_proto.SerializeToString()
+    graph = program.model_proto.SerializeToString()
+    return quantized(graph) if int8 else graph
