@@ -105,6 +105,9 @@ def runtimes(result: dict[str, Any]) -> str:
     """Dense and ours in each runtime, one row per model, precision and batch size; and how close ours is."""
     given = result["arguments"]
     command = f"taskset -c 0 python benchmarks/runtime.py --seconds {given['seconds']:g}"
+    for name, default in (("backends", ["openvino"]), ("precisions", ["fp32", "bf16"])):
+        if given[name] != default:
+            command += f" --{name} {' '.join(given[name])}"
     lines = [
         f"Images/s, {given['threads']} thread. `{command}`",
         "",
