@@ -31,7 +31,7 @@ from iared2.errors import InputError
 from iared2.evaluate.speed.command import machine
 from iared2.evaluate.speed.runtimes import NAMES, dense_graph
 from iared2.evaluate.speed.workload import draw
-from iared2.export.int8 import quantized
+from iared2.export.int8 import in_8_bits
 from iared2.export.served import as_arrays, in_torch
 from iared2.export.stages import export_stages
 from iared2.pretrained.build import from_timm
@@ -134,13 +134,13 @@ def measure(case, path, graph, precision, batch_size, arguments):
             times[name].append(clock() - start)
         if turn > MIN_ROUNDS and time.process_time() - begun > arguments.seconds:
             break
-    typical = {}
+    typical, mean = {}, {name: statistics.fmean(t[1:]) for name, t in times.items()}
     for name, t in times.items():  # the first is a warm-up; the work of new counts differs, as do their MACs
-        typical[name] = (statistics.fmean if name.endswith("counts") else statistics.median)(t[1:])
+        typical[name] = mean[name] if name.endswith("counts") else statistics.median(t[1:])
     rows = []
     for name, t in typical.items():
         backend, is_ours = name.split(", ")[1], name.startswith("ours")
-        own = typical[f"dense, {backend}"]
+        own = (mean if name.endswith("counts") else typical)[f"dense, {backend}"]
         row = {"precision": precision, "batch_size": batch_size, "name": name, "rounds": turn - 1}
         row |= {"images_per_second": batch_size / t, "speed_up": own / t, "macs_ratio": 1.0}
         if is_ours:
@@ -207,10 +207,8 @@ def main() -> None:
             for batch_size in arguments.batch_size:
                 graph = dense_graph(case.model, batch_size)
                 for precision in arguments.precisions:
-                    path, dense = (
-                        paths.get(precision, paths["fp32"]),
-                        quantized(graph) if precision == "int8" else graph,
-                    )
+                    path = paths.get(precision, paths["fp32"])
+                    dense = in_8_bits(graph) if precision == "int8" else graph
                     add(name, measure(case, path, dense, precision, batch_size, arguments))
     print(to_json(result))
 

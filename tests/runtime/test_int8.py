@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import zipfile
 
 import numpy as np
@@ -106,11 +107,12 @@ def test_what_does_not_go_with_it_is_one_line(small, tmp_path, monkeypatch, caps
     with pytest.raises(InputError, match="is a file of fp32; export it with --int8"):
         Engine(small[1], "onnxruntime", precision="int8")
     for word in (8, "int4"):
-        with pytest.raises(InputError, match="precision"):
+        with pytest.raises(InputError, match=r"precision=.* in its manifest is not usable"):
             Engine(changed(small[1], tmp_path / "x.zip", manifest={"precision": word}), "onnxruntime")
     pytest.importorskip("openvino", reason="openvino is missing: pip install 'iared2[test]'")
-    with pytest.raises(InputError, match="precision='int8': openvino has fp32, bf16 here"):
-        Engine("m.zip", "openvino")
+    for precision in (None, "bf16", "fp32"):
+        with pytest.raises(InputError, match=r"m.zip is a file of int8, for onnxruntime: use that"):
+            Engine("m.zip", "openvino", precision=precision)
 
 
 def test_without_the_package_nothing_is_written(small, tmp_path, monkeypatch):
@@ -124,10 +126,28 @@ def test_without_the_package_nothing_is_written(small, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_onnxruntime_cannot_quantize_is_one_line(small, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("onnxruntime.quantization.quantize_dynamic", full)
+    (tmp_path / "m.onnx").write_text("before")
+    for write in (
+        lambda: export_stages(small[0], tmp_path / "m.zip", int8=True),
+        lambda: export(FixedCount(small[0], (18, 11, 5)), tmp_path / "m.onnx", int8=True),
+    ):
+        with pytest.raises(InputError, match=r"cannot quantize the model: .*No space left.*; export it without int8"):
+            write()
+    assert [path.name for path in tmp_path.iterdir()] == ["m.onnx"]
+    assert (tmp_path / "m.onnx").read_text() == "before"
+
+
 def test_bench_compares_with_the_dense_model_in_8_bits(small, tmp_path, capsys):
     small[0].save(tmp_path / "m.safetensors")
     command = ["bench", "-c", str(tmp_path / "m.safetensors"), "--seconds", "0", "--no-compile", "--batch-size", "4"]
-    assert main([*command, "--rivals", "onnxruntime", "--int8"]) == 0
-    printed = capsys.readouterr().out
-    assert "dense, ONNX Runtime, int8" in printed
-    assert "ours, ONNX Runtime, int8" in printed
+    assert main([*command, "--rivals", "onnxruntime", "--int8", "--json"]) == 0
+    (speed,) = json.loads(capsys.readouterr().out)["speed"]
+    rows = {row["name"]: row["speed_up"] for row in speed["rows"]}
+    assert rows["dense, ONNX Runtime, int8"] == 1, "8 bits are compared with 8 bits"
+    assert max(rows["dense, ONNX Runtime"], rows["dense, timm"]) == 1
+    assert {"ours, ONNX Runtime", "ours, ONNX Runtime, int8"} < rows.keys()

@@ -216,7 +216,7 @@ def bench(command: argparse.ArgumentParser) -> None:
         metavar="RUNTIME",
         help="also timm's model and ours in openvino, onnxruntime, on a CPU (default: none)",
     )
-    add("--int8", action="store_true", help="of --rivals, ONNX Runtime in 8 bits, dense and ours")
+    add("--int8", action="store_true", help="of --rivals, onnxruntime in 8 bits as well, dense and ours")
     add("--train", action="store_true", help="measure a step of each training stage, at --keep of group 1")
     json(command)
     device(command)

@@ -1,8 +1,8 @@
-"""Linear layers of the blocks in 8 bits, for ONNX Runtime: a third of the file, and faster on most processors.
+"""Linear layers of the blocks in 8 bits, for ONNX Runtime: a third of the file, and fewer seconds (docs/speed.md).
 
 Weights have a scale per output channel. The activations of a call have one scale, which the runtime finds when it runs
-(dynamic quantization), so no photos are needed to calibrate, and an answer depends a little on the other images of the
-call. The rest stays in float32: attention, norms, embedding, head, and the interpreters, which decide what stays.
+(dynamic quantization). So no photos are needed to calibrate, and an answer depends on the other images of the call. The
+rest stays in float32: attention, norms, embedding, head, and the interpreters, which decide what stays.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from ..errors import missing
+from ..errors import InputError, missing
 
 LINEAR = "MatMul", "Gemm"
 SCOPES = "pkg.torch.onnx.name_scopes"
@@ -29,15 +29,16 @@ def packages() -> tuple[Any, Any, Any]:
     try:
         onnx, quantization, utils = map(import_module, names)
     except ImportError as error:
-        raise missing("int8", error.name, "export,onnxruntime") from None
+        raise missing("int8", (error.name or "onnxruntime").split(".")[0], "export,onnxruntime") from None
     return onnx, quantization, utils
 
 
-def quantized(graph: bytes) -> bytes:
+def in_8_bits(graph: bytes) -> bytes:
     """An ONNX graph of `torch.onnx`, with the linear layers of its blocks in 8 bits.
 
     Raises:
-        InputError: a package is missing.
+        InputError: a package is missing, or ONNX Runtime cannot quantize the graph, as where there is no space for its
+            temporary files.
     """
     onnx, quantization, utils = packages()
     model = onnx.load_from_string(graph)
@@ -45,20 +46,25 @@ def quantized(graph: bytes) -> bytes:
     if not linear:
         return graph
     utils.add_pre_process_metadata(model)  # torch has inferred the shapes; without this mark, a warning is printed
-    with TemporaryDirectory() as folder:
-        path = Path(folder, "int8.onnx")
-        quantization.quantize_dynamic(
-            model,
-            path,
-            op_types_to_quantize=LINEAR,
-            nodes_to_quantize=[*linear, *(f"{name}_MatMul" for name in linear)],  # of which a Gemm becomes the second
-            per_channel=True,
-            weight_type=quantization.QuantType.QInt8,
-        )
-        return path.read_bytes()
+    try:
+        with TemporaryDirectory() as folder:
+            path = Path(folder, "int8.onnx")
+            quantization.quantize_dynamic(
+                model,
+                path,
+                op_types_to_quantize=LINEAR,
+                nodes_to_quantize=[*linear, *(f"{name}_MatMul" for name in linear)],  # a Gemm becomes the second
+                per_channel=True,
+                weight_type=quantization.QuantType.QInt8,
+            )
+            return path.read_bytes()
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"ONNX Runtime cannot quantize the model: {reason:.300}; export it without int8") from error
 
 
 def _is_of_a_block(node: Any) -> bool:
     """By the module that it is in, or by its weight where the module was not called."""
     scopes = (entry.value for entry in node.metadata_props if entry.key == SCOPES)
-    return any("blocks." in name for name in (*scopes, *node.input))
+    names = [*scopes, *node.input]
+    return any("blocks." in name for name in names) and not any("interpreter" in name for name in names)

@@ -37,7 +37,7 @@ from ..model.macs import linear_macs
 from ..model.reduced import ReducedVisionTransformer
 from ..runtime.archive import EXTERNAL, FORMAT, MANIFEST
 from .embed import Embed
-from .int8 import packages, quantized
+from .int8 import in_8_bits, packages
 
 MAX_WEIGHTS = (1 << 31) - (1 << 24)
 ANY = torch.export.Dim.DYNAMIC
@@ -193,7 +193,7 @@ def export_stages(
         path: ends in ``.zip``.
         stem: the number of first groups that never drop a patch, 0…D; they are faster in one graph. None: those in
             which the model's own decision drops nothing (`Decision.first_drop`). Fewer, if they have more than 2 GB.
-        int8: the linear layers of the blocks in 8 bits, for ONNX Runtime (`int8.quantized`).
+        int8: the linear layers of the blocks in 8 bits, for ONNX Runtime (`int8.in_8_bits`).
 
     Raises:
         InputError: the model has hooks or a part that torch cannot export, another suffix, a package is missing, or the
@@ -219,13 +219,13 @@ def export_stages(
     stem = model.decision.first_drop(math.prod(first)) if stem is None else stem
     while stem and _is_too_large(model.backbone.blocks[: model.groups[stem - 1].stop]):
         stem -= 1
-    about = json.dumps({**_manifest(model, stem), "precision": "int8" if int8 else "fp32"})
+    about = json.dumps(_manifest(model, stem, int8))
     for block in model.backbone.blocks:
         for attn in attentions(block):
             _separate(attn)
     graphs = {f"{name}.onnx": _graph(*parts) for name, parts in _stages(model, stem)}
     if int8:
-        graphs = {name: quantized(graph) for name, graph in graphs.items()}
+        graphs = {name: in_8_bits(graph) for name, graph in graphs.items()}
     with whole(path, errors=RuntimeError) as file, zipfile.ZipFile(file, "w") as folder:  # stored, not compressed
         folder.writestr(MANIFEST, about)
         for name, graph in graphs.items():
@@ -292,7 +292,10 @@ def _graph(stage: nn.Module, inputs: dict[str, Tensor], outputs: Sequence[str]) 
     try:
         program = torch.export.export(stage, tuple(inputs.values()), dynamic_shapes=tuple(sizes.values()))
         onnx: Any = torch.onnx.export(program, dynamo=True, verbose=False, **names)
-    except RuntimeError as error:  # of torch.export and of torch.onnx
+    except (
+        RuntimeError,
+        KeyError,
+    ) as error:  # of torch.export, and of torch.onnx
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
             f"torch cannot export the {type(stage).__name__.lower()} of this model: {reason:.300}"
@@ -303,7 +306,7 @@ def _graph(stage: nn.Module, inputs: dict[str, Tensor], outputs: Sequence[str]) 
     return content
 
 
-def _manifest(model: ReducedVisionTransformer, stem: int) -> dict[str, Any]:
+def _manifest(model: ReducedVisionTransformer, stem: int, int8: bool) -> dict[str, Any]:
     """What the engine must know besides the graphs."""
     backbone, cfg, decision = model.backbone, model.pretrained_cfg, model.decision
     attns = attentions(backbone.blocks[0])
@@ -313,6 +316,7 @@ def _manifest(model: ReducedVisionTransformer, stem: int) -> dict[str, Any]:
         "format": FORMAT,
         **{name: cfg.get(name) for name in ("input_size", "mean", "std", "interpolation")},
         "class_names": model.class_names,
+        "precision": "int8" if int8 else "fp32",
         "num_groups": model.num_groups,
         "stem": stem,
         "num_patches": math.prod(first),

@@ -32,7 +32,7 @@ from ..model.decide import EPS, first_grid
 from ..model.reduced import ReducedVisionTransformer
 from ..pretrained.checkpoint import load
 from .embed import Embed
-from .int8 import packages, quantized
+from .int8 import in_8_bits, packages
 from .stages import MAX_WEIGHTS, export_stages
 
 
@@ -176,7 +176,7 @@ def export(form: FixedCount | Adaptive, path: Path | str, batch_size: int | None
         form: what to export.
         path: the suffix says which.
         batch_size: of the exported model; None for any. The adaptive form takes 1.
-        int8: of ``.onnx``, the linear layers of the blocks in 8 bits, for ONNX Runtime (`int8.quantized`).
+        int8: of ``.onnx``, the linear layers of the blocks in 8 bits, for ONNX Runtime (`int8.in_8_bits`).
 
     Raises:
         InputError: another suffix, a package is missing, a batch that the form does not take, int8 of ``.pt2`` or of
@@ -210,9 +210,10 @@ def export(form: FixedCount | Adaptive, path: Path | str, batch_size: int | None
         names: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits", "patch_ids"]}
         onnx_program: Any = torch.onnx.export(program, dynamo=True, verbose=False, **names)
         onnx_program.model.metadata_props["iared2"] = about
+        content = in_8_bits(onnx_program.model_proto.SerializeToString()) if int8 else b""
     with whole(path, errors=RuntimeError) as file:  # which torch's writer raises
         if int8:
-            Path(file).write_bytes(quantized(onnx_program.model_proto.SerializeToString()))
+            Path(file).write_bytes(content)
         elif onnx:
             onnx_program.save(file)  # above 1.5 GB with a second file for the weights beside it
         else:

@@ -47,7 +47,7 @@ class BatchPredictor:
     bool, whether the classes are from a second pass with every patch (`Decision.confidence`); ``embedding``, C float32,
     the pooled features before the classifier, on request; ``scores``, D × N float16 in (0, 1), 0 where a patch was
     already dropped, on request; and ``error``, why a photo could not be read, in which case the others are null. The
-    rest of the batch has no influence on a row, except for rounding.
+    rest of the batch has no influence on a row, except for rounding, and in a file of ``--int8``.
 
     Args:
         model: a model, or a checkpoint for `iared2.load`; None: the model in the box. Or, for an engine other than

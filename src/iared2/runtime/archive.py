@@ -83,12 +83,12 @@ class Manifest:
             raise self._refuse(name)
         return tuple(map(kind, values))
 
-    def word(self, name: str, default: str) -> str:
-        """A string; the default if there is none."""
-        value = self.get(name, default)
-        if not isinstance(value, str):
+    def choice(self, name: str, *values: str) -> str:
+        """One of the values; the first if there is none."""
+        value = self.get(name, values[0])
+        if value not in values:
             raise self._refuse(name)
-        return value
+        return str(value)
 
     def names(self, name: str) -> tuple[str, ...] | None:
         """A list of strings, or None."""

@@ -22,7 +22,7 @@ import numpy as np
 
 from ..errors import InputError
 from .archive import Manifest, read
-from .backends import Stage, loader
+from .backends import BACKENDS, Stage, loader
 from .layout import SHORTEST, Place, split, top_k
 from .merge import merge
 from .values import Decide, Decided, Output
@@ -60,11 +60,12 @@ class Engine:
         precision: str | None = None,
         threshold: float | Sequence[float] | None = None,
     ) -> None:
-        loader(backend, threads, precision or "fp32")  # what is missing is missed before a large file is read
         manifest, graphs = read(Path(path))
         about = Manifest(manifest, str(path))
-        written = about.word("precision", "fp32")
-        self.precision = precision or written
+        written = about.choice("precision", "fp32", "int8")
+        self.precision = written if precision is None else precision
+        if written not in BACKENDS.get(backend, [written]):
+            raise InputError(f"{path} is a file of {written}, for onnxruntime: use that, or export it without --int8")
         if (self.precision == "int8") != (written == "int8"):
             advice = "with" if self.precision == "int8" else "without"
             raise InputError(f"{path} is a file of {written}; export it {advice} --int8 for {self.precision}")

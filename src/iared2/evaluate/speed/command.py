@@ -75,8 +75,8 @@ def run(arguments: argparse.Namespace, more: Callable[[ReducedVisionTransformer,
                 if arguments.rivals:
                     from .runtimes import ways
 
-                    precision = "int8" if arguments.int8 else arguments.precision
-                    others |= ways(model, workload, arguments.rivals, precision, torch.get_num_threads())
+                    for precision in (arguments.precision, *["int8"] * arguments.int8):
+                        others |= ways(model, workload, arguments.rivals, precision, torch.get_num_threads())
                 measured = speed.measure(
                     model, workload, seconds=arguments.seconds, compiled=not arguments.no_compile, more=others
                 )
@@ -133,6 +133,8 @@ def _check(arguments: argparse.Namespace) -> None:
         raise InputError("--rivals run no training steps: leave --train or --rivals out")
     if arguments.rivals and (arguments.device not in (None, "cpu") or arguments.precision == "fp16" or arguments.merge):
         raise InputError("--rivals run on a CPU, in fp32 or bf16, without --merge")
+    if arguments.train and arguments.int8:
+        raise InputError("--int8 runs no training steps: leave --train or --int8 out")
     if arguments.int8 and "onnxruntime" not in arguments.rivals:
         raise InputError("--int8 is of ONNX Runtime: add --rivals onnxruntime")
     if arguments.train and not 0 < arguments.keep[0] <= 1:

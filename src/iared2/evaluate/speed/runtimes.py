@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...export.int8 import quantized
+from ...export.int8 import in_8_bits
 from ...export.served import as_arrays, exported
 from ...model.decide import first_grid
 from ...model.reduced import ReducedVisionTransformer
 from ...runtime import BACKENDS
 from ...runtime.backends import loader
+from .inference import INT8
 from .workload import Workload
 
 NAMES = {"openvino": "OpenVINO", "onnxruntime": "ONNX Runtime"}
@@ -45,7 +46,7 @@ def ways(
     for backend in usable:
         run = loader(backend, threads, precision)(graph)
         engine = exported(model, backend, threads, precision, stem)
-        name = NAMES[backend] + ", int8" * (precision == "int8")
+        name = NAMES[backend] + (INT8 if precision == "int8" else "")
         found[f"dense, {name}"] = partial(_called, run, {"images": images}), model.dense_macs / 1e9
         found[f"ours, {name}"] = partial(_called, engine, images, decide), workload.gmacs
     return found
@@ -66,4 +67,4 @@ def dense_graph(model: ReducedVisionTransformer, batch_size: int, int8: bool = F
     names: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"]}
     program: Any = torch.onnx.export(backbone, (images,), dynamo=True, verbose=False, **names)
     graph = program.model_proto.SerializeToString()
-    return quantized(graph) if int8 else graph
+    return in_8_bits(graph) if int8 else graph
