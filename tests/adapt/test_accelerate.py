@@ -118,7 +118,7 @@ def test_a_second_pass_makes_the_same_promise_cheaper(photos, model, monkeypatch
     assert f"{100 * told.second_pass:.0f} % of the photos" in out
 
 
-def test_first_passes_of_smaller_photos_are_tried(photos, model, monkeypatch):
+def test_first_passes_of_smaller_photos_are_tried(photos, model, monkeypatch, capsys):
     model.spread, images = 0.5, tensor(photos, model)
     with torch.inference_mode():
         half = decision.Half(images, model.backbone(images), True)
@@ -136,6 +136,7 @@ def test_first_passes_of_smaller_photos_are_tried(photos, model, monkeypatch):
     found = iared2.accelerate(model, smooth, max_drop=0.06)
     assert found.report.found.bound < 0.06
     assert found.scale < 1
+    assert f"{100 * found.scale:.3g} % of its width and height" in capsys.readouterr().out
     assert found.report.macs < 0.5
 
 

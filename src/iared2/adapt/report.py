@@ -106,6 +106,8 @@ class Report:
             speed = f"{reduced:.1f} ({self.speed_up:.2f}× timm, {self.speed_up_of_dropping:.2f}× ours with every patch)"
             table.add_row(f"photos/s, {self.device}, batches of {self.batch_size}", f"{dense:.1f}", speed)
         table.add_row("patches after each group", "", " ".join(f"{100 * ratio:.0f} %" for ratio in self.keep_ratio))
+        if self.decision and self.decision.scale < 1:
+            table.add_row("photo in the first pass", "", f"{100 * self.decision.scale:.3g} % of its width and height")
         if self.decision and self.decision.confidence:
             table.add_row("second pass with every patch", "", f"{100 * self.second_pass:.0f} % of the photos")
         table.add_row("choice", "", self.choice)
