@@ -174,12 +174,15 @@ def test_parity_counts_photos_near_a_threshold(tmp_path: Path, monkeypatch: Any)
     model.threshold = (0.0, 0.5, 0.5)
     model.save(tmp_path / "model.safetensors")
     command = ["parity.py", str(tmp_path / "model.safetensors"), str(tmp_path / "0.jpg"), str(tmp_path / "2.jpg")]
-    monkeypatch.setattr(sys, "argv", [*command, "--engine", "onnxruntime", "-o", str(tmp_path / "out")])
+    monkeypatch.setattr(
+        sys, "argv", [*command, "--engine", "onnxruntime", "onnxruntime:int8", "-o", str(tmp_path / "out")]
+    )
     parity.main()
     table = json.loads((tmp_path / "out" / "parity.json").read_text())
-    assert table["title"] == "2 photos in float32."
-    ((name, differ, off, logit, score),) = table["rows"]
-    assert (name, differ, off) == ("onnxruntime", "0", "0")
+    assert table["title"] == "2 photos, against torch in float32."
+    (name, same, differ, off, logit, score), (rounded, *_) = table["rows"]
+    assert (name, same, differ, off) == ("onnxruntime", "100.0", "0", "0")
+    assert rounded == "onnxruntime:int8"
     assert max(float(logit), float(score)) < 1e-4
 
 

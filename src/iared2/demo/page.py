@@ -13,7 +13,7 @@ import math
 import signal
 import socket
 import tempfile
-import threading
+import time
 import weakref
 from collections.abc import Sequence
 from functools import partial
@@ -307,7 +307,8 @@ def serve(
     print(f"the page is at {address}", flush=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a container that is stopped cleans up as well
     try:
-        threading.Event().wait()
+        while True:  # an endless wait would miss a signal that the kernel gives to another thread
+            time.sleep(0.5)
     finally:
         page.close(verbose=False)
 
