@@ -54,7 +54,7 @@ def fewer(scores, alive, group):
 
 
 def like(found, expected):
-    """Rounding to 8 bits changes an output by less than outputs differ by; as these models are sharp."""
+    """Rounding to 8 bits changes an output by less than images differ by; much, since these models are sharp."""
     gap = np.abs(found - expected).mean() / np.abs(expected - expected.mean(0)).mean()
     assert 0 < gap < 0.35, gap
 

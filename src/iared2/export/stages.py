@@ -292,10 +292,7 @@ def _graph(stage: nn.Module, inputs: dict[str, Tensor], outputs: Sequence[str]) 
     try:
         program = torch.export.export(stage, tuple(inputs.values()), dynamic_shapes=tuple(sizes.values()))
         onnx: Any = torch.onnx.export(program, dynamo=True, verbose=False, **names)
-    except (
-        RuntimeError,
-        KeyError,
-    ) as error:  # of torch.export, and of torch.onnx
+    except (RuntimeError, KeyError) as error:  # of torch.export and torch.onnx
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
             f"torch cannot export the {type(stage).__name__.lower()} of this model: {reason:.300}"
